@@ -1,0 +1,139 @@
+//! Which path leads where: every RPC, in one list.
+//!
+//! Unary calls are served by [`unary`](super::unary) itself; streams by tonic services behind it. A Range whose answer is
+//! too large to be held is streamed as one message: its length is known, its bytes are fetched as the client takes them.
+
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::StreamExt;
+use prost::Message;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
+use tonic::service::Routes;
+use tonic::{Request, Status};
+
+use crate::metrics::{MethodKind, Metrics};
+use crate::mvcc::range;
+use crate::node::RangeAnswer;
+use crate::proto::FILE_DESCRIPTOR_SET;
+use crate::proto::etcdserverpb::cluster_server::Cluster;
+use crate::proto::etcdserverpb::kv_server::KvServer;
+use crate::proto::etcdserverpb::lease_server::{Lease, LeaseServer};
+use crate::proto::etcdserverpb::maintenance_server::{Maintenance, MaintenanceServer};
+use crate::proto::etcdserverpb::{CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, TxnRequest};
+use crate::proto::health::health_server::{Health, HealthServer};
+
+use super::unary::{Either, MESSAGE_OVERHEAD, Router, Streamed};
+use super::watch::WatchService;
+use super::{Api, status};
+
+/// Bytes of a streamed answer that are fetched in one go.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Number of `RangeResponse.kvs`.
+const KVS_FIELD: u32 = 2;
+
+/// The router of a client port.
+pub(crate) fn router(api: &Api, metrics: &Arc<Metrics>) -> crate::error::Result<Router> {
+    const KV: &str = "etcdserverpb.KV";
+    const LEASE: &str = "etcdserverpb.Lease";
+    const CLUSTER: &str = "etcdserverpb.Cluster";
+    const MAINTENANCE: &str = "etcdserverpb.Maintenance";
+    const HEALTH: &str = "grpc.health.v1.Health";
+    /// A method of a tonic service, called without its wrappers.
+    macro_rules! of {
+        ($trait:ident::$method:ident) => {
+            |api: Api, _, request| async move { $trait::$method(&api, Request::new(request)).await.map(tonic::Response::into_inner) }
+        };
+    }
+    let limit = api.node.options.max_request_bytes + MESSAGE_OVERHEAD;
+    let mut router = Router::new(limit, metrics.clone())
+        .unary(KV, "Range", api, |api: Api, _, request: RangeRequest| async move { range_answer(api, request).await })
+        .unary(KV, "Put", api, |api: Api, _, request: PutRequest| async move { api.node.put(request).await.map_err(status) })
+        .unary(KV, "DeleteRange", api, |api: Api, _, request: DeleteRangeRequest| async move {
+            api.node.delete_range(request).await.map_err(status)
+        })
+        .unary(KV, "Txn", api, |api: Api, _, request: TxnRequest| async move { api.node.txn(request).await.map_err(status) })
+        .unary(KV, "Compact", api, |api: Api, _, request: CompactionRequest| async move { api.node.compact(request).await.map_err(status) })
+        .streaming(KV, "RangeStream", MethodKind::ServerStream)
+        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream)
+        .unary(LEASE, "LeaseGrant", api, of!(Lease::lease_grant))
+        .unary(LEASE, "LeaseRevoke", api, of!(Lease::lease_revoke))
+        .unary(LEASE, "LeaseTimeToLive", api, of!(Lease::lease_time_to_live))
+        .unary(LEASE, "LeaseLeases", api, of!(Lease::lease_leases))
+        .streaming(LEASE, "LeaseKeepAlive", MethodKind::BidiStream)
+        .unary(CLUSTER, "MemberAdd", api, of!(Cluster::member_add))
+        .unary(CLUSTER, "MemberRemove", api, of!(Cluster::member_remove))
+        .unary(CLUSTER, "MemberUpdate", api, of!(Cluster::member_update))
+        .unary(CLUSTER, "MemberList", api, of!(Cluster::member_list))
+        .unary(CLUSTER, "MemberPromote", api, of!(Cluster::member_promote))
+        .unary(MAINTENANCE, "Alarm", api, of!(Maintenance::alarm))
+        .unary(MAINTENANCE, "Status", api, of!(Maintenance::status))
+        .unary(MAINTENANCE, "Defragment", api, of!(Maintenance::defragment))
+        .unary(MAINTENANCE, "Hash", api, of!(Maintenance::hash))
+        .unary(MAINTENANCE, "HashKV", api, of!(Maintenance::hash_kv))
+        .unary(MAINTENANCE, "MoveLeader", api, of!(Maintenance::move_leader))
+        .unary(MAINTENANCE, "Downgrade", api, of!(Maintenance::downgrade))
+        .streaming(MAINTENANCE, "Snapshot", MethodKind::ServerStream)
+        .unary(HEALTH, "Check", api, of!(Health::check))
+        .unary(HEALTH, "List", api, of!(Health::list))
+        .streaming(HEALTH, "Watch", MethodKind::ServerStream)
+        .streaming("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream)
+        .streaming("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream);
+    let reflection = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET);
+    let unusable = |err: tonic_reflection::server::Error| crate::error::Error::Failed(format!("describing the services: {err}"));
+    let routes = Routes::new(WatchService { api: api.clone(), max_request_bytes: limit })
+        .add_service(KvServer::new(api.clone()).max_decoding_message_size(limit))
+        .add_service(LeaseServer::new(api.clone()).max_decoding_message_size(limit))
+        .add_service(MaintenanceServer::new(api.clone()).max_decoding_message_size(limit))
+        .add_service(HealthServer::new(api.clone()).max_decoding_message_size(limit))
+        .add_service(reflection().build_v1().map_err(unusable)?)
+        .add_service(reflection().build_v1alpha().map_err(unusable)?);
+    router = router.routes(routes);
+    Ok(router)
+}
+
+async fn range_answer(api: Api, request: RangeRequest) -> Result<Either<RangeResponse>, Status> {
+    let answer = api.node.range(&request).await.map_err(status)?;
+    if answer.result.held {
+        return answer.collect().map(Either::Message).map_err(status);
+    }
+    Ok(Either::Streamed(stream_answer(answer)))
+}
+
+/// A large answer as one message in pieces: header first, then the pairs, then the rest.
+fn stream_answer(answer: RangeAnswer) -> Streamed {
+    let RangeAnswer { result, pin, keys_only, header } = answer;
+    let head = RangeResponse { header: Some(header), ..RangeResponse::default() }.encode_to_vec();
+    let tail = RangeResponse { more: result.more, count: result.count, ..RangeResponse::default() }.encode_to_vec();
+    let field = |len: usize| 1 + encoded_len_varint(len as u64) + len;
+    let len = head.len() + result.hits.iter().map(|hit| field(hit.len)).sum::<usize>() + tail.len();
+    let hits = result.hits.into_iter();
+    let pieces = futures_util::stream::unfold((hits, pin, Some(tail)), move |(mut hits, pin, mut tail)| {
+        let piece = tail.is_some().then(|| {
+            let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+            while piece.len() < PIECE_BYTES {
+                let Some(hit) = hits.next() else {
+                    piece.put_slice(&tail.take().unwrap_or_default());
+                    break;
+                };
+                let kv = match hit.kv {
+                    Some(kv) => kv,
+                    None => range::answer(pin.store(), hit.revision, keys_only).map_err(status)?,
+                };
+                encode_key(KVS_FIELD, WireType::LengthDelimited, &mut piece);
+                encode_varint(kv.encoded_len() as u64, &mut piece);
+                kv.encode_raw(&mut piece);
+            }
+            Ok(piece.freeze())
+        });
+        async move {
+            match piece? {
+                Ok(piece) => Some((Ok(piece), (hits, pin, tail))),
+                Err(err) => Some((Err(err), (hits, pin, None))),
+            }
+        }
+    });
+    let first = futures_util::stream::once(std::future::ready(Ok(Bytes::from(head))));
+    Streamed { len, chunks: first.chain(pieces).boxed() }
+}

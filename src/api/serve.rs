@@ -1,0 +1,766 @@
+//! Listeners and connections: who may talk to the server, how much of it they may take, and when they are cut off.
+//!
+//! One port speaks HTTP/2 (gRPC, by prior knowledge) and HTTP/1.1 (health, metrics). The first bytes of a connection tell
+//! which. HTTP/2 is driven here, on the `h2` crate itself: one task owns a connection and everything that goes on in it,
+//! and each request is a [`Call`], a future that lives in that task. Many calls that become ready together thus leave in
+//! one write, and to drop the task is to drop all it did.
+//!
+//! ```text
+//!             accept           sniff         HTTP/2: accept streams -> calls -> flush    (one task)
+//! listener  --------->  task  ------->  {
+//!             limit            deadline      HTTP/1: hyper -> http.rs                    (one task)
+//! ```
+//!
+//! A request whose outcome is at hand (a read, a refusal) is answered in the very poll that took it from the socket: no
+//! task is made for it. The others wait side by side in the connection's [`FuturesUnordered`].
+//!
+//! # Invariants
+//! - *Owned*: every task belongs to a [`Serving`]. [`Serving::stop`] returns when all have ended; dropping it ends them.
+//! - *Bounded*: connections, streams, bytes of unfinished requests and bytes of untaken answers have each a named limit. A peer that
+//!   reaches one is made to wait or is refused, or its connection is cut; others do not notice.
+//! - *Live*: a peer that takes nothing is cut after [`WRITE_STALL`] (the whole connection) or [`STREAM_STALL`] (an answer that it
+//!   gives no window for); one that says nothing at first, after [`PREFACE_TIMEOUT`]; one that answers no ping, after the ping's timeout.
+//!
+//! # What a peer can make us hold
+//! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`] of requests whose end is missing,
+//! [`HELD_BYTES_MAX`] of answers (and the one that went beyond), one frame, one header block, and h2's record of each open stream (about 1 KiB,
+//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`] of unfinished requests, [`SERVER_STREAMS_MAX`] streams.
+//!
+//! # Caveats
+//! - A stream that a client opens and then leaves idle stays: an idle Watch is nothing unusual. Dead peers are found by pings.
+//! - A handler's panic ends the connection it came over, and nothing else.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use h2::server::SendResponse;
+use h2::{Ping, PingPong, Reason, RecvStream};
+use http::Request;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::task::TaskTracker;
+
+use super::http::Http;
+use super::unary::{self, Router};
+use crate::error::{Error, Result};
+
+/// Connections of one server at the same time, unless the limit of open files leaves room for fewer. One that comes beyond
+/// it is closed at once, so that its client turns to another member.
+const CONNECTIONS_MAX: usize = 10_000;
+
+/// Open files of the process that are left to everything but connections.
+const FILES_RESERVED: usize = 256;
+
+/// Streams that one connection may have open, if the configuration asks for no fewer; the peer is told so, and its further
+/// requests wait in its own library. A stream beyond what was told is refused (RST_STREAM, REFUSED_STREAM).
+pub(crate) const STREAMS_MAX: u32 = 16_384;
+
+/// Streams of all connections together. A request beyond it is refused with REFUSED_STREAM, which is safe to retry.
+const SERVER_STREAMS_MAX: usize = 262_144;
+
+/// Bytes of one request's headers, decoded. Beyond it the request is answered 431, and a block that goes on for many times
+/// that (HEADERS with CONTINUATION without end) ends the connection.
+const HEADER_LIST_MAX: u32 = 32 << 10;
+
+/// Streams that a peer opens and resets before we have looked at them. One more ends the connection with ENHANCE_YOUR_CALM: so a
+/// "rapid reset" flood ends at once, while a client whose deadlines pass all at the same moment survives.
+const PENDING_RESETS_MAX: usize = 256;
+
+/// Streams that we had to reset because of the peer's errors, over the connection's life; one more ends the connection, as above.
+const ERROR_RESETS_MAX: usize = 1024;
+
+/// Streams that we reset, remembered for [`RESET_MEMORY`] so that frames still under way to them are no error. Beyond it the oldest is
+/// forgotten.
+const RESETS_REMEMBERED: usize = 128;
+const RESET_MEMORY: Duration = Duration::from_secs(1);
+
+/// What a peer may send on one stream before it is read. A larger request is read as it comes.
+const STREAM_WINDOW: u32 = 512 << 10;
+
+/// What a peer may send on a connection before it is read: a few large requests at the same time at full speed.
+const CONNECTION_WINDOW: u32 = 2 << 20;
+
+/// The largest frame we take, which is the smallest that the protocol lets us ask for, and what Go's gRPC sends at most. A frame is
+/// looked at when it is complete, so this is also what a peer can make us hold of an incomplete one.
+const FRAME_MAX: u32 = 16 << 10;
+
+/// Bytes of one stream's answer that h2 keeps ready for the socket. A longer answer waits and comes piece by piece.
+const SEND_BUFFER: usize = 256 << 10;
+
+/// Answers that wait for the peer's window, per connection. Beyond it the connection's further requests wait unread.
+const HELD_BYTES_MAX: usize = 8 << 20;
+
+/// Requests of which a part has come, per connection. Beyond it a request is refused with ResourceExhausted.
+const PARTIAL_BYTES_MAX: usize = 64 << 20;
+
+/// As above, all connections together.
+const SERVER_PARTIAL_BYTES_MAX: usize = 512 << 20;
+
+/// Requests taken from a connection before they are attended to. More wait for the next turn.
+const ACCEPT_BATCH: usize = 256;
+
+/// Turns that a connection takes before it lets the other tasks of its thread run.
+const TURNS_MAX: usize = 8;
+
+/// How long a new connection may take to say which protocol it speaks.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a peer that speaks HTTP/2 may take to answer its first ping, if keepalive is off; it is sent at once, and tells a client from
+/// something that has only sent the preface.
+const FIRST_PONG_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long an HTTP/1 request's head may take, and how long such a connection may idle.
+const HTTP1_HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Headers of an HTTP/1 request, and the bytes of its head. Beyond: 431, and the connection is closed.
+const HTTP1_HEADERS_MAX: usize = 64;
+const HTTP1_HEAD_MAX: usize = 16 << 10;
+
+/// A connection of which the peer takes nothing although there is something to take is cut after this long.
+pub(crate) const WRITE_STALL: Duration = Duration::from_secs(20);
+
+/// An answer for which the peer gives no window, although it may read other things, is abandoned after this long without a byte.
+pub(crate) const STREAM_STALL: Duration = Duration::from_secs(60);
+
+/// How long a request's message may take from its headers to its last byte.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long we wait after `accept` has failed, at first and at most; it doubles from one failure to the next.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(5);
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// What a listener serves. Both: the client port. HTTP alone: a metrics port.
+#[derive(Clone, Default)]
+pub(crate) struct App {
+    pub grpc: Option<Arc<Router>>,
+    pub http: Option<Arc<Http>>,
+}
+
+/// What of the configuration concerns connections.
+#[derive(Clone, Debug)]
+pub(crate) struct ServeOptions {
+    /// Streams per connection; more than [`STREAMS_MAX`] counts as that.
+    pub max_concurrent_streams: u32,
+    /// How often a peer is pinged, and how long it may take to answer; none: never, after the first time.
+    pub keepalive: Option<(Duration, Option<Duration>)>,
+}
+
+/// What all listeners of a server share: the options and what is counted over all connections.
+pub(crate) struct Limits {
+    options: ServeOptions,
+    connections_max: usize,
+    connections: AtomicUsize,
+    pub(super) streams: AtomicUsize,
+    partial: AtomicUsize,
+}
+
+impl Limits {
+    pub fn new(options: ServeOptions) -> Arc<Self> {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let files = files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
+        let connections_max = CONNECTIONS_MAX.min(files.saturating_sub(FILES_RESERVED)).max(16);
+        Arc::new(Limits {
+            options,
+            connections_max,
+            connections: AtomicUsize::new(0),
+            streams: AtomicUsize::new(0),
+            partial: AtomicUsize::new(0),
+        })
+    }
+
+    /// Connections open now.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Requests and streams open now, over all connections.
+    pub fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+}
+
+/// A socket that accepts.
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    /// The path is removed when the listener is dropped.
+    Unix(UnixListener, SocketPath),
+}
+
+/// The file of a listening Unix socket, removed on drop.
+pub(crate) struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Who has removed it already has done no harm.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Listener {
+    /// Listens on an address; port 0 lets the system pick one. Call it on the runtime that will serve.
+    ///
+    /// # Errors
+    /// `Io`, naming the address.
+    pub async fn tcp(addr: SocketAddr) -> Result<Self> {
+        let listener = TcpListener::bind(addr).await;
+        Ok(Listener::Tcp(listener.map_err(|err| Error::io("listening on", addr.to_string(), err))?))
+    }
+
+    /// Listens on a Unix socket. A socket that a server has left behind there is replaced; one that is in use, or another kind of file, is not.
+    ///
+    /// # Errors
+    /// `Io`, naming the path.
+    pub async fn unix(path: &Path) -> Result<Self> {
+        use std::os::unix::fs::FileTypeExt;
+        let fault = |err| Error::io("listening on", path, err);
+        if std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
+            match UnixStream::connect(path).await {
+                Err(err) if err.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(fault)?,
+                _ => return Err(fault(io::ErrorKind::AddrInUse.into())),
+            }
+        }
+        let listener = UnixListener::bind(path).map_err(fault)?;
+        Ok(Listener::Unix(listener, SocketPath(path.to_owned())))
+    }
+
+    /// Where it listens, if that is an internet address.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().ok(),
+            Listener::Unix(..) => None,
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // Answers are written whole; to wait for more to send would only delay them.
+                let _ = stream.set_nodelay(true);
+                Ok(Stream::Tcp(stream))
+            }
+            Listener::Unix(listener, _) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+        }
+    }
+}
+
+/// A listener at work, and the connections it has accepted.
+pub(crate) struct Serving {
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    cut: CancellationToken,
+}
+
+impl Serving {
+    /// Starts to accept, on the runtime it is called on.
+    pub fn start(listener: Listener, limits: Arc<Limits>, app: App) -> Self {
+        let (tasks, stop, cut) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
+        let accept = accept(listener, limits, app, tasks.clone(), stop.clone(), cut.clone());
+        tasks.spawn(accept);
+        Serving { tasks, stop, cut }
+    }
+
+    /// Stops: accepts no more, tells peers to go away, lets requests end for as long as `drain`, then cuts what is left.
+    ///
+    /// Streams that do not end by themselves must be told to by their service; those that are not are cut in the end.
+    pub async fn stop(&self, drain: Duration) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(drain, self.tasks.wait()).await.is_err() {
+            self.cut.cancel();
+            self.tasks.wait().await;
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.cut.cancel();
+        self.tasks.close();
+    }
+}
+
+async fn accept(listener: Listener, limits: Arc<Limits>, app: App, tasks: TaskTracker, stop: CancellationToken, cut: CancellationToken) {
+    let mut pause = ACCEPT_PAUSE;
+    let mut turned_away = 0u64;
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok(stream) => stream,
+            // The peer was gone before we came to it.
+            Err(err) if matches!(err.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => continue,
+            Err(err) => {
+                // No files or no memory: both may be there again in a while, and until then the call fails at once each time.
+                tracing::warn!(error = %err, "accepting a connection");
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(pause) => {}
+                }
+                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+                continue;
+            }
+        };
+        pause = ACCEPT_PAUSE;
+        if limits.connections.load(Ordering::Relaxed) >= limits.connections_max {
+            turned_away += 1;
+            if turned_away.is_power_of_two() {
+                tracing::warn!(limit = limits.connections_max, turned_away, "too many connections");
+            }
+            continue;
+        }
+        let wire = Wire::new(limits.clone());
+        let connection = connection(Io::new(stream, wire.clone()), wire, app.clone(), stop.clone());
+        let cut = cut.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                biased;
+                () = cut.cancelled() => {}
+                () = connection => {}
+            }
+        });
+    }
+}
+
+/// One connection, from its first byte.
+async fn connection(mut io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+    let sniffed = tokio::select! {
+        () = stop.cancelled() => return,
+        sniffed = tokio::time::timeout(PREFACE_TIMEOUT, io.is_http2()) => sniffed,
+    };
+    match sniffed {
+        Ok(Ok(true)) => http2(io, wire, app, stop).await,
+        Ok(Ok(false)) => http1(io, wire, app, stop).await,
+        Ok(Err(err)) => tracing::debug!(error = %err, "a connection ended before it said anything"),
+        Err(_) => tracing::debug!("a connection said nothing"),
+    }
+}
+
+async fn http1(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+    let Some(http) = app.http else { return };
+    let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+        let http = http.clone();
+        // A body would mean nothing to any of the paths; hyper reads over it, or closes the connection.
+        async move { Ok::<_, std::convert::Infallible>(http.answer(request.method(), request.uri()).await.map(http_body_util::Full::new)) }
+    });
+    let mut connection = std::pin::pin!(
+        hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HTTP1_HEAD_TIMEOUT)
+            .max_headers(HTTP1_HEADERS_MAX)
+            .max_buf_size(HTTP1_HEAD_MAX)
+            .serve_connection(TokioIo::new(io), service)
+    );
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(err) = ended {
+                    tracing::debug!(error = %err, "an HTTP/1 connection ended");
+                }
+                return;
+            }
+            () = stop.cancelled(), if !stopping => {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = tokio::time::sleep(WRITE_STALL / 4) => {
+                if wire.stalled() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+    let options = &wire.limits.options;
+    let mut builder = h2::server::Builder::new();
+    builder
+        .max_concurrent_streams(options.max_concurrent_streams.clamp(1, STREAMS_MAX))
+        .max_header_list_size(HEADER_LIST_MAX)
+        .max_pending_accept_reset_streams(PENDING_RESETS_MAX)
+        .max_local_error_reset_streams(Some(ERROR_RESETS_MAX))
+        .max_concurrent_reset_streams(RESETS_REMEMBERED)
+        .reset_stream_duration(RESET_MEMORY)
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME_MAX)
+        .max_send_buffer_size(SEND_BUFFER);
+    let handshake = builder.handshake(io);
+    let mut conn = match tokio::time::timeout(PREFACE_TIMEOUT, handshake).await {
+        Ok(Ok(conn)) => conn,
+        Ok(Err(err)) => return tracing::debug!(error = %err, "an HTTP/2 connection ended before it began"),
+        Err(_) => return tracing::debug!("an HTTP/2 connection did not begin"),
+    };
+    let now = Instant::now();
+    let mut pings = conn.ping_pong();
+    let first = pings.as_mut().and_then(|pings| pings.send_ping(Ping::opaque()).ok());
+    let timeout = options.keepalive.and_then(|(_, timeout)| timeout).unwrap_or(FIRST_PONG_TIMEOUT);
+    let mut peer = Peer {
+        conn,
+        calls: FuturesUnordered::new(),
+        incoming: Vec::new(),
+        app,
+        pings,
+        pong_due: first.map(|()| now + timeout),
+        ping_due: None,
+        alarm: Box::pin(tokio::time::sleep_until(now + timeout)),
+        stop: Box::pin(stop.cancelled_owned()),
+        stopping: false,
+        wire,
+    };
+    if let Err(why) = std::future::poll_fn(|cx| peer.poll(cx)).await {
+        tracing::debug!(why, "an HTTP/2 connection was ended");
+    }
+}
+
+/// One request, from its headers to the last byte of its answer.
+pub(super) type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The other end of an HTTP/2 connection, and all that goes on with it.
+struct Peer {
+    conn: h2::server::Connection<Io, Bytes>,
+    calls: FuturesUnordered<Call>,
+    /// Requests taken but not attended to yet; empty between two polls.
+    incoming: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
+    app: App,
+    wire: Arc<Wire>,
+    pings: Option<PingPong>,
+    /// When the answer to the ping under way is due.
+    pong_due: Option<Instant>,
+    /// When to ping next.
+    ping_due: Option<Instant>,
+    /// Rings at the first of all that is due, or earlier.
+    alarm: Pin<Box<Sleep>>,
+    stop: Pin<Box<WaitForCancellationFutureOwned>>,
+    stopping: bool,
+}
+
+impl Peer {
+    /// Does what can be done. Ready when the connection is over.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), &'static str>> {
+        if !self.stopping && self.stop.as_mut().poll(cx).is_ready() {
+            self.stopping = true;
+            self.conn.graceful_shutdown();
+        }
+        for turn in 0.. {
+            if turn == TURNS_MAX {
+                cx.waker().wake_by_ref();
+                break;
+            }
+            // All that has come is taken before any of it is answered, since h2 writes each time it is asked for more.
+            let ended = self.take_incoming(cx);
+            let mut progress = !self.incoming.is_empty();
+            for (request, respond) in self.incoming.drain(..) {
+                let mut call = unary::call(&self.app, request, respond, &self.wire);
+                if call.as_mut().poll(cx).is_pending() {
+                    self.calls.push(call);
+                }
+            }
+            while let Poll::Ready(Some(())) = self.calls.poll_next_unpin(cx) {
+                progress = true;
+            }
+            if let Some(ended) = ended {
+                return Poll::Ready(ended);
+            }
+            if !progress {
+                break;
+            }
+        }
+        self.poll_time(cx)
+    }
+
+    /// Takes what requests have come, and has h2 read and write. Some when the connection is over.
+    fn take_incoming(&mut self, cx: &mut Context<'_>) -> Option<std::result::Result<(), &'static str>> {
+        while self.incoming.len() < ACCEPT_BATCH {
+            let ended = if self.wire.may_accept() {
+                match self.conn.poll_accept(cx) {
+                    Poll::Ready(Some(Ok(request))) => {
+                        self.incoming.push(request);
+                        continue;
+                    }
+                    Poll::Ready(Some(Err(err))) => Err(err),
+                    Poll::Ready(None) => Ok(()),
+                    Poll::Pending => return None,
+                }
+            } else {
+                match self.conn.poll_closed(cx) {
+                    Poll::Ready(ended) => ended,
+                    Poll::Pending => return None,
+                }
+            };
+            return Some(ended.map_err(|err| {
+                tracing::debug!(error = %err, "an HTTP/2 connection failed");
+                "error"
+            }));
+        }
+        None
+    }
+
+    /// Pings, pongs and stalls.
+    fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), &'static str>> {
+        if self.pong_due.is_some()
+            && let Some(pings) = &mut self.pings
+            && pings.poll_pong(cx).is_ready()
+        {
+            self.pong_due = None;
+            self.ping_due = self.wire.limits.options.keepalive.map(|(interval, _)| Instant::now() + interval);
+        }
+        loop {
+            let stall_due = self.wire.blocked_since().map(|since| since + WRITE_STALL);
+            let due = [self.pong_due, self.ping_due, stall_due].into_iter().flatten().min();
+            match due {
+                // A deadline that has moved away is found when the alarm rings for the old one.
+                Some(due) if due < self.alarm.deadline() || self.alarm.is_elapsed() => self.alarm.as_mut().reset(due),
+                Some(_) => {}
+                None if self.alarm.is_elapsed() => return Poll::Pending,
+                None => {}
+            }
+            ready!(self.alarm.as_mut().poll(cx));
+            let now = Instant::now();
+            if self.pong_due.is_some_and(|due| due <= now) {
+                return Poll::Ready(Err("it has answered no ping"));
+            }
+            if stall_due.is_some_and(|due| due <= now) {
+                return Poll::Ready(Err("it has taken nothing"));
+            }
+            if self.ping_due.is_some_and(|due| due <= now) {
+                self.ping_due = None;
+                let sent = self.pings.as_mut().is_some_and(|pings| pings.send_ping(Ping::opaque()).is_ok());
+                let timeout = self.wire.limits.options.keepalive.and_then(|(_, timeout)| timeout);
+                self.pong_due = timeout.filter(|_| sent).map(|timeout| now + timeout);
+                // So that h2 writes it.
+                cx.waker().wake_by_ref();
+            }
+        }
+    }
+}
+
+/// What is counted of one connection, shared by its task and its calls.
+pub(super) struct Wire {
+    limits: Arc<Limits>,
+    opened: Instant,
+    /// Milliseconds from `opened` to when the socket would take no more, and 1; 0 while it takes.
+    blocked: AtomicU64,
+    held: AtomicUsize,
+    partial: AtomicUsize,
+}
+
+impl Wire {
+    fn new(limits: Arc<Limits>) -> Arc<Self> {
+        limits.connections.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Wire {
+            limits,
+            opened: Instant::now(),
+            blocked: AtomicU64::new(0),
+            held: AtomicUsize::new(0),
+            partial: AtomicUsize::new(0),
+        })
+    }
+
+    /// Whether further requests are taken: not from a peer that does not take what it has asked for.
+    fn may_accept(&self) -> bool {
+        self.blocked.load(Ordering::Relaxed) == 0 && self.held.load(Ordering::Relaxed) < HELD_BYTES_MAX
+    }
+
+    fn blocked_since(&self) -> Option<Instant> {
+        let blocked = self.blocked.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.opened + Duration::from_millis(blocked))
+    }
+
+    fn stalled(&self) -> bool {
+        self.blocked_since().is_some_and(|since| since.elapsed() >= WRITE_STALL)
+    }
+
+    fn note_write(&self, outcome: &Poll<io::Result<usize>>) {
+        let now = match outcome {
+            Poll::Ready(_) => 0,
+            Poll::Pending if self.blocked.load(Ordering::Relaxed) != 0 => return,
+            Poll::Pending => self.opened.elapsed().as_millis() as u64 + 1,
+        };
+        self.blocked.store(now, Ordering::Relaxed);
+    }
+
+    /// Counts an answer that waits, until the guard is dropped.
+    pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        Held { wire: self.clone(), bytes }
+    }
+
+    /// Counts a stream, until the guard is dropped; none if there are too many.
+    pub fn open_stream(self: &Arc<Self>) -> Option<OpenStream> {
+        let open = OpenStream(self.clone());
+        (self.limits.streams.fetch_add(1, Ordering::Relaxed) < SERVER_STREAMS_MAX).then_some(open)
+    }
+
+    /// For the bytes of a request of which not all have come.
+    pub fn partial(self: &Arc<Self>) -> Partial {
+        Partial { wire: self.clone(), bytes: 0 }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.limits.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An open stream is counted while this lives.
+pub(super) struct OpenStream(Arc<Wire>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.limits.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of an answer are counted while this lives.
+pub(super) struct Held {
+    wire: Arc<Wire>,
+    bytes: usize,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.wire.held.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of an unfinished request are counted while this lives.
+pub(super) struct Partial {
+    wire: Arc<Wire>,
+    bytes: usize,
+}
+
+impl Partial {
+    /// Counts more; false if that is too many, of this connection or of all.
+    pub fn grow(&mut self, bytes: usize) -> bool {
+        self.bytes += bytes;
+        let here = self.wire.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let all = self.wire.limits.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        here <= PARTIAL_BYTES_MAX && all <= SERVER_PARTIAL_BYTES_MAX
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        self.wire.partial.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.wire.limits.partial.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// A connection's bytes: first those that were read to find out what it speaks, then the socket's. It notes when the peer takes none.
+struct Io {
+    read: Bytes,
+    stream: Stream,
+    wire: Arc<Wire>,
+}
+
+/// The first bytes of every HTTP/2 connection.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+impl Io {
+    fn new(stream: Stream, wire: Arc<Wire>) -> Self {
+        Io { read: Bytes::new(), stream, wire }
+    }
+
+    /// Reads until it is known whether HTTP/2 is spoken; what was read is read again afterwards.
+    ///
+    /// # Errors
+    /// The connection ended, or failed, before that.
+    async fn is_http2(&mut self) -> io::Result<bool> {
+        let mut seen = [0; PREFACE.len()];
+        let mut len = 0;
+        while len < PREFACE.len() && PREFACE.starts_with(&seen[..len]) {
+            let read = match &mut self.stream {
+                Stream::Tcp(stream) => stream.read(&mut seen[len..]).await?,
+                Stream::Unix(stream) => stream.read(&mut seen[len..]).await?,
+            };
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            len += read;
+        }
+        self.read = Bytes::copy_from_slice(&seen[..len]);
+        Ok(seen[..len] == PREFACE[..])
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.read.has_remaining() {
+            let len = self.read.len().min(buf.remaining());
+            buf.put_slice(&self.read.split_to(len));
+            return Poll::Ready(Ok(()));
+        }
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let outcome = match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        };
+        self.wire.note_write(&outcome);
+        outcome
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let outcome = match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        };
+        self.wire.note_write(&outcome);
+        outcome
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Abandons a stream with a reason.
+pub(super) fn refuse(mut respond: SendResponse<Bytes>) {
+    respond.send_reset(Reason::REFUSED_STREAM);
+}

@@ -1,0 +1,291 @@
+//! The background writer: one thread that takes applied state to the storage and keeps the storage in shape.
+//!
+//! Nothing a client waits for happens here. What has been applied is in memory, and in the Raft log on disk; this thread
+//! packs it into the storage every [`WRITE_INTERVAL`], syncs it every [`SYNC_INTERVAL`] so that the log may be cut off
+//! below, carries out compactions, and gives space back. Each of its steps is bounded, so that it can turn to the next
+//! matter, and stop, within milliseconds.
+//!
+//! ```text
+//! apply -> tail (memory) --write_out--> storage --sync--> durable up to entry 900 -> the log before 900 may go
+//! ```
+//!
+//! # When the disk is full
+//! Writing out fails, and the tail stays in memory; [`Background::is_full`] tells the node, which then refuses requests
+//! that need space and goes on with those that free it. Every [`FULL_RETRY`] the storage is opened anew and the write is
+//! tried again; once it succeeds, all is as before. Any other failure is final: the member stops.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{oneshot, watch};
+
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::mvcc::Store;
+use crate::storage::Backend;
+
+/// How long applied state waits in memory before it is written out.
+const WRITE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long written state waits before it is synced, and with it the longest stretch of log that a start replays.
+const SYNC_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Records in memory after which the writer is woken before its time.
+pub(crate) const WAKE_RECORDS: usize = 10_000;
+
+/// How long to wait before trying a full disk again.
+const FULL_RETRY: Duration = Duration::from_millis(500);
+
+/// Steps of compaction between two writes: about 20 ms of work.
+const COMPACT_STEPS: usize = 64;
+
+/// Bytes that one step of tidying up may rewrite.
+const STEP_BYTES: usize = 1 << 20;
+
+/// The storage is rewritten into fresh files when it takes more than two and a half times its live bytes and this on disk,
+/// and has grown well beyond what the last rewrite left.
+const REWRITE_BYTES_MIN: u64 = 64 << 20;
+
+/// What the thread tells the node.
+pub(crate) trait Events: Send + 'static {
+    /// The state is on disk up to the entry that these bytes were committed with.
+    fn durable(&self, applied: Bytes);
+    /// The storage has failed for good.
+    fn failed(&self, err: Error);
+}
+
+#[derive(Default)]
+struct Wants {
+    stop: bool,
+    wake: bool,
+    sync: Vec<oneshot::Sender<Result<()>>>,
+    defragment: Vec<oneshot::Sender<Result<()>>>,
+}
+
+struct Shared {
+    wants: Mutex<Wants>,
+    woken: Condvar,
+    full: AtomicBool,
+    compacted: watch::Sender<i64>,
+}
+
+/// A handle on the thread; [`stop`](Self::stop) joins it.
+pub(crate) struct Background {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Background {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// `Io` when the system gives no thread.
+    pub fn start(store: Arc<Store>, backend: Arc<dyn Backend>, events: impl Events, name: &str) -> Result<Background> {
+        let compacted = watch::Sender::new(store.compaction_done());
+        let shared = Arc::new(Shared { wants: Mutex::default(), woken: Condvar::new(), full: AtomicBool::new(false), compacted });
+        let worker = Worker {
+            store,
+            backend,
+            events: Box::new(events),
+            shared: shared.clone(),
+            dirty: false,
+            rewriting: Vec::new(),
+            copying: false,
+            rewritten: 0,
+            failed: false,
+        };
+        let thread = std::thread::Builder::new().name(format!("quorate-store-{name}")).spawn(move || worker.run());
+        let thread = thread.map_err(|err| Error::io("starting the background writer of", name, err))?;
+        Ok(Background { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Whether the disk was full when the state was last written out.
+    pub fn is_full(&self) -> bool {
+        self.shared.full.load(Ordering::Relaxed)
+    }
+
+    /// Has the thread look around now: there is much to write, or a compaction to do.
+    pub fn wake(&self) {
+        lock(&self.shared.wants).wake = true;
+        self.shared.woken.notify_one();
+    }
+
+    /// Returns when everything applied before the call is on disk.
+    pub async fn sync(&self) -> Result<()> {
+        self.ask(|wants, done| wants.sync.push(done)).await
+    }
+
+    /// Rewrites the storage into fresh files that take no more than they need, while it goes on being used.
+    pub async fn defragment(&self) -> Result<()> {
+        self.ask(|wants, done| wants.defragment.push(done)).await
+    }
+
+    async fn ask(&self, want: impl FnOnce(&mut Wants, oneshot::Sender<Result<()>>)) -> Result<()> {
+        let (done, wait) = oneshot::channel();
+        {
+            let mut wants = lock(&self.shared.wants);
+            if wants.stop {
+                return Err(Error::Stopped);
+            }
+            want(&mut wants, done);
+        }
+        self.shared.woken.notify_one();
+        wait.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    /// The revision up to which compactions have been carried out, as it moves.
+    pub fn compacted(&self) -> watch::Receiver<i64> {
+        self.shared.compacted.subscribe()
+    }
+
+    /// Writes out and syncs what there is, and joins the thread. It blocks: not for async threads.
+    pub fn stop(&self) {
+        lock(&self.shared.wants).stop = true;
+        self.shared.woken.notify_one();
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            // A panic in it has been reported by the panic hook; there is nothing left to do about it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+struct Worker {
+    store: Arc<Store>,
+    backend: Arc<dyn Backend>,
+    events: Box<dyn Events>,
+    shared: Arc<Shared>,
+    /// Something was written since the last sync.
+    dirty: bool,
+    /// Who waits for the rewrite under way.
+    rewriting: Vec<oneshot::Sender<Result<()>>>,
+    /// A rewrite is under way; and what the storage took on disk after the last one, in bytes.
+    copying: bool,
+    rewritten: u64,
+    failed: bool,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut since_sync = Duration::ZERO;
+        let mut busy = false;
+        loop {
+            let wait = if self.shared.full.load(Ordering::Relaxed) { FULL_RETRY } else { WRITE_INTERVAL };
+            let (stop, syncs, defragments) = self.wait(if busy { Duration::ZERO } else { wait });
+            since_sync += wait;
+            let ask_rewrite = !defragments.is_empty();
+            self.rewriting.extend(defragments);
+            let must_sync = stop || !syncs.is_empty() || ask_rewrite || since_sync >= SYNC_INTERVAL;
+            let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
+            if must_sync {
+                since_sync = Duration::ZERO;
+            }
+            for done in syncs {
+                // Who asked may have gone away; that changes nothing.
+                let _ = done.send(written.clone());
+            }
+            if stop {
+                return;
+            }
+            busy = match written {
+                Ok(()) => match self.tidy(ask_rewrite) {
+                    Ok(busy) => busy,
+                    Err(err) => self.fault(err),
+                },
+                Err(err) => self.fault(err),
+            };
+        }
+    }
+
+    /// Sleeps until it is time, or somebody wants something.
+    #[allow(clippy::type_complexity)]
+    fn wait(&self, wait: Duration) -> (bool, Vec<oneshot::Sender<Result<()>>>, Vec<oneshot::Sender<Result<()>>>) {
+        let mut wants = lock(&self.shared.wants);
+        if !wants.stop && !wants.wake && wants.sync.is_empty() && wants.defragment.is_empty() && !wait.is_zero() {
+            wants = self.shared.woken.wait_timeout(wants, wait).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+        wants.wake = false;
+        (wants.stop, std::mem::take(&mut wants.sync), std::mem::take(&mut wants.defragment))
+    }
+
+    /// Writes out what was applied, and syncs if it is time. A full disk is waited out here, up to the next round.
+    fn write(&mut self, sync: bool) -> Result<()> {
+        if self.shared.full.load(Ordering::Relaxed) {
+            // The handle that failed takes no more; a new one may find space.
+            self.backend.reopen()?;
+        }
+        while self.store.history().write_out()? {
+            self.dirty = true;
+        }
+        if sync && self.dirty {
+            if let Some(applied) = self.store.history().sync()? {
+                self.events.durable(applied);
+            }
+            self.dirty = false;
+        }
+        if self.shared.full.swap(false, Ordering::Relaxed) {
+            tracing::info!("the disk takes writes again");
+        }
+        Ok(())
+    }
+
+    /// Notes a failure. A full disk passes; everything else is final.
+    fn fault(&mut self, err: Error) -> bool {
+        if self.failed {
+            return false;
+        }
+        if err.is_disk_full() {
+            if !self.shared.full.swap(true, Ordering::Relaxed) {
+                tracing::error!(error = %err, "the disk is full: writes that need space are refused until it is not");
+            }
+        } else {
+            self.failed = true;
+            tracing::error!(error = %err, "the storage has failed");
+            self.events.failed(err.clone());
+        }
+        for done in self.rewriting.drain(..) {
+            let _ = done.send(Err(err.clone()));
+        }
+        false
+    }
+
+    /// Compacts, collects and rewrites, a bounded piece of each. Returns whether there is more to do at once.
+    fn tidy(&mut self, ask_rewrite: bool) -> Result<bool> {
+        let mut busy = false;
+        for step in 0..COMPACT_STEPS {
+            if !self.store.compact_step()? {
+                break;
+            }
+            busy = step + 1 == COMPACT_STEPS;
+        }
+        self.shared
+            .compacted
+            .send_if_modified(|done| std::mem::replace(done, self.store.compaction_done()) != self.store.compaction_done());
+        busy |= self.store.history().collect(STEP_BYTES)?;
+        let stats = self.store.history().stats();
+        let wasteful = stats.disk_bytes > stats.live_bytes / 2 * 5 + REWRITE_BYTES_MIN && stats.disk_bytes > self.rewritten / 5 * 7;
+        if ask_rewrite || (wasteful && !busy) {
+            self.backend.start_rewrite()?;
+        }
+        let more = self.backend.rewrite_step(STEP_BYTES)?;
+        if !more && self.copying {
+            self.rewritten = self.backend.disk_bytes();
+        }
+        self.copying = more;
+        if !more {
+            for done in self.rewriting.drain(..) {
+                let _ = done.send(Ok(()));
+            }
+        }
+        Ok(busy || more)
+    }
+}

@@ -1,0 +1,167 @@
+//! Two error types for the whole crate.
+//!
+//! [`Error`] is what the host program and the operator see: a start that failed, a file that is damaged, a member that
+//! has stopped. It always names what was being done and where.
+//!
+//! [`ApplyError`] is the *deterministic* outcome of a request: every member that applies the same log entry to the same
+//! state gets the same one. Its codes and texts are etcd's, because etcd's client libraries match on the text. Anything
+//! else that goes wrong while applying is not an answer but a fault, and stops the member.
+//!
+//! ```
+//! use quorate::ApplyError;
+//! assert_eq!(ApplyError::Compacted.to_string(), "etcdserver: mvcc: required revision has been compacted");
+//! assert_eq!(ApplyError::Compacted.code(), 11); // OutOfRange
+//! ```
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result with the crate's [`Error`], unless another is named.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong with a server or a client, apart from what disks and networks do to a single request.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting is missing, malformed or contradicts another. The text names the setting and the value.
+    #[error("invalid configuration: {0}")]
+    Config(String),
+
+    /// An operating-system call failed. `what` says which step, `path` on which file or directory.
+    #[error("{what} {}: {source}", path.display())]
+    Io { what: &'static str, path: PathBuf, source: std::sync::Arc<io::Error> },
+
+    /// Bytes on disk are not what was written there. Nothing has been changed; `what` says what was found.
+    #[error("{} is damaged at byte {offset}: {what}", path.display())]
+    Corrupt { path: PathBuf, offset: u64, what: String },
+
+    /// A file or directory was written by a newer release, or is not this crate's at all.
+    #[error("{}: {what}", path.display())]
+    Format { path: PathBuf, what: String },
+
+    /// Another process, or another server in this process, holds the data directory.
+    #[error("{} is in use by another server", path.display())]
+    Locked { path: PathBuf },
+
+    /// The request was carried out, or refused, with one of etcd's own outcomes.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+
+    /// The member has stopped or is stopping, and takes no requests.
+    #[error("etcdserver: server stopped")]
+    Stopped,
+
+    /// The member stopped by itself because it could no longer keep its promises; the text says what failed.
+    #[error("the member has failed: {0}")]
+    Failed(String),
+
+    /// The request could not be completed in time; a write may or may not have happened.
+    #[error("etcdserver: request timed out")]
+    Timeout,
+}
+
+impl Error {
+    /// An [`Error::Io`] that says what was done to which path.
+    pub(crate) fn io(what: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
+        Error::Io { what, path: path.as_ref().to_owned(), source: std::sync::Arc::new(source) }
+    }
+
+    /// Whether the cause is a full disk (ENOSPC or EDQUOT), which a member survives, unlike any other write error.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        matches!(self, Error::Io { source, .. }
+            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+    }
+}
+
+/// gRPC status codes, by their numbers on the wire.
+mod code {
+    pub const UNKNOWN: i32 = 2;
+    pub const INVALID_ARGUMENT: i32 = 3;
+    pub const NOT_FOUND: i32 = 5;
+    pub const RESOURCE_EXHAUSTED: i32 = 8;
+    pub const FAILED_PRECONDITION: i32 = 9;
+    pub const OUT_OF_RANGE: i32 = 11;
+    pub const UNIMPLEMENTED: i32 = 12;
+    pub const UNAVAILABLE: i32 = 14;
+    pub const DATA_LOSS: i32 = 15;
+}
+
+/// Declares [`ApplyError`] from one table of name, code and text, so that the three cannot drift apart.
+macro_rules! apply_errors {
+    ($($(#[$doc:meta])* $name:ident = $code:ident, $text:literal;)*) => {
+        /// An outcome that etcd defines, with etcd's gRPC code and text.
+        ///
+        /// Source: etcd's `api/v3rpc/rpctypes/error.go`, where the table of codes and texts stands.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+        #[non_exhaustive]
+        pub enum ApplyError {
+            $($(#[$doc])* #[error($text)] $name,)*
+        }
+
+        impl ApplyError {
+            /// The gRPC status code, as its number on the wire.
+            pub fn code(self) -> i32 {
+                match self { $(ApplyError::$name => code::$code,)* }
+            }
+        }
+    };
+}
+
+apply_errors! {
+    /// A request without a key.
+    EmptyKey = INVALID_ARGUMENT, "etcdserver: key is not provided";
+    /// `ignore_value` or `ignore_lease` on a key that does not exist.
+    KeyNotFound = INVALID_ARGUMENT, "etcdserver: key not found";
+    /// `ignore_value` together with a value.
+    ValueProvided = INVALID_ARGUMENT, "etcdserver: value is provided";
+    /// `ignore_lease` together with a lease.
+    LeaseProvided = INVALID_ARGUMENT, "etcdserver: lease is provided";
+    /// More compares or operations than `max-txn-ops`.
+    TooManyOps = INVALID_ARGUMENT, "etcdserver: too many operations in txn request";
+    /// Two operations of one Txn write the same key.
+    DuplicateKey = INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request";
+    /// A sort order or target that is not in its enum.
+    InvalidSortOption = INVALID_ARGUMENT, "etcdserver: invalid sort option";
+    /// An alarm action or type that is not in its enum.
+    InvalidAlarm = INVALID_ARGUMENT, "etcdserver: invalid alarm request";
+    /// A proposal larger than `max-request-bytes`.
+    RequestTooLarge = INVALID_ARGUMENT, "etcdserver: request is too large";
+    /// Auth is not there to be used yet.
+    AuthNotEnabled = FAILED_PRECONDITION, "etcdserver: authentication is not enabled";
+    /// The revision lies below the last compaction.
+    Compacted = OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted";
+    /// The revision lies above the newest one.
+    FutureRevision = OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision";
+    /// A lease TTL above 9,000,000,000 seconds.
+    LeaseTtlTooLarge = OUT_OF_RANGE, "etcdserver: too large lease TTL";
+    /// The space quota is used up; only requests that need no space are taken.
+    NoSpace = RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded";
+    /// A Txn or a DeleteRange whose answer would not fit in memory; etcd has no such limit and may die of it.
+    ResponseTooLarge = RESOURCE_EXHAUSTED, "etcdserver: response is too large";
+    /// More requests wait than the member takes.
+    TooManyRequests = RESOURCE_EXHAUSTED, "etcdserver: too many requests";
+    /// No lease of that id.
+    LeaseNotFound = NOT_FOUND, "etcdserver: requested lease not found";
+    /// No member of that id.
+    MemberNotFound = NOT_FOUND, "etcdserver: member not found";
+    /// A lease of that id is there already.
+    LeaseExists = FAILED_PRECONDITION, "etcdserver: lease already exists";
+    /// The member is not the leader.
+    NotLeader = FAILED_PRECONDITION, "etcdserver: not leader";
+    /// A capability that is not built.
+    NotCapable = UNAVAILABLE, "etcdserver: not capable";
+    /// The cluster has no leader.
+    NoLeader = UNAVAILABLE, "etcdserver: no leader";
+    /// The leader changed before the request was committed.
+    LeaderChanged = UNAVAILABLE, "etcdserver: leader changed";
+    /// The member has stopped.
+    Stopped = UNAVAILABLE, "etcdserver: server stopped";
+    /// The request was not finished in time.
+    Timeout = UNAVAILABLE, "etcdserver: request timed out";
+    /// A member's data differs from the others'.
+    Corrupt = DATA_LOSS, "etcdserver: corrupt cluster";
+    /// An RPC that is not built yet.
+    Unimplemented = UNIMPLEMENTED, "etcdserver: not implemented";
+    /// A fault that has no code of its own.
+    Internal = UNKNOWN, "etcdserver: internal error";
+}

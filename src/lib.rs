@@ -1,0 +1,88 @@
+//! An etcd-v3-compatible key-value store that lives inside the process that needs it.
+//!
+//! quorate is a *library* first: [`Server::start`] makes a member of a cluster out of a [`Config`], [`Server::client`] calls
+//! it without a socket. It is also an etcd: the same server speaks etcd's gRPC API on its client port, and the binary of the
+//! same name takes etcd's flags, so that etcdctl, every etcd client library, and programs built on them work unchanged.
+//!
+//! # Ten lines
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+//! # let dir = tempfile::tempdir()?;
+//! let mut config = quorate::Config::default();
+//! config.data_dir = Some(dir.path().join("data"));
+//! config.listen_client_urls = vec!["http://127.0.0.1:0".parse()?]; // or none: no socket at all
+//! config.listen_peer_urls = vec![];
+//! let server = quorate::Server::start(config).await?;
+//! let client = server.client();
+//! client.put("volumes/a", "3 replicas").await?; // returns when it is on disk
+//! let volume = client.get("volumes/a").await?.expect("it was just put");
+//! assert_eq!((&volume.value[..], volume.version), (&b"3 replicas"[..], 1));
+//! server.shutdown().await?; // ports, files, locks and threads are given up
+//! # Ok(())
+//! # })
+//! # }
+//! ```
+//!
+//! # What it promises
+//! - An acknowledged write is on disk. After a failed write to the log the member stops and says so; it never goes on as if
+//!   nothing had happened.
+//! - Every file is checksummed. Damage is refused with the name of the file and what was found, never served.
+//! - Reads are linearizable unless asked to be `serializable`; watches get every event once, in order.
+//! - Nothing that a client sends makes a member panic. Nothing here exits the process, installs a logger or a signal handler,
+//!   or leaves a task behind after [`Server::shutdown`]. Log lines go to [`tracing`].
+//!
+//! # The house
+//! From the ground up; each room uses only those below it (a test, `tests/layers.rs`, sees to that).
+//!
+//! | room | what it is |
+//! |---|---|
+//! | `error`, `proto` | two error enums; etcd's messages |
+//! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
+//! | `config`, `lease`, `metrics` | what a member is told; leases, without a clock; what it tells |
+//! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
+//! | `snapshot` | the format of backups |
+//! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
+//! | `background` | the thread that takes applied state to the storage and keeps it in shape |
+//! | `node` | requests in, outcomes out; everything that waits or happens by itself |
+//! | `api/` | the wire: etcd's services, HTTP, connections |
+//! | `client`, `server` | calls without a wire; a member, whole |
+//!
+//! ## A put
+//! `api/unary` decodes it, `node` checks it and queues it; all that is queued becomes one Raft entry, which `raft/log` hands
+//! to `storage/wal` for one write and one fsync. Once it is committed, `raft/apply` runs it through `mvcc/txn`: the record goes
+//! to the history's tail in memory, its revision to the index, its event to the watch hub, and the answer back to the caller.
+//! A tenth of a second later `background` writes the tail to the storage, as one batch with the log id.
+//!
+//! ## A watch event
+//! `raft/apply` publishes the commit, `mvcc/watch` finds the watchers and hands each a pointer, `api/watch` copies the event's
+//! bytes, encoded once for all of them, into the stream.
+#![forbid(unsafe_code)]
+
+mod api;
+mod background;
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod client;
+pub mod config;
+mod error;
+mod lease;
+mod lock;
+pub mod metrics;
+mod mvcc;
+mod node;
+pub mod proto;
+mod raft;
+mod server;
+// For the fuzz targets, which are a crate of their own; no part of the API.
+#[doc(hidden)]
+pub mod snapshot;
+#[doc(hidden)]
+pub mod storage;
+#[cfg(test)]
+mod testing;
+
+pub use client::Client;
+pub use config::{Config, Url};
+pub use error::{ApplyError, Error, Result};
+pub use server::Server;

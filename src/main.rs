@@ -1,0 +1,113 @@
+//! The binary: flags, variables and file -> [`Config`](quorate::Config) -> [`Server`].
+//!
+//! Exit codes: 0 after help, version, or a stop that was asked for by SIGTERM or SIGINT; 1 when the server did not start or stopped by
+//! itself; 2 when the configuration is wrong, before anything was touched. A second signal ends the process at once, with 128 plus its
+//! number: whatever was acknowledged is on disk already.
+#![forbid(unsafe_code)]
+
+mod logging;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use quorate::cli::{self, Action, Run};
+use quorate::{Error, Server};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// Exit code for a wrong configuration, as for etcd's wrong flags.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os().skip(1), std::env::vars_os(), cli::read_config_file) {
+        Ok(Action::Print(text)) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Ok(Action::Run(run)) => serve(*run),
+        Err(error) => {
+            // Not println: whoever closed the pipe has read enough, and that is no reason to panic.
+            let _ = writeln!(std::io::stderr(), "quorate: {error}\n`quorate --help` lists the flags.");
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
+}
+
+fn serve(run: Run) -> ExitCode {
+    if let Err(error) = logging::install(&run.log, SystemTime::now) {
+        let _ = writeln!(std::io::stderr(), "quorate: {error}");
+        return ExitCode::FAILURE;
+    }
+    for note in &run.notes {
+        if note.is_warning {
+            tracing::warn!("{}", note.text);
+        } else {
+            tracing::info!("{}", note.text);
+        }
+    }
+    let served = watch_signals().and_then(|asked| new_runtime("the main thread")?.block_on(run_server(run, asked)));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "the server failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs until asked to stop. A signal that comes during the start waits for its end: a half-started server has nothing to lose, but a
+/// start that is broken off has everything to do again.
+async fn run_server(run: Run, asked: oneshot::Receiver<&'static str>) -> Result<(), Error> {
+    let server = Server::start(run.config).await?;
+    tokio::select! {
+        biased;
+        result = server.stopped() => return result,
+        signal = asked => tracing::info!(signal = signal.unwrap_or("none"), "received signal, shutting down"),
+    }
+    server.shutdown().await?;
+    tracing::info!("server stopped");
+    Ok(())
+}
+
+/// Tells of the first SIGTERM or SIGINT; the second ends the process.
+///
+/// On a thread and a runtime of its own, so that the second one is heard even while the main thread is stuck.
+fn watch_signals() -> Result<oneshot::Receiver<&'static str>, Error> {
+    let (tell, asked) = oneshot::channel();
+    let runtime = new_runtime("the signal handler")?;
+    let listen = |kind| {
+        let _inside = runtime.enter();
+        signal(kind).map_err(|error| failed("the signal handler", &error))
+    };
+    let (mut term, mut int) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let wait = move || {
+        runtime.block_on(async move {
+            let (first, _) = next(&mut term, &mut int).await;
+            // If nobody listens any more the process is about to end anyway.
+            let _ = tell.send(first);
+            let (_, number) = next(&mut term, &mut int).await;
+            std::process::exit(128 + number);
+        });
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(|error| failed("the signal handler", &error))?;
+    Ok(asked)
+}
+
+/// The next signal's name and number.
+async fn next(term: &mut Signal, int: &mut Signal) -> (&'static str, i32) {
+    tokio::select! {
+        _ = term.recv() => ("terminated", SignalKind::terminate().as_raw_value()),
+        _ = int.recv() => ("interrupt", SignalKind::interrupt().as_raw_value()),
+    }
+}
+
+/// The main thread and the signal handler only wait; the server has a runtime of its own for its work.
+fn new_runtime(what: &str) -> Result<Runtime, Error> {
+    Builder::new_current_thread().enable_all().build().map_err(|error| failed(what, &error))
+}
+
+fn failed(what: &str, error: &std::io::Error) -> Error {
+    Error::Failed(format!("{what} could not be started: {error}"))
+}

@@ -1,0 +1,319 @@
+//! Range: reading the keys of a range as they stood at one revision, in steps.
+//!
+//! A Range has three phases. *Walk* the index and note where each key's record stands; with a limit the walk stops as
+//! soon as there is enough, since at the newest revision the index counts the rest without visiting it. *Choose*: filter,
+//! sort, cut to the limit; from the index alone wherever it knows enough. *Fetch* the values of what is left.
+//!
+//! ```text
+//! range a..z limit=2 at 7      walk: a@3 c@7 d@5, stop      count: 9, by the tree
+//!                              choose: a@3 c@7, more
+//!                              fetch: two records
+//! ```
+//!
+//! Each phase goes on in bounded steps, so that a Range over millions of keys neither holds the lock for long nor keeps
+//! an I/O thread from others. What it keeps per key until the values are fetched is a [`Hit`], 56 bytes; and of the
+//! values no more than `hold_bytes` are held: beyond that only their sizes are kept, and they are fetched once more when
+//! the answer is written. A huge answer thus costs its list of revisions, never its size.
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::error::{ApplyError, Result};
+use crate::proto::etcdserverpb::RangeRequest;
+use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
+use crate::proto::{EncodedKv, KeyValue};
+use crate::storage::Revision;
+
+use super::index::{Found, Meta};
+use super::tree::Bound;
+use super::{KeyRange, Pin, STEP_KEYS, State, Store, Writer};
+
+/// Bytes of values that one Range holds on to before it is answered; beyond it they are fetched a second time as the
+/// answer is written out.
+pub(crate) const HOLD_BYTES: usize = 8 << 20;
+
+/// Keys that fit one step of a walk that is done on the spot; see [`STEP_KEYS`].
+pub(crate) const INLINE_KEYS: usize = STEP_KEYS;
+
+/// Checks what can be checked of a Range without the store.
+pub(crate) fn check(request: &RangeRequest) -> Result<(), ApplyError> {
+    if request.key.is_empty() {
+        return Err(ApplyError::EmptyKey);
+    }
+    if SortOrder::try_from(request.sort_order).is_err() || SortTarget::try_from(request.sort_target).is_err() {
+        return Err(ApplyError::InvalidSortOption);
+    }
+    Ok(())
+}
+
+/// A key that a Range has found.
+#[derive(Debug)]
+pub(crate) struct Hit {
+    pub revision: Revision,
+    /// Known when the record is the key's current one, or once it has been looked at.
+    meta: Option<Meta>,
+    /// The answer for this key, if it is held.
+    pub kv: Option<EncodedKv>,
+    /// Size of the answer for this key, in bytes, once it was fetched.
+    pub len: usize,
+}
+
+/// Lower and upper bounds on revisions; 0 is no bound.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Filter {
+    min_mod: i64,
+    max_mod: i64,
+    min_create: i64,
+    max_create: i64,
+}
+
+impl Filter {
+    fn passes(&self, modified: i64, created: i64) -> bool {
+        let within = |value: i64, min: i64, max: i64| (min == 0 || value >= min) && (max == 0 || value <= max);
+        within(modified, self.min_mod, self.max_mod) && within(created, self.min_create, self.max_create)
+    }
+}
+
+/// A Range under way. See the module's head.
+#[derive(Debug)]
+pub(crate) struct RangeScan {
+    range: KeyRange,
+    at: i64,
+    limit: usize,
+    sort: Option<(SortTarget, bool)>,
+    /// Whether the limit comes before the sort: so it is when a target is given without an order.
+    sort_what_fits: bool,
+    filter: Filter,
+    keys_only: bool,
+    count_only: bool,
+    hold_bytes: usize,
+    /// The key to go on from; none before the first step.
+    cursor: Option<Vec<u8>>,
+    hits: Vec<Hit>,
+    count: i64,
+}
+
+/// What a Range found.
+#[derive(Debug, Default)]
+pub(crate) struct RangeResult {
+    /// The revision that was read.
+    pub at: i64,
+    pub hits: Vec<Hit>,
+    pub more: bool,
+    /// Keys in the range, whatever the limit and the filters.
+    pub count: i64,
+    /// Whether all of `hits` hold their answers; if not, those without are to be fetched anew.
+    pub held: bool,
+}
+
+impl RangeScan {
+    /// A Range at revision `at`, which the caller has checked and holds. The request has passed [`check`].
+    pub fn new(request: &RangeRequest, at: i64, hold_bytes: usize) -> Self {
+        let order = SortOrder::try_from(request.sort_order).unwrap_or_default();
+        let target = SortTarget::try_from(request.sort_target).unwrap_or_default();
+        let sort = match (order, target) {
+            // The index is in the order of the keys already; and a target without an order means ascending.
+            (SortOrder::None | SortOrder::Ascend, SortTarget::Key) => None,
+            (order, target) => Some((target, order == SortOrder::Descend)),
+        };
+        let filter = Filter {
+            min_mod: request.min_mod_revision,
+            max_mod: request.max_mod_revision,
+            min_create: request.min_create_revision,
+            max_create: request.max_create_revision,
+        };
+        RangeScan {
+            range: KeyRange::new(&request.key, &request.range_end),
+            at,
+            limit: usize::try_from(request.limit).unwrap_or(0),
+            sort,
+            sort_what_fits: order == SortOrder::None,
+            filter,
+            keys_only: request.keys_only,
+            count_only: request.count_only,
+            hold_bytes,
+            cursor: None,
+            hits: Vec::new(),
+            count: 0,
+        }
+    }
+
+    /// Whether the whole range has to be looked at before the first key can be answered.
+    fn selects(&self) -> bool {
+        (self.sort.is_some() && !self.sort_what_fits) || self.filter != Filter::default()
+    }
+
+    /// Walks over at most `max` keys. `newest` is the revision at which the index counts. Returns whether more are left.
+    fn walk(&mut self, state: &State, newest: i64, max: usize) -> bool {
+        let (start, end) = match &self.range {
+            KeyRange::Key(key) => {
+                if let Some(found) = state.index.get(key).and_then(|entry| entry.at(self.at)) {
+                    self.count = 1;
+                    if !self.count_only {
+                        self.hits.push(hit(key.clone(), found, self.keys_only));
+                    }
+                }
+                return false;
+            }
+            KeyRange::Span(start, end) => (start.clone(), end.clone()),
+            KeyRange::From(start) => (start.clone(), Bytes::new()),
+        };
+        let to = if end.is_empty() { Bound::Unbounded } else { Bound::Before(&end) };
+        let wanted = if self.count_only {
+            0
+        } else if self.limit == 0 || self.selects() {
+            usize::MAX
+        } else {
+            // One more than asked for, to see whether there is more.
+            self.limit.saturating_add(1)
+        };
+        let from = self.cursor.take();
+        let mut looked_at = 0;
+        for (key, entry) in state.index.range(from.as_deref().unwrap_or(&start), to) {
+            if self.hits.len() >= wanted && self.at == newest {
+                self.count = i64::try_from(state.index.count_live(&start, to)).unwrap_or(i64::MAX);
+                return false;
+            }
+            if looked_at == max {
+                self.cursor = Some(key.to_vec());
+                return true;
+            }
+            looked_at += 1;
+            if let Some(found) = entry.at(self.at) {
+                self.count += 1;
+                if self.hits.len() < wanted {
+                    let name = if self.keys_only { key.to_vec().into() } else { Bytes::new() };
+                    self.hits.push(hit(name, found, self.keys_only));
+                }
+            }
+        }
+        false
+    }
+
+    /// Filters, sorts and cuts. Returns whether the limit cut anything off.
+    fn choose(&mut self, store: &Store) -> Result<bool> {
+        if self.sort.is_some() || self.selects() {
+            for hit in self.hits.iter_mut().filter(|hit| hit.meta.is_none()) {
+                let kv = decode(store, hit.revision)?;
+                hit.meta = Some(Meta { created: kv.create_revision, version: kv.version, lease: kv.lease });
+            }
+            let filter = &self.filter;
+            self.hits.retain(|hit| filter.passes(hit.revision.main, hit.meta.map_or(0, |meta| meta.created)));
+            if let Some((target, descending)) = self.sort {
+                self.sort(target, descending, store)?;
+            }
+        }
+        let more = self.limit > 0 && self.hits.len() > self.limit;
+        if more {
+            self.hits.truncate(self.limit);
+        }
+        Ok(more)
+    }
+
+    /// Sorts by the target; keys that are equal in it stay in the order of the keys, also when descending, as in etcd.
+    fn sort(&mut self, target: SortTarget, descending: bool, store: &Store) -> Result<()> {
+        let number = |hit: &Hit| match target {
+            SortTarget::Version => hit.meta.map_or(0, |meta| meta.version),
+            SortTarget::Create => hit.meta.map_or(0, |meta| meta.created),
+            SortTarget::Mod => hit.revision.main,
+            SortTarget::Key | SortTarget::Value => 0,
+        };
+        match target {
+            SortTarget::Key if descending => self.hits.reverse(),
+            SortTarget::Key => {}
+            SortTarget::Value => {
+                let mut values = Vec::with_capacity(self.hits.len());
+                for hit in self.hits.drain(..) {
+                    values.push((decode(store, hit.revision)?.value, hit));
+                }
+                values.sort_by(|a, b| if descending { b.0.cmp(&a.0) } else { a.0.cmp(&b.0) });
+                self.hits.extend(values.into_iter().map(|(_, hit)| hit));
+            }
+            _ if descending => self.hits.sort_by_key(|hit| std::cmp::Reverse(number(hit))),
+            _ => self.hits.sort_by_key(number),
+        }
+        Ok(())
+    }
+
+    /// Fetches what is not there yet, holding no more than was agreed.
+    fn fetch(&mut self, store: &Store) -> Result<bool> {
+        let mut held = 0;
+        for hit in &mut self.hits {
+            let kv = match hit.kv.take() {
+                Some(kv) => kv,
+                None => answer(store, hit.revision, self.keys_only)?,
+            };
+            hit.len = kv.encoded_len();
+            held += hit.len;
+            if held <= self.hold_bytes {
+                hit.kv = Some(kv);
+            }
+        }
+        Ok(held <= self.hold_bytes)
+    }
+
+    fn finish(mut self, store: &Store) -> Result<RangeResult> {
+        let more = self.choose(store)?;
+        let held = self.fetch(store)?;
+        Ok(RangeResult { at: self.at, hits: self.hits, more, count: self.count, held })
+    }
+
+    /// Runs within a request that writes, in one go: nobody can pass in between anyway.
+    pub fn run_in(mut self, writer: &Writer<'_>) -> Result<RangeResult> {
+        self.walk(&writer.state, writer.at(), usize::MAX);
+        self.finish(writer.store)
+    }
+
+    /// The first step, on the spot. `Ok` is the whole answer; `Err` gives the scan back when it is longer than that, to
+    /// be [continued](Self::run) where it keeps nobody waiting.
+    pub fn start(mut self, store: &Store) -> Result<Result<RangeResult>, Self> {
+        let more = {
+            let state = store.state();
+            self.walk(&state, state.revision, INLINE_KEYS)
+        };
+        if more { Err(self) } else { Ok(self.finish(store)) }
+    }
+
+    /// The remaining steps, letting go of the lock between them.
+    pub fn run(mut self, pin: &Pin) -> Result<RangeResult> {
+        let store = pin.store();
+        loop {
+            let more = {
+                let state = store.state();
+                self.walk(&state, state.revision, STEP_KEYS)
+            };
+            if !more {
+                return self.finish(store);
+            }
+        }
+    }
+}
+
+/// The record at `revision`, decoded; its key and value share the stored bytes.
+fn decode(store: &Store, revision: Revision) -> Result<KeyValue> {
+    EncodedKv::from_encoded(store.fetch(revision)?.bytes).decode().map_err(|_| store.history().missing(revision))
+}
+
+/// The answer for the key whose record stands at `revision`.
+pub(crate) fn answer(store: &Store, revision: Revision, keys_only: bool) -> Result<EncodedKv> {
+    if keys_only {
+        Ok(EncodedKv::encode(&KeyValue { value: Bytes::new(), ..decode(store, revision)? }))
+    } else {
+        Ok(EncodedKv::from_encoded(store.fetch(revision)?.bytes))
+    }
+}
+
+/// A key found in the index; without values its answer is there at once.
+fn hit(key: Bytes, found: Found, keys_only: bool) -> Hit {
+    let kv = found.meta.filter(|_| keys_only).map(|meta| {
+        EncodedKv::encode(&KeyValue {
+            key: key.clone(),
+            create_revision: meta.created,
+            mod_revision: found.revision.main,
+            version: meta.version,
+            value: Bytes::new(),
+            lease: meta.lease,
+        })
+    });
+    Hit { revision: found.revision, meta: found.meta, kv, len: 0 }
+}

@@ -1,0 +1,828 @@
+//! The node: requests in, outcomes out. Everything that waits, times out or happens by itself is here.
+//!
+//! # A write
+//! [`Node::propose`] queues a command and waits. One task takes all that is queued, makes it one Raft entry and hands it to
+//! openraft, with at most [`IN_FLIGHT`] entries under way: while the disk syncs one batch, the next gathers. The applier
+//! calls each waiter back with its own outcome.
+//!
+//! # A read
+//! A linearizable read waits for [`Node::read_barrier`]. A write is acknowledged only after it was applied here, so the
+//! only voter of a cluster reads what it has at once; others ask a quorum, one round for all that wait. Then it reads the
+//! store without another task in between; a long one goes to a few threads kept for that.
+//!
+//! # By itself
+//! Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
+//! if so configured. The storage is the [background writer's](crate::background) business.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::raft::ClientWriteResult;
+use prost::Message;
+use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::background::{self, Background};
+use crate::config::AutoCompaction;
+use crate::error::{ApplyError, Error, Result};
+use crate::lease::Renewal;
+use crate::lock::lock;
+use crate::mvcc::hash::KvHash;
+use crate::mvcc::range::{HOLD_BYTES, RangeResult, RangeScan};
+use crate::mvcc::watch::Session;
+use crate::mvcc::{Pin, Store, range, txn};
+use crate::proto::etcdserverpb::alarm_request::AlarmAction;
+use crate::proto::etcdserverpb::{
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
+    LeaseCheckpoint, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeRequest, LeaseRevokeResponse, PutRequest, PutResponse, RangeRequest,
+    ResponseHeader, TxnRequest, TxnResponse,
+};
+use crate::proto::internal::{self, command::Op};
+use crate::raft::apply::Machine;
+use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
+use crate::storage::dir::Identity;
+use crate::storage::wal::Wal;
+
+/// Entries of the Raft log under way at the same time. More would make smaller batches, fewer would let the disk rest while
+/// a batch is applied.
+const IN_FLIGHT: usize = 2;
+
+/// Requests that wait to be proposed. Beyond it they are refused with `too many requests`.
+const QUEUE_MAX: usize = 20_000;
+
+/// Bytes of requests that wait to be proposed; beyond it, as above.
+const QUEUE_BYTES_MAX: usize = 32 << 20;
+
+/// Commands, and their bytes, in one entry of the log. What is beyond waits for the next entry.
+const BATCH_MAX: usize = 1024;
+const BATCH_BYTES_MAX: usize = 2 << 20;
+
+/// What a request may wait beside two election timeouts, as in etcd.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Leases revoked in one go. What else has expired waits for these to be gone.
+const REVOKE_MAX: usize = 1000;
+
+/// How long a renewal waits before it looks again whether an expired lease was revoked.
+const EXPIRED_RETRY: Duration = Duration::from_millis(5);
+
+/// How often quota and disk are looked at.
+const WATCHDOG_INTERVAL: Duration = Duration::from_millis(500);
+
+/// An alarm that the quota raised is taken back when no more than this part of the quota is in use, in percent.
+const HEAL_PERCENT: u64 = 90;
+
+/// Log left in the current segment below which nothing is proposed while the disk is full: room for Raft's own entries.
+const LOG_RESERVE_BYTES: u64 = 256 << 10;
+
+/// What etcd adds to a request before it measures it against `max-request-bytes`, about.
+const ENVELOPE_BYTES: usize = 20;
+
+/// What a put costs against the quota beside its key and value, as in etcd.
+const PUT_OVERHEAD: u64 = 256;
+
+/// What of the configuration concerns the node.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeOptions {
+    /// Bytes in use beyond which puts are refused; none is no quota.
+    pub quota_bytes: Option<u64>,
+    pub max_request_bytes: usize,
+    pub max_txn_ops: usize,
+    pub election_timeout: Duration,
+    pub auto_compaction: Option<AutoCompaction>,
+}
+
+/// Whether the member can do its work.
+#[derive(Clone, Debug)]
+pub(crate) enum Health {
+    Running,
+    /// It has stopped because it was told to.
+    Stopped,
+    /// It has stopped because it could not keep its promises.
+    Failed(Error),
+}
+
+struct Waiting {
+    command: internal::Command,
+    answer: oneshot::Sender<Outcome>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<Waiting>,
+    bytes: usize,
+}
+
+/// A member of the cluster. See the module's head.
+pub(crate) struct Node {
+    pub identity: Identity,
+    pub options: NodeOptions,
+    pub machine: Arc<Machine>,
+    raft: Raft,
+    wal: Arc<Wal>,
+    background: Arc<Background>,
+    queue: Mutex<Queue>,
+    queued: Notify,
+    health: watch::Sender<Health>,
+    term: AtomicU64,
+    leader: AtomicU64,
+    /// Whether this member is its cluster's only voter, and leads it: then it reads without asking anyone.
+    alone: AtomicBool,
+    /// Revocations may be due: a lease was granted, or shortened.
+    leases_changed: Notify,
+    /// This member raised NOSPACE because of the quota, and takes it back when there is room again.
+    quota_alarm: AtomicBool,
+    runtime: tokio::runtime::Handle,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// A Range's answer: what was found, and the hold on the revision it was found at.
+pub(crate) struct RangeAnswer {
+    pub result: RangeResult,
+    pub pin: Pin,
+    pub keys_only: bool,
+    pub header: ResponseHeader,
+}
+
+/// Where a backup begins.
+pub(crate) struct BackupStart {
+    pub pin: Pin,
+    pub compacted: i64,
+    pub applied: Option<LogId>,
+    /// What is kept beside the history, by ascending name.
+    pub metas: std::collections::BTreeMap<Vec<u8>, bytes::Bytes>,
+}
+
+impl Node {
+    /// Puts the parts together and starts what happens by itself. Call it on the server's runtime.
+    #[allow(clippy::too_many_arguments)]
+    pub fn start(
+        identity: Identity,
+        options: NodeOptions,
+        machine: Arc<Machine>,
+        raft: Raft,
+        wal: Arc<Wal>,
+        background: Arc<Background>,
+        health: watch::Sender<Health>,
+    ) -> Arc<Node> {
+        let node = Arc::new(Node {
+            identity,
+            options,
+            machine,
+            raft,
+            wal,
+            background,
+            queue: Mutex::default(),
+            queued: Notify::new(),
+            health,
+            term: AtomicU64::new(0),
+            leader: AtomicU64::new(0),
+            alone: AtomicBool::new(false),
+            leases_changed: Notify::new(),
+            quota_alarm: AtomicBool::new(false),
+            runtime: tokio::runtime::Handle::current(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        });
+        node.spawn(node.clone().propose_batches());
+        node.spawn(node.clone().follow_raft());
+        node.spawn(node.clone().revoke_expired());
+        node.spawn(node.clone().watch_space());
+        if let Some(auto) = node.options.auto_compaction.clone() {
+            node.spawn(node.clone().compact_by_itself(auto));
+        }
+        node
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// Ends everything the node does by itself, and refuses what comes.
+    pub async fn stop(&self) {
+        self.health.send_if_modified(|health| {
+            let running = matches!(health, Health::Running);
+            if running {
+                *health = Health::Stopped;
+            }
+            running
+        });
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        let waiting = std::mem::take(&mut *lock(&self.queue)).waiting;
+        drop(waiting);
+        if let Err(err) = self.raft.shutdown().await {
+            tracing::error!(error = %err, "stopping raft");
+        }
+    }
+
+    /// The member stops by itself: it takes no further requests, and says why.
+    pub fn fail(&self, err: Error) {
+        fail(&self.health, err);
+    }
+
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    pub fn store(&self) -> &Arc<Store> {
+        &self.machine.store
+    }
+
+    pub fn background(&self) -> &Background {
+        &self.background
+    }
+
+    pub fn wal(&self) -> &Wal {
+        &self.wal
+    }
+
+    pub fn raft(&self) -> &Raft {
+        &self.raft
+    }
+
+    pub fn term(&self) -> u64 {
+        self.term.load(Ordering::Relaxed)
+    }
+
+    /// The leader's member id; 0 when there is none.
+    pub fn leader(&self) -> u64 {
+        self.leader.load(Ordering::Relaxed)
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.leader() == self.identity.member_id
+    }
+
+    /// A header with this member's ids and the given revision.
+    pub fn header(&self, revision: i64) -> ResponseHeader {
+        ResponseHeader { cluster_id: self.identity.cluster_id, member_id: self.identity.member_id, revision, raft_term: self.term() }
+    }
+
+    /// A header with the newest revision.
+    pub fn header_now(&self) -> ResponseHeader {
+        self.header(self.store().revision())
+    }
+
+    fn complete(&self, header: Option<ResponseHeader>) -> Option<ResponseHeader> {
+        Some(self.header(header.map_or(0, |header| header.revision)))
+    }
+
+    fn check_running(&self) -> Result<()> {
+        match &*self.health.borrow() {
+            Health::Running => Ok(()),
+            Health::Stopped => Err(Error::Stopped),
+            Health::Failed(_) => Err(ApplyError::Stopped.into()),
+        }
+    }
+
+    fn request_timeout(&self) -> Duration {
+        REQUEST_TIMEOUT + 2 * self.options.election_timeout
+    }
+
+    // ---- Writes
+
+    /// Proposes a command and waits until it was applied.
+    ///
+    /// # Errors
+    /// Its outcome, if it is a refusal; `Timeout` when it is not known whether it will be applied; `Stopped` when the
+    /// member stops in the meantime.
+    async fn propose(&self, op: Op) -> Result<Reply> {
+        self.check_running()?;
+        let command = internal::Command { id: 0, op: Some(op) };
+        let bytes = command.encoded_len();
+        if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
+            return Err(ApplyError::RequestTooLarge.into());
+        }
+        if self.wal.space_low() && self.wal.room_bytes() < LOG_RESERVE_BYTES + bytes as u64 {
+            return Err(ApplyError::NoSpace.into());
+        }
+        let (answer, wait) = oneshot::channel();
+        let wake = {
+            let mut queue = lock(&self.queue);
+            if queue.waiting.len() >= QUEUE_MAX || queue.bytes + bytes > QUEUE_BYTES_MAX || self.store().history().is_behind() {
+                return Err(ApplyError::TooManyRequests.into());
+            }
+            queue.bytes += bytes;
+            queue.waiting.push(Waiting { command, answer });
+            queue.waiting.len() == 1
+        };
+        if wake {
+            self.queued.notify_one();
+        }
+        match tokio::time::timeout(self.request_timeout(), wait).await {
+            Ok(Ok(outcome)) => Ok(outcome?),
+            // The member stopped before it knew the outcome.
+            Ok(Err(_)) => Err(ApplyError::Stopped.into()),
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+
+    /// Takes what is queued, as much as makes one entry.
+    fn take_batch(&self) -> Vec<Waiting> {
+        let mut queue = lock(&self.queue);
+        let mut bytes = 0;
+        let mut count = 0;
+        for waiting in queue.waiting.iter().take(BATCH_MAX) {
+            bytes += waiting.command.encoded_len();
+            if count > 0 && bytes > BATCH_BYTES_MAX {
+                break;
+            }
+            count += 1;
+        }
+        if count == queue.waiting.len() {
+            return std::mem::take(&mut *queue).waiting;
+        }
+        let rest = queue.waiting.split_off(count);
+        let batch = std::mem::replace(&mut queue.waiting, rest);
+        queue.bytes = queue.waiting.iter().map(|waiting| waiting.command.encoded_len()).sum();
+        batch
+    }
+
+    async fn propose_batches(self: Arc<Self>) {
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+        loop {
+            self.queued.notified().await;
+            loop {
+                let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+                let batch = self.take_batch();
+                if batch.is_empty() {
+                    break;
+                }
+                let (commands, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.command, waiting.answer)).unzip();
+                let answer = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
+                    drop(place);
+                    match result {
+                        Ok(response) => {
+                            for (answer, outcome) in answers.into_iter().zip(response.data) {
+                                // Who asked may have given up waiting.
+                                let _ = answer.send(outcome);
+                            }
+                        }
+                        Err(_) => {
+                            // Not the leader (any more): nothing of the batch was appended.
+                            for answer in answers {
+                                let _ = answer.send(Err(ApplyError::NoLeader));
+                            }
+                        }
+                    }
+                }));
+                if let Err(err) = self.raft.client_write_ff(Proposal { commands: Arc::new(commands) }, Some(answer)).await {
+                    self.fail(Error::Failed(err.to_string()));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Refuses what needs space, while there is none.
+    async fn check_space(&self, cost: u64) -> Result<()> {
+        if self.machine.has_alarm(AlarmType::Corrupt) {
+            return Err(ApplyError::Corrupt.into());
+        }
+        if self.machine.has_alarm(AlarmType::Nospace) || self.background.is_full() || self.wal.space_low() {
+            return Err(ApplyError::NoSpace.into());
+        }
+        let Some(quota) = self.options.quota_bytes else { return Ok(()) };
+        if self.store().history().live_bytes() + cost <= quota {
+            return Ok(());
+        }
+        self.quota_alarm.store(true, Ordering::Relaxed);
+        tracing::warn!(quota, "the space quota is used up: raising the NOSPACE alarm");
+        self.propose_alarm(AlarmAction::Activate).await?;
+        Err(ApplyError::NoSpace.into())
+    }
+
+    async fn propose_alarm(&self, action: AlarmAction) -> Result<()> {
+        let request = AlarmRequest { action: action as i32, member_id: self.identity.member_id, alarm: AlarmType::Nospace as i32 };
+        self.propose(Op::Alarm(request)).await.map(|_| ())
+    }
+
+    fn check_corrupt(&self) -> Result<()> {
+        if self.machine.has_alarm(AlarmType::Corrupt) { Err(ApplyError::Corrupt.into()) } else { Ok(()) }
+    }
+
+    pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
+        txn::check_put(&request)?;
+        self.check_space(put_cost(&request)).await?;
+        let Reply::Put(mut response) = self.propose(Op::Put(request)).await? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub async fn delete_range(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {
+        txn::check_delete(&request)?;
+        self.check_corrupt()?;
+        let Reply::DeleteRange(mut response) = self.propose(Op::DeleteRange(request)).await? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
+        txn::check_txn(&request, self.options.max_txn_ops)?;
+        let mut response = if txn::is_read_only(&request) {
+            if !txn::is_serializable(&request) {
+                self.read_barrier().await?;
+            }
+            self.check_running()?;
+            txn::txn(&mut self.store().begin(), &request, &|_| false)?
+        } else {
+            if txn::may_put(&request) {
+                self.check_space(txn_cost(&request)).await?;
+            }
+            let Reply::Txn(response) = self.propose(Op::Txn(request)).await? else { return Err(mismatch()) };
+            response
+        };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse> {
+        self.check_corrupt()?;
+        let physical = request.physical;
+        let revision = request.revision;
+        let outcome = self.propose(Op::Compaction(request)).await;
+        self.background.wake();
+        if physical && matches!(outcome, Ok(_) | Err(Error::Apply(ApplyError::Compacted))) {
+            // As etcd does, also behind a compaction that someone else asked for.
+            let mut done = self.background.compacted();
+            let wanted = revision.min(self.store().revisions().1);
+            let waited = tokio::time::timeout(self.request_timeout(), done.wait_for(|done| *done >= wanted)).await;
+            if waited.is_err() {
+                return Err(Error::Timeout);
+            }
+        }
+        let Reply::Compaction(mut response) = outcome? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub async fn lease_grant(&self, mut request: LeaseGrantRequest) -> Result<LeaseGrantResponse> {
+        self.check_space(0).await?;
+        while request.id == 0 {
+            // The same range that etcd draws from: positive, so that the id prints alike everywhere.
+            let id = i64::from_ne_bytes(rand::random::<[u8; 8]>()) & i64::MAX;
+            if !lock(&self.machine.lessor).contains(id) {
+                request.id = id;
+            }
+        }
+        let outcome = self.propose(Op::LeaseGrant(request)).await;
+        self.leases_changed.notify_one();
+        let Reply::LeaseGrant(mut response) = outcome? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub async fn lease_revoke(&self, request: LeaseRevokeRequest) -> Result<LeaseRevokeResponse> {
+        self.check_corrupt()?;
+        let Reply::LeaseRevoke(mut response) = self.propose(Op::LeaseRevoke(request)).await? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    /// Renews a lease and returns its TTL in seconds; 0 when there is no such lease.
+    pub async fn lease_renew(&self, id: i64) -> Result<i64> {
+        self.check_running()?;
+        let deadline = Instant::now() + self.request_timeout();
+        loop {
+            let renewed = lock(&self.machine.lessor).renew(id, self.machine.now());
+            match renewed {
+                Ok(Renewal::Renewed { ttl, clear_checkpoint }) => {
+                    if clear_checkpoint {
+                        let checkpoint = LeaseCheckpoint { id, remaining_ttl: 0 };
+                        self.propose(Op::LeaseCheckpoint(checkpoint)).await?;
+                    }
+                    self.leases_changed.notify_one();
+                    return Ok(ttl);
+                }
+                // It is about to be revoked; what to answer is known once it was.
+                Ok(Renewal::Expired) if Instant::now() < deadline => tokio::time::sleep(EXPIRED_RETRY).await,
+                Ok(Renewal::Expired) => return Err(Error::Timeout),
+                Err(ApplyError::LeaseNotFound) => return Ok(0),
+                Err(err) => return Err(err.into()),
+            }
+        }
+    }
+
+    /// Reads, raises or lowers alarms.
+    pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse> {
+        let action = AlarmAction::try_from(request.action).map_err(|_| ApplyError::InvalidAlarm)?;
+        let alarm = AlarmType::try_from(request.alarm);
+        if action == AlarmAction::Get || (action == AlarmAction::Deactivate && alarm.is_err()) {
+            self.read_barrier().await?;
+            // Of a type that there is not, none is raised.
+            let alarms = alarm.map(|alarm| self.machine.list_alarms(alarm)).unwrap_or_default();
+            return Ok(AlarmResponse { header: Some(self.header_now()), alarms });
+        }
+        alarm.map_err(|_| ApplyError::InvalidAlarm)?;
+        if action == AlarmAction::Deactivate && request.member_id == self.identity.member_id {
+            self.quota_alarm.store(false, Ordering::Relaxed);
+        }
+        let Reply::Alarm(mut response) = self.propose(Op::Alarm(request)).await? else { return Err(mismatch()) };
+        response.header = self.complete(response.header);
+        Ok(response)
+    }
+
+    pub fn alarms(&self) -> Vec<AlarmMember> {
+        self.machine.alarms()
+    }
+
+    /// Requests that wait to be proposed.
+    pub fn waiting(&self) -> usize {
+        lock(&self.queue).waiting.len()
+    }
+
+    // ---- Reads
+
+    /// Returns when everything that was acknowledged before the call can be read here.
+    pub async fn read_barrier(&self) -> Result<()> {
+        self.check_running()?;
+        if self.alone.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let confirmed = tokio::time::timeout(self.request_timeout(), self.raft.ensure_linearizable(openraft::ReadPolicy::ReadIndex)).await;
+        match confirmed {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(ApplyError::NoLeader.into()),
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+
+    pub async fn range(&self, request: &RangeRequest) -> Result<RangeAnswer> {
+        range::check(request)?;
+        if request.serializable {
+            self.check_running()?;
+        } else {
+            self.read_barrier().await?;
+        }
+        self.range_from(request).await
+    }
+
+    /// A Range whose barrier and checks are behind it.
+    async fn range_from(&self, request: &RangeRequest) -> Result<RangeAnswer> {
+        let pin = self.store().pin(request.revision)?;
+        let header = self.header_now();
+        let keys_only = request.keys_only;
+        match RangeScan::new(request, pin.at(), HOLD_BYTES).start(self.store()) {
+            Ok(result) => Ok(RangeAnswer { result: result?, pin, keys_only, header }),
+            Err(scan) => {
+                let (result, pin) = self.blocking(move || (scan.run(&pin), pin)).await?;
+                Ok(RangeAnswer { result: result?, pin, keys_only, header })
+            }
+        }
+    }
+
+    /// Runs long work on the threads kept for it.
+    pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        self.runtime.spawn_blocking(work).await.map_err(|err| Error::Failed(format!("a long read ended early: {err}")))
+    }
+
+    pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
+        let store = self.store().clone();
+        self.blocking(move || store.hash(revision)).await?
+    }
+
+    /// Begins a backup: a point of the log, held, and the small things as they are there.
+    pub async fn start_backup(&self) -> Result<BackupStart> {
+        self.read_barrier().await?;
+        let machine = self.machine.clone();
+        // Run by the applier between two entries, so that revision, leases and alarms belong together.
+        let taken = self.raft.with_state_machine(move |_| {
+            Box::pin(async move {
+                let compacted = machine.store.revisions().1;
+                let pin = machine.store.pin(0)?;
+                Ok::<_, Error>(BackupStart { pin, compacted, applied: machine.applied().log_id, metas: machine.metas() })
+            })
+        });
+        taken.await.map_err(|err| Error::Failed(err.to_string()))?
+    }
+
+    /// Runs long work on the threads kept for it, without waiting for it.
+    pub fn spawn_blocking(&self, work: impl FnOnce() + Send + 'static) {
+        self.runtime.spawn_blocking(work);
+    }
+
+    /// A new stream of watches.
+    pub fn watch(&self) -> Session {
+        Session::new(self.machine.hub.clone(), self.store().clone())
+    }
+
+    // ---- By itself
+
+    /// Keeps term and leader at hand, and the lessor in its role.
+    async fn follow_raft(self: Arc<Self>) {
+        let mut metrics = self.raft.metrics();
+        let mut was_leader = false;
+        loop {
+            {
+                let now = metrics.borrow_and_update();
+                if let Err(fatal) = &now.running_state {
+                    let text = fatal.to_string();
+                    drop(now);
+                    let err = self.wal.failed().unwrap_or(Error::Failed(text));
+                    self.fail(err);
+                    return;
+                }
+                self.term.store(now.current_term, Ordering::Relaxed);
+                self.leader.store(now.current_leader.unwrap_or(0), Ordering::Relaxed);
+                let membership = now.membership_config.membership();
+                let only = membership.voter_ids().eq([self.identity.member_id]);
+                let leader = now.state == openraft::ServerState::Leader;
+                // A leader may read by itself once an entry of its own term was applied.
+                let settled = now.last_applied.is_some_and(|applied| *applied.leader_id == now.current_term);
+                self.alone.store(only && leader && settled, Ordering::Release);
+                if leader && settled && !was_leader {
+                    lock(&self.machine.lessor).promote(self.machine.now(), self.options.election_timeout);
+                    self.leases_changed.notify_one();
+                } else if !leader && was_leader {
+                    lock(&self.machine.lessor).demote();
+                }
+                was_leader = leader && (settled || was_leader);
+            }
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Returns when this member can serve: it knows a leader, and has applied what the log held.
+    pub async fn ready(&self) -> Result<()> {
+        let mut health = self.health();
+        loop {
+            if self.alone.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = health.wait_for(|health| !matches!(health, Health::Running)) => {
+                    return match changed.map(|health| health.clone()) {
+                        Ok(Health::Failed(err)) => Err(err),
+                        _ => Err(Error::Stopped),
+                    };
+                }
+                () = tokio::time::sleep(Duration::from_millis(1)) => {}
+            }
+        }
+    }
+
+    /// Proposes to revoke what has expired.
+    async fn revoke_expired(self: Arc<Self>) {
+        loop {
+            let next = lock(&self.machine.lessor).next_expiry();
+            let wait = next.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.machine.now()));
+            tokio::select! {
+                () = self.leases_changed.notified() => continue,
+                () = tokio::time::sleep(wait) => {}
+            }
+            let expired = lock(&self.machine.lessor).expired(self.machine.now(), REVOKE_MAX);
+            // Together, so that they become one entry, and thus one sync.
+            let revoked = expired.into_iter().map(|id| self.propose(Op::LeaseRevoke(LeaseRevokeRequest { id })));
+            for result in futures_util::future::join_all(revoked).await {
+                match result {
+                    Ok(_) | Err(Error::Apply(ApplyError::LeaseNotFound)) => {}
+                    // The lessor offers it again.
+                    Err(err) => tracing::warn!(error = %err, "revoking an expired lease"),
+                }
+            }
+        }
+    }
+
+    /// Takes back the quota's alarm when there is room again, and has the storage written out when much has gathered.
+    async fn watch_space(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(WATCHDOG_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // An alarm of this member's that a restart has brought back is the quota's, too.
+        let own = AlarmMember { member_id: self.identity.member_id, alarm: AlarmType::Nospace as i32 };
+        self.quota_alarm.store(self.alarms().contains(&own), Ordering::Relaxed);
+        loop {
+            ticks.tick().await;
+            let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
+            if room && self.quota_alarm.load(Ordering::Relaxed) && self.is_leader() {
+                match self.propose_alarm(AlarmAction::Deactivate).await {
+                    Ok(()) => {
+                        self.quota_alarm.store(false, Ordering::Relaxed);
+                        tracing::info!("there is room within the space quota again: the NOSPACE alarm is taken back");
+                    }
+                    Err(err) => tracing::warn!(error = %err, "taking back the NOSPACE alarm"),
+                }
+            }
+        }
+    }
+
+    /// Compacts old revisions, if the configuration says so.
+    async fn compact_by_itself(self: Arc<Self>, auto: AutoCompaction) {
+        let (every, keep) = match auto {
+            // As often as etcd: by revision every five minutes, by time every tenth of it, at most hourly.
+            AutoCompaction::Revision(revisions) => (Duration::from_secs(300), Some(revisions)),
+            AutoCompaction::Periodic(period) => (period.min(Duration::from_secs(3600)) / 10, None),
+        };
+        let mut seen: std::collections::VecDeque<(Instant, i64)> = std::collections::VecDeque::new();
+        loop {
+            let now = Instant::now();
+            let newest = self.store().revision();
+            let upto = match (&auto, keep) {
+                (_, Some(revisions)) => newest.saturating_sub(revisions),
+                (AutoCompaction::Periodic(period), None) => {
+                    seen.push_back((now, newest));
+                    let mut upto = 0;
+                    while let Some(&(at, revision)) = seen.front()
+                        && now.duration_since(at) >= *period
+                    {
+                        upto = revision;
+                        seen.pop_front();
+                    }
+                    upto
+                }
+                _ => 0,
+            };
+            if upto > 0 && upto > self.store().revisions().1 && self.is_leader() {
+                match self.compact(CompactionRequest { revision: upto, physical: false }).await {
+                    Ok(_) => tracing::info!(revision = upto, "compacted by itself"),
+                    Err(err) => tracing::warn!(revision = upto, error = %err, "compacting by itself"),
+                }
+            }
+            tokio::time::sleep(every.max(Duration::from_millis(100))).await;
+        }
+    }
+}
+
+fn put_cost(put: &PutRequest) -> u64 {
+    PUT_OVERHEAD + put.key.len() as u64 + put.value.len() as u64
+}
+
+fn txn_cost(txn: &TxnRequest) -> u64 {
+    use crate::proto::etcdserverpb::request_op::Request;
+    let branch = |ops: &[crate::proto::etcdserverpb::RequestOp]| -> u64 {
+        let costs = ops.iter().map(|op| match &op.request {
+            Some(Request::RequestPut(put)) => put_cost(put),
+            Some(Request::RequestTxn(txn)) => txn_cost(txn),
+            _ => 0,
+        });
+        costs.sum()
+    };
+    branch(&txn.success).max(branch(&txn.failure))
+}
+
+/// An answer of another kind than the request: a bug, answered rather than panicked over.
+fn mismatch() -> Error {
+    Error::Failed("an entry was answered with another request's answer".into())
+}
+
+fn fail(health: &watch::Sender<Health>, err: Error) {
+    health.send_if_modified(|health| {
+        let running = matches!(health, Health::Running);
+        if running {
+            tracing::error!(error = %err, "the member has failed and stops");
+            *health = Health::Failed(err);
+        }
+        running
+    });
+}
+
+/// What the background writer tells the node; made before the node is, for the storage starts first.
+pub(crate) struct StorageEvents {
+    pub machine: Arc<Machine>,
+    pub health: watch::Sender<Health>,
+    /// The log index up to which the state is durable, as it moves.
+    pub durable: watch::Sender<u64>,
+}
+
+impl background::Events for StorageEvents {
+    fn durable(&self, applied: bytes::Bytes) {
+        if let Some(index) = self.machine.set_durable(applied) {
+            self.durable.send_replace(index);
+        }
+    }
+
+    fn failed(&self, err: Error) {
+        fail(&self.health, err);
+    }
+}
+
+impl Node {
+    /// Has openraft cut the log off below what is durable, as that moves.
+    pub async fn purge_log(self: Arc<Self>, mut durable: watch::Receiver<u64>) {
+        while durable.changed().await.is_ok() {
+            let index = *durable.borrow_and_update();
+            tracing::debug!(index, "the state is durable, the log before it may go");
+            if let Err(err) = self.raft.trigger().snapshot().await {
+                tracing::warn!(error = %err, "noting the durable state");
+            }
+        }
+    }
+
+    pub fn spawn_purge(self: &Arc<Self>, durable: watch::Receiver<u64>) {
+        self.spawn(self.clone().purge_log(durable));
+    }
+}

@@ -1,0 +1,412 @@
+//! The state machine: from a committed log entry to new state, answers and events.
+//!
+//! [`Machine`] is the applied state of a member: the [store](Store), the [leases](Lessor), the alarms and the membership.
+//! One task applies, entry by entry and command by command; everything an entry changes, with the entry's log id, becomes
+//! one atomic batch of the storage, so that a restart never finds half of an entry or an entry twice.
+//!
+//! ```text
+//! entry 17: put a=1 lease=5 | lease_revoke 5 | put b=2 lease=5
+//!           revision 2        revision 3        lease not found: no revision
+//!           watchers: put a   watchers: delete a
+//! commit  : records 2 and 3, lease 5 gone, applied = 17
+//! ```
+//!
+//! # Invariants
+//! - The outcome of a command depends on the state and the command alone. What is not an outcome ([`ApplyError`]) but a
+//!   fault, such as a record that cannot be read, stops the member: to go on would make it differ from the others.
+//! - The store calls neither watchers nor lessor; they are joined here, after the commit, before the answer.
+//! - The lessor's lock is a leaf: it is taken while the store's writer is held, never the other way round.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use prost::Message;
+
+use crate::error::{ApplyError, Error, Result};
+use crate::lease::{Lease, Lessor};
+use crate::lock::lock;
+use crate::mvcc::watch::WatchHub;
+use crate::mvcc::{Committed, Saved, Store, Writer, txn};
+use crate::proto::etcdserverpb::alarm_request::AlarmAction;
+use crate::proto::etcdserverpb::{
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, LeaseGrantResponse, LeaseRevokeResponse, ResponseHeader,
+};
+use crate::proto::internal::{self, command};
+
+use super::{
+    LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id, log_id_to_proto, stored_membership_from_proto,
+    stored_membership_to_proto, to_io,
+};
+
+/// Names of what is stored beside the history. Frozen.
+const META_LEASE: &[u8] = b"lease/";
+const META_ALARM: &[u8] = b"alarm/";
+const META_MEMBERSHIP: &[u8] = b"raft/membership";
+const META_VERSION: &[u8] = b"cluster/version";
+
+/// Monotonic time since the server's start. Handed in, so that nothing below the node reads a clock.
+pub(crate) type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// The applied state of a member. See the module's head.
+pub(crate) struct Machine {
+    pub store: Arc<Store>,
+    pub hub: Arc<WatchHub>,
+    pub lessor: Mutex<Lessor>,
+    alarms: Mutex<BTreeSet<(i32, u64)>>,
+    clock: Clock,
+    /// What has been applied, and what of it is on disk.
+    applied: Mutex<Position>,
+    durable: Mutex<Position>,
+}
+
+/// How far the state has come.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct Position {
+    pub log_id: Option<LogId>,
+    pub membership: StoredMembership,
+}
+
+impl Machine {
+    /// Takes over what the storage held.
+    ///
+    /// `attached` are the keys with leases, as [`Store::open`] told them.
+    ///
+    /// # Errors
+    /// `Corrupt` when something stored cannot be read, or when the history does not reach as far as was recorded.
+    pub fn new(store: Arc<Store>, saved: Saved, attached: Vec<(i64, Bytes)>, mut lessor: Lessor, clock: Clock) -> Result<Machine> {
+        let damaged = |what: String| store.history().damaged(what);
+        let mut position = Position::default();
+        if let Some(bytes) = saved.applied {
+            let applied = internal::Applied::decode(bytes).map_err(|err| damaged(format!("the applied position: {err}")))?;
+            if applied.revision != store.revision() {
+                let what = format!("the history ends at revision {}, but the applied position says {}", store.revision(), applied.revision);
+                return Err(damaged(what));
+            }
+            position.log_id = applied.log_id.map(|id| log_id(id.term, id.index));
+        }
+        let mut leases = Vec::new();
+        let mut alarms = BTreeSet::new();
+        for (name, value) in saved.meta {
+            if let Some(id) = name.strip_prefix(META_LEASE) {
+                let lease = Lease::decode(&value).map_err(|what| damaged(format!("lease {id:02x?}: {what}")))?;
+                leases.push(lease);
+            } else if name.starts_with(META_ALARM) {
+                let alarm = AlarmMember::decode(value).map_err(|err| damaged(format!("an alarm: {err}")))?;
+                alarms.insert((alarm.alarm, alarm.member_id));
+            } else if name == META_MEMBERSHIP {
+                let stored = internal::StoredMembership::decode(value).map_err(|err| damaged(format!("the membership: {err}")))?;
+                position.membership = stored_membership_from_proto(stored).map_err(|what| damaged(format!("the membership: {what}")))?;
+            }
+        }
+        lessor.restore(leases);
+        for (lease, key) in attached {
+            // A key whose lease is gone is told apart by the check of invariants, not refused: its value is intact.
+            if lessor.attach(lease, key).is_err() {
+                tracing::warn!(lease, "a key is attached to a lease that does not exist");
+            }
+        }
+        let hub = Arc::new(WatchHub::new(store.revision()));
+        Ok(Machine {
+            store,
+            hub,
+            lessor: Mutex::new(lessor),
+            alarms: Mutex::new(alarms),
+            clock,
+            applied: Mutex::new(position.clone()),
+            durable: Mutex::new(position),
+        })
+    }
+
+    /// What has been applied.
+    pub fn applied(&self) -> Position {
+        lock(&self.applied).clone()
+    }
+
+    /// What of it would survive a power cut without the log.
+    pub fn durable(&self) -> Position {
+        lock(&self.durable).clone()
+    }
+
+    /// Notes what the storage has synced: the bytes given with the last commit it covers. Returns the log index.
+    pub fn set_durable(&self, applied: Bytes) -> Option<u64> {
+        let applied = internal::Applied::decode(applied).ok()?;
+        let log_id = applied.log_id.map(|id| log_id(id.term, id.index))?;
+        let membership = {
+            let now = lock(&self.applied);
+            // The membership was stored in the batch of its own entry or before; a newer one is not durable yet.
+            if *now.membership.log_id() <= Some(log_id) { Some(now.membership.clone()) } else { None }
+        };
+        let mut durable = lock(&self.durable);
+        durable.log_id = Some(log_id);
+        if let Some(membership) = membership {
+            durable.membership = membership;
+        }
+        Some(log_id.index)
+    }
+
+    /// Raised alarms: type and member.
+    pub fn alarms(&self) -> Vec<AlarmMember> {
+        lock(&self.alarms).iter().map(|&(alarm, member_id)| AlarmMember { member_id, alarm }).collect()
+    }
+
+    /// Whether any member has raised an alarm of this type.
+    pub fn has_alarm(&self, alarm: AlarmType) -> bool {
+        lock(&self.alarms).iter().any(|&(raised, _)| raised == alarm as i32)
+    }
+
+    /// What is kept beside the history, by name, as it is stored. Asked for between two entries.
+    pub fn metas(&self) -> BTreeMap<Vec<u8>, Bytes> {
+        let mut metas = BTreeMap::new();
+        for lease in lock(&self.lessor).stored() {
+            metas.insert(lease_name(lease.id), Bytes::copy_from_slice(&lease.encode()));
+        }
+        for member in self.alarms() {
+            metas.insert(alarm_name(&member), member.encode_to_vec().into());
+        }
+        let membership = stored_membership_to_proto(&lock(&self.applied).membership);
+        metas.insert(META_MEMBERSHIP.to_vec(), membership.encode_to_vec().into());
+        metas.extend(self.store.compaction_mark());
+        metas
+    }
+
+    /// Monotonic time since the server's start.
+    pub fn now(&self) -> Duration {
+        (self.clock)()
+    }
+
+    /// Applies one command.
+    fn apply(&self, command: &internal::Command) -> Result<Outcome> {
+        let applied = match &command.op {
+            Some(command::Op::Put(request)) => self.write(|writer, leases| txn::put(writer, request, leases)).map(Reply::Put),
+            Some(command::Op::DeleteRange(request)) => self.write(|writer, _| txn::delete_range(writer, request)).map(Reply::DeleteRange),
+            Some(command::Op::Txn(request)) => self.write(|writer, leases| txn::txn(writer, request, leases)).map(Reply::Txn),
+            Some(command::Op::Compaction(request)) => self
+                .store
+                .compact(request.revision)
+                .map(|()| Reply::Compaction(CompactionResponse { header: self.header() }))
+                .map_err(Error::from),
+            Some(command::Op::LeaseGrant(request)) => self.grant(request.id, request.ttl),
+            Some(command::Op::LeaseRevoke(request)) => self.revoke(request.id),
+            Some(command::Op::LeaseCheckpoint(checkpoint)) => {
+                if let Some(lease) = lock(&self.lessor).set_checkpoint(checkpoint.id, checkpoint.remaining_ttl) {
+                    self.save_lease(&lease);
+                }
+                Ok(Reply::LeaseCheckpoint)
+            }
+            Some(command::Op::Alarm(request)) => self.alarm(request),
+            Some(command::Op::ClusterVersion(version)) => {
+                self.store.history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
+                Ok(Reply::ClusterVersion)
+            }
+            None => return Err(Error::Failed("the log holds a command that this release does not know".into())),
+        };
+        match applied {
+            Ok(reply) => Ok(Ok(reply)),
+            Err(Error::Apply(refused)) => Ok(Err(refused)),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Runs a request that writes, and tells leases and watchers what it wrote.
+    fn write<T>(&self, request: impl FnOnce(&mut Writer<'_>, &dyn Fn(i64) -> bool) -> Result<T>) -> Result<T> {
+        let mut writer = self.store.begin();
+        // A refusal drops the writer before it has written anything.
+        let response = request(&mut writer, &|id| lock(&self.lessor).contains(id))?;
+        if let Some(committed) = writer.finish() {
+            self.publish(&committed);
+        }
+        Ok(response)
+    }
+
+    fn publish(&self, committed: &Committed) {
+        if !committed.leases.is_empty() {
+            let mut lessor = lock(&self.lessor);
+            for (key, left, joined) in &committed.leases {
+                if *left != 0 {
+                    lessor.detach(*left, key);
+                }
+                if *joined != 0 && lessor.attach(*joined, key.clone()).is_err() {
+                    tracing::error!(lease = *joined, "a key was attached to a lease that does not exist");
+                }
+            }
+        }
+        self.hub.publish(committed);
+    }
+
+    fn grant(&self, id: i64, ttl: i64) -> Result<Reply> {
+        let (ttl, lease) = {
+            let mut lessor = lock(&self.lessor);
+            let ttl = lessor.grant(id, ttl, self.now())?;
+            (ttl, lessor.lease(id))
+        };
+        if let Some(lease) = lease {
+            self.save_lease(&lease);
+        }
+        Ok(Reply::LeaseGrant(LeaseGrantResponse { header: self.header(), id, ttl, error: String::new() }))
+    }
+
+    fn revoke(&self, id: i64) -> Result<Reply> {
+        let keys = lock(&self.lessor).revoke(id)?;
+        self.store.history().put_meta(&lease_name(id), None);
+        self.write(|writer, _| {
+            for key in &keys {
+                writer.delete(key);
+            }
+            Ok(())
+        })?;
+        Ok(Reply::LeaseRevoke(LeaseRevokeResponse { header: self.header() }))
+    }
+
+    fn save_lease(&self, lease: &Lease) {
+        self.store.history().put_meta(&lease_name(lease.id), Some(Bytes::copy_from_slice(&lease.encode())));
+    }
+
+    fn alarm(&self, request: &AlarmRequest) -> Result<Reply> {
+        let alarm = AlarmType::try_from(request.alarm).map_err(|_| ApplyError::InvalidAlarm)?;
+        let action = AlarmAction::try_from(request.action).map_err(|_| ApplyError::InvalidAlarm)?;
+        let member = AlarmMember { member_id: request.member_id, alarm: request.alarm };
+        let entry = (request.alarm, request.member_id);
+        let name = alarm_name(&member);
+        let alarms = match action {
+            AlarmAction::Get => self.list_alarms(alarm),
+            // There is no alarm of no type; etcd takes the request and does nothing.
+            AlarmAction::Activate | AlarmAction::Deactivate if alarm == AlarmType::None => Vec::new(),
+            AlarmAction::Activate => {
+                lock(&self.alarms).insert(entry);
+                self.store.history().put_meta(&name, Some(member.encode_to_vec().into()));
+                vec![member]
+            }
+            AlarmAction::Deactivate => {
+                if lock(&self.alarms).remove(&entry) {
+                    self.store.history().put_meta(&name, None);
+                    vec![member]
+                } else {
+                    Vec::new()
+                }
+            }
+        };
+        Ok(Reply::Alarm(AlarmResponse { header: self.header(), alarms }))
+    }
+
+    /// Raised alarms of a type; of any, for none.
+    pub fn list_alarms(&self, alarm: AlarmType) -> Vec<AlarmMember> {
+        self.alarms().into_iter().filter(|member| alarm == AlarmType::None || member.alarm == alarm as i32).collect()
+    }
+
+    fn header(&self) -> Option<ResponseHeader> {
+        Some(ResponseHeader { revision: self.store.revision(), ..ResponseHeader::default() })
+    }
+
+    /// Checks that leases and keys point at each other. For tests and debugging.
+    pub fn check(&self) -> Result<(), String> {
+        self.store.check()?;
+        let lessor = lock(&self.lessor);
+        lessor.each_lease_queued_once()?;
+        let attached = self.store.attached();
+        lessor.keys_point_back(attached.iter().map(|(key, lease)| (key.as_ref(), *lease)))
+    }
+}
+
+fn alarm_name(member: &AlarmMember) -> Vec<u8> {
+    let mut name = META_ALARM.to_vec();
+    name.extend_from_slice(&member.alarm.to_be_bytes());
+    name.extend_from_slice(&member.member_id.to_be_bytes());
+    name
+}
+
+fn lease_name(id: i64) -> Vec<u8> {
+    let mut name = META_LEASE.to_vec();
+    name.extend_from_slice(&id.to_be_bytes());
+    name
+}
+
+/// The machine as openraft drives it.
+#[derive(Clone)]
+pub(crate) struct StateMachine {
+    pub machine: Arc<Machine>,
+}
+
+/// A snapshot of a member. The state that is on disk *is* the snapshot, so that making one costs nothing: it only tells
+/// openraft up to where the log is no longer needed. A member that needs the contents is sent them by `snapshot.rs`.
+#[derive(Clone, Debug)]
+pub(crate) struct SnapshotHandle;
+
+type Snapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotHandle>;
+
+impl StateMachine {
+    fn durable_snapshot(&self) -> Option<Snapshot> {
+        let Position { log_id, membership } = self.machine.durable();
+        let log_id = log_id?;
+        let meta = SnapshotMeta { last_log_id: Some(log_id), last_membership: membership };
+        Some(Snapshot { meta, snapshot: SnapshotHandle })
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotHandle;
+
+    async fn build_snapshot(&mut self) -> std::io::Result<Snapshot> {
+        self.durable_snapshot().ok_or_else(|| std::io::Error::other("nothing has been applied and synced yet"))
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotHandle;
+    type SnapshotBuilder = StateMachine;
+
+    async fn applied_state(&mut self) -> std::io::Result<(Option<LogId>, StoredMembership)> {
+        let Position { log_id, membership } = self.machine.applied();
+        Ok((log_id, membership))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> std::io::Result<()>
+    where
+        S: Stream<Item = std::io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
+    {
+        let machine = &self.machine;
+        while let Some(next) = entries.next().await {
+            let (entry, responder) = next?;
+            let mut outcomes = Vec::new();
+            match &entry.payload {
+                EntryPayload::Blank => {}
+                EntryPayload::Normal(proposal) => {
+                    outcomes.reserve(proposal.commands.len());
+                    for command in proposal.commands.iter() {
+                        outcomes.push(machine.apply(command).map_err(to_io)?);
+                    }
+                }
+                EntryPayload::Membership(membership) => {
+                    let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
+                    let bytes = stored_membership_to_proto(&stored).encode_to_vec();
+                    machine.store.history().put_meta(META_MEMBERSHIP, Some(bytes.into()));
+                    lock(&machine.applied).membership = stored;
+                }
+            }
+            let applied = internal::Applied { log_id: Some(log_id_to_proto(entry.log_id)), revision: machine.store.revision() };
+            machine.store.history().commit(applied.encode_to_vec().into());
+            lock(&machine.applied).log_id = Some(entry.log_id);
+            if let Some(responder) = responder {
+                responder.send(outcomes);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
+        self.clone()
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, _: SnapshotHandle) -> std::io::Result<()> {
+        // Members that are sent a snapshot come with clusters of more than one.
+        Err(std::io::Error::other(format!("a snapshot up to {:?} cannot be installed", meta.last_log_id)))
+    }
+
+    async fn get_current_snapshot(&mut self) -> std::io::Result<Option<Snapshot>> {
+        Ok(self.durable_snapshot())
+    }
+}

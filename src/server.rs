@@ -1,0 +1,528 @@
+//! The server: one member, whole, from its directory to its listeners, on threads of its own.
+//!
+//! [`Server::start`] puts the parts together from below and returns when the member can serve; [`Server::shutdown`] takes
+//! them apart from above. Everything in between belongs to the server: its threads have its name, its metrics their own
+//! registry, and what it was given by the host is nothing but the configuration. Any number of servers live in one process.
+//!
+//! # Threads
+//! | thread | does |
+//! |---|---|
+//! | `quorate-<name>` | a current-thread runtime: connections, Raft, apply, timers |
+//! | `quorate-log` and a helper | make the Raft log durable |
+//! | `quorate-store-<name>` | writes the state out, compacts, tidies up |
+//! | up to [`BLOCKING_THREADS`] | long reads and backups, kept only while there are any |
+//!
+//! # Order
+//! Start: directory and lock, log, state, Raft, listeners. Stop: listeners and connections, node and Raft, state, log,
+//! lock. What was acknowledged is on disk at every point of both.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::http::{Checks, Http, Versions};
+use crate::api::maintenance::STORAGE_VERSION;
+use crate::api::router::router;
+use crate::api::serve::{App, Limits, Listener, ServeOptions, Serving};
+use crate::api::{self, Api};
+use crate::background::Background;
+use crate::client::Client;
+use crate::config::{Config, ETCD_VERSION, Url};
+use crate::error::{Error, Result};
+use crate::lease::{Lessor, LessorOptions};
+use crate::lock::lock;
+use crate::metrics::{Gauges, Histogram, Metrics, SYNC_BUCKETS};
+use crate::mvcc::Store;
+use crate::node::{Health, Node, NodeOptions, StorageEvents};
+use crate::proto::etcdserverpb::RangeRequest;
+use crate::proto::internal;
+use crate::raft::Raft;
+use crate::raft::apply::{Clock, Machine, StateMachine};
+use crate::raft::log::LogStore;
+use crate::raft::network::Network;
+use crate::storage::Backend;
+use crate::storage::dir::{DataDir, Identity};
+use crate::storage::history::HistoryOptions;
+use crate::storage::sled::Sled;
+use crate::storage::wal::{Wal, WalOptions};
+
+/// Threads for long reads and backups. Beyond it they wait for each other.
+const BLOCKING_THREADS: usize = 4;
+
+/// How long connections may take to finish what they are at when the server stops; then they are cut.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// A running member. Dropping it stops it without waiting; [`shutdown`](Self::shutdown) waits.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+/// let dir = tempfile::tempdir()?;
+/// let mut config = quorate::Config::default();
+/// config.data_dir = Some(dir.path().into());
+/// config.listen_client_urls.clear(); // in this process only: no socket at all
+/// config.listen_peer_urls.clear();
+/// let server = quorate::Server::start(config).await?;
+/// server.client().put("greeting", "hello").await?;
+/// server.shutdown().await?;
+/// # Ok(())
+/// # })
+/// # }
+/// ```
+pub struct Server {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    done: Mutex<Option<oneshot::Receiver<Result<()>>>>,
+}
+
+struct Shared {
+    node: Arc<Node>,
+    api: Api,
+    client_addrs: Vec<SocketAddr>,
+    stop: CancellationToken,
+}
+
+impl Server {
+    /// Starts a member and returns when it serves clients.
+    ///
+    /// The configuration is [validated](Config::validate) first. A new data directory makes a new cluster of one member.
+    ///
+    /// # Errors
+    /// `Config`; `Locked`, `Format` or `Corrupt` for the data directory; `Io` for the disk and the listeners. After an error
+    /// nothing is left running or open.
+    pub async fn start(config: Config) -> Result<Server> {
+        config.validate()?;
+        let (started, wait) = oneshot::channel();
+        let (finished, done) = oneshot::channel();
+        let name = config.name.clone();
+        let thread = std::thread::Builder::new().name(format!("quorate-{name}")).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .max_blocking_threads(BLOCKING_THREADS)
+                .thread_name(format!("quorate-read-{name}"))
+                .build();
+            match runtime {
+                Ok(runtime) => runtime.block_on(run(config, started, finished)),
+                Err(err) => {
+                    // Who started may have given up waiting.
+                    let _ = started.send(Err(Error::io("making the runtime of", &name, err)));
+                }
+            }
+        });
+        let thread = thread.map_err(|err| Error::io("starting the thread of", "the server", err))?;
+        let shared = match wait.await {
+            Ok(Ok(shared)) => shared,
+            Ok(Err(err)) => {
+                join(thread);
+                return Err(err);
+            }
+            Err(_) => {
+                join(thread);
+                return Err(Error::Failed("the server's thread ended before it had started".into()));
+            }
+        };
+        Ok(Server { shared, thread: Mutex::new(Some(thread)), done: Mutex::new(Some(done)) })
+    }
+
+    /// A client of this member that calls it directly: no socket, no encoding.
+    pub fn client(&self) -> Client {
+        Client::local(self.shared.node.clone(), self.shared.api.clone())
+    }
+
+    /// Where clients can connect: the addresses bound, with the ports that the system has picked where 0 was asked for.
+    pub fn client_addrs(&self) -> &[SocketAddr] {
+        &self.shared.client_addrs
+    }
+
+    /// This member's id.
+    pub fn member_id(&self) -> u64 {
+        self.shared.node.identity.member_id
+    }
+
+    /// The cluster's id.
+    pub fn cluster_id(&self) -> u64 {
+        self.shared.node.identity.cluster_id
+    }
+
+    /// Returns when the member has stopped by itself, or was told to.
+    ///
+    /// # Errors
+    /// Why it stopped by itself. Call [`shutdown`](Self::shutdown) then, too: it releases what is left.
+    pub async fn stopped(&self) -> Result<()> {
+        let mut health = self.shared.node.health();
+        let stopped = health.wait_for(|health| !matches!(health, Health::Running)).await.map(|health| health.clone());
+        match stopped {
+            Ok(Health::Failed(err)) => Err(err),
+            _ => Ok(()),
+        }
+    }
+
+    /// Stops the member: ends the connections, writes everything out, and gives up ports, files, locks and threads.
+    ///
+    /// # Errors
+    /// What went wrong on the way, or had made the member stop before; everything is given up all the same.
+    pub async fn shutdown(self) -> Result<()> {
+        self.shared.stop.cancel();
+        let done = lock(&self.done).take();
+        let result = match done {
+            Some(done) => done.await.unwrap_or_else(|_| Err(Error::Failed("the server's thread ended early".into()))),
+            None => Ok(()),
+        };
+        // Its last word was said; what is left is the end of a thread.
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            join(thread);
+        }
+        result
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
+    }
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server")
+            .field("identity", &self.shared.node.identity)
+            .field("client_addrs", &self.shared.client_addrs)
+            .finish_non_exhaustive()
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a thread of the server has panicked");
+    }
+}
+
+/// The life of a member, on its own runtime.
+async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, finished: oneshot::Sender<Result<()>>) {
+    let member = match Member::open(&config).await {
+        Ok(member) => member,
+        Err(err) => {
+            let _ = started.send(Err(err));
+            return;
+        }
+    };
+    let stop = CancellationToken::new();
+    let listening = match member.listen(&config, &stop).await {
+        Ok(listening) => listening,
+        Err(err) => {
+            let _ = member.close().await;
+            let _ = started.send(Err(err));
+            return;
+        }
+    };
+    let shared = Arc::new(Shared {
+        node: member.node.clone(),
+        api: listening.api.clone(),
+        client_addrs: listening.addrs.clone(),
+        stop: stop.clone(),
+    });
+    tracing::info!(
+        name = %member.node.identity.name,
+        member = %format_args!("{:x}", member.node.identity.member_id),
+        cluster = %format_args!("{:x}", member.node.identity.cluster_id),
+        clients = ?listening.addrs,
+        "ready to serve client requests"
+    );
+    if started.send(Ok(shared)).is_err() {
+        // Nobody waits for the server any more, so nobody will ever stop it.
+        stop.cancel();
+    }
+    let mut health = member.node.health();
+    tokio::select! {
+        () = stop.cancelled() => {}
+        // A member that has failed gives its ports up at once, so that clients go elsewhere.
+        _ = health.wait_for(|health| !matches!(health, Health::Running)) => stop.cancel(),
+    }
+    let failed = match &*health.borrow() {
+        Health::Failed(err) => Err(err.clone()),
+        _ => Ok(()),
+    };
+    listening.drain().await;
+    let closed = member.close().await;
+    let _ = finished.send(failed.and(closed));
+}
+
+/// The parts of a member below the wire.
+struct Member {
+    node: Arc<Node>,
+    background: Arc<Background>,
+    backend: Arc<dyn Backend>,
+    wal: Arc<Wal>,
+    peer_urls: Vec<Url>,
+    // Held until everything else is closed.
+    _dir: DataDir,
+}
+
+impl Member {
+    async fn open(config: &Config) -> Result<Member> {
+        let path = config.effective_data_dir();
+        let mut dir = DataDir::open(&path, config.wal_dir.as_deref())?;
+        let peer_urls = config.advertised_peer_urls(&config.listen_peer_urls);
+        let fresh = dir.identity().is_none();
+        if fresh {
+            config.validate_bootstrap()?;
+            dir.set_identity(found(config, &peer_urls))?;
+        }
+        let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
+
+        let started = std::time::Instant::now();
+        let clock: Clock = Arc::new(move || started.elapsed());
+        let wal_options = WalOptions { clock: Some(clock.clone()), ..WalOptions::default() };
+        let (wal, recovered) = Wal::open(dir.wal(), wal_options)?;
+        let wal = Arc::new(wal);
+        if let Some((file, offset)) = &recovered.torn {
+            tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
+        }
+        let state = dir.state();
+        let backend: Arc<dyn Backend> = Arc::new(Sled::open(&state)?);
+        let options = HistoryOptions { cache_bytes: config.value_cache_bytes, path: state };
+        let mut attached = Vec::new();
+        let (store, saved) = Store::open(backend.clone(), options, &mut |lease, key| attached.push((lease, key)))?;
+        let store = Arc::new(store);
+        let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
+        let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock)?);
+        check_reach(&machine, &recovered.state, dir.wal())?;
+
+        let health = watch::Sender::new(Health::Running);
+        let durable = watch::Sender::new(0);
+        let purge = durable.subscribe();
+        let events = StorageEvents { machine: machine.clone(), health: health.clone(), durable };
+        let background = Arc::new(Background::start(store, backend.clone(), events, &config.name)?);
+
+        let raft_config = openraft::Config {
+            cluster_name: format!("{:x}", identity.cluster_id),
+            heartbeat_interval: config.heartbeat_interval_ms,
+            election_timeout_min: config.election_timeout_ms,
+            election_timeout_max: 2 * config.election_timeout_ms,
+            // Snapshots follow the background writer's syncs, not the number of entries.
+            snapshot_policy: openraft::SnapshotPolicy::Never,
+            max_in_snapshot_log_to_keep: 0,
+            purge_batch_size: 1,
+            enable_pre_vote: Some(config.pre_vote),
+            ..openraft::Config::default()
+        };
+        let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
+        let log = LogStore::new(wal.clone());
+        let raft = Raft::new(identity.member_id, Arc::new(raft_config), Network, log, StateMachine { machine: machine.clone() }).await;
+        let raft = raft.map_err(|err| wal.failed().unwrap_or(Error::Failed(err.to_string())))?;
+        let initialized = raft.is_initialized().await.map_err(|err| Error::Failed(err.to_string()))?;
+        if !initialized {
+            let member = internal::Member {
+                name: identity.name.clone(),
+                peer_urls: peer_urls.iter().map(Url::to_string).collect(),
+                client_urls: config.advertise_client_urls.iter().map(Url::to_string).collect(),
+            };
+            let members = BTreeMap::from([(identity.member_id, member)]);
+            raft.initialize(members).await.map_err(|err| Error::Failed(err.to_string()))?;
+        } else {
+            // The only voter need not wait for a leader to be heard of.
+            raft.trigger().elect(false).await.map_err(|err| Error::Failed(err.to_string()))?;
+        }
+        let options = NodeOptions {
+            quota_bytes: config.quota(),
+            max_request_bytes: config.max_request_bytes,
+            max_txn_ops: config.max_txn_ops,
+            election_timeout: Duration::from_millis(config.election_timeout_ms),
+            auto_compaction: config.auto_compaction()?,
+        };
+        let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health);
+        node.spawn_purge(purge);
+        let member = Member { node, background, backend, wal, peer_urls, _dir: dir };
+        match member.node.ready().await {
+            Ok(()) => Ok(member),
+            Err(err) => {
+                let _ = member.close().await;
+                Err(err)
+            }
+        }
+    }
+
+    /// Opens the listeners and begins to serve.
+    async fn listen(&self, config: &Config, stop: &CancellationToken) -> Result<Listening> {
+        let clients = bind_all(&config.listen_client_urls).await?;
+        let https = bind_all(&config.listen_client_http_urls).await?;
+        let metrics_only = bind_all(&config.listen_metrics_urls).await?;
+        // Nothing is spoken between members yet; the port is taken so that it is free when there is.
+        let peers = bind_all(&config.listen_peer_urls).await?;
+        let addrs: Vec<SocketAddr> = clients.iter().filter_map(Listener::local_addr).collect();
+        let bound = config.listen_client_urls.iter().zip(&clients);
+        let bound: Vec<Url> =
+            bound.map(|(url, at)| at.local_addr().map_or_else(|| url.clone(), |addr| url.with_port(addr.port()))).collect();
+        let info = api::Info {
+            client_urls: config.advertised_client_urls(&bound).iter().map(Url::to_string).collect(),
+            peer_urls: self.peer_urls.iter().map(Url::to_string).collect(),
+            watch_progress_interval: config.watch_progress_notify_interval,
+        };
+        let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token() };
+        let options = ServeOptions { max_concurrent_streams: config.max_concurrent_streams, keepalive: config.grpc_keepalive() };
+        let limits = Limits::new(options);
+        let metrics = Metrics::new(ETCD_VERSION, "3.7");
+        metrics.set_source(Some(gauges(self.node.clone(), limits.clone())));
+        let versions = Versions { server: ETCD_VERSION, cluster: STORAGE_VERSION, storage: STORAGE_VERSION };
+        let grpc = Arc::new(router(&api, &metrics)?);
+        let http = Arc::new(Http::new(self.node.clone(), metrics.clone(), versions));
+        // With a port for HTTP alone, the client port speaks gRPC alone, as etcd's does.
+        let client = App { grpc: Some(grpc), http: config.listen_client_http_urls.is_empty().then(|| http.clone()) };
+        let plain = App { grpc: None, http: Some(http) };
+        let mut serving = Vec::new();
+        for listener in clients {
+            serving.push(Serving::start(listener, limits.clone(), client.clone()));
+        }
+        for listener in https.into_iter().chain(metrics_only) {
+            serving.push(Serving::start(listener, limits.clone(), plain.clone()));
+        }
+        Ok(Listening { api, addrs, serving, metrics, _peers: peers })
+    }
+
+    /// Stops everything, in order. All of it is tried, whatever fails.
+    async fn close(self) -> Result<()> {
+        self.node.stop().await;
+        self.background.stop();
+        self.backend.close();
+        self.wal.close()
+    }
+}
+
+struct Listening {
+    api: Api,
+    addrs: Vec<SocketAddr>,
+    serving: Vec<Serving>,
+    metrics: Arc<Metrics>,
+    _peers: Vec<Listener>,
+}
+
+impl Listening {
+    async fn drain(self) {
+        futures_util::future::join_all(self.serving.iter().map(|serving| serving.stop(DRAIN))).await;
+        // The source holds the node; a host that keeps the metrics need not keep that.
+        self.metrics.set_source(None);
+    }
+}
+
+async fn bind_all(urls: &[Url]) -> Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for url in urls {
+        listeners.push(match (url.socket_path(), url.listen_ip(), url.port()) {
+            (Some(path), _, _) => Listener::unix(path).await?,
+            (None, Some(ip), Some(port)) => Listener::tcp(SocketAddr::new(ip, port)).await?,
+            _ => return Err(Error::Config(format!("{url} cannot be listened on: it has no address"))),
+        });
+    }
+    Ok(listeners)
+}
+
+impl Checks for Node {
+    fn alarms(&self) -> Vec<i32> {
+        Node::alarms(self).iter().map(|alarm| alarm.alarm).collect()
+    }
+
+    fn has_leader(&self) -> bool {
+        self.leader() != 0
+    }
+
+    fn is_learner(&self) -> bool {
+        false
+    }
+
+    fn read(&self, serializable: bool) -> futures_util::future::BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let request = RangeRequest { key: bytes::Bytes::from_static(b"health"), serializable, limit: 1, ..RangeRequest::default() };
+            self.range(&request).await.map(|_| ())
+        })
+    }
+}
+
+/// What a scrape asks the other rooms for.
+fn gauges(node: Arc<Node>, limits: Arc<Limits>) -> Arc<dyn Fn() -> Gauges + Send + Sync> {
+    Arc::new(move || {
+        let store = node.store();
+        let history = store.history().stats();
+        let wal = node.wal().metrics();
+        let (revision, compact_revision) = store.revisions();
+        let applied = node.machine.applied().log_id.map_or(0, |id| id.index);
+        Gauges {
+            member_id: node.identity.member_id,
+            has_leader: node.leader() != 0,
+            is_leader: node.is_leader(),
+            proposals_committed: applied,
+            proposals_applied: applied,
+            proposals_pending: node.waiting() as u64,
+            quota_bytes: node.options.quota_bytes.unwrap_or(0),
+            db_total_bytes: history.disk_bytes,
+            db_in_use_bytes: history.live_bytes,
+            revision,
+            compact_revision,
+            keys: store.keys() as u64,
+            watchers: node.machine.hub.watches() as u64,
+            leases: lock(&node.machine.lessor).len() as u64,
+            wal_fsync: Histogram { bounds: &SYNC_BUCKETS, counts: wal.fsync_buckets.to_vec(), sum: wal.fsync_seconds },
+            wal_written_bytes: wal.written_bytes,
+            wal_segments: wal.segments,
+            wal_disk_bytes: wal.disk_bytes,
+            wal_cache_bytes: wal.cache_bytes,
+            wal_queued_bytes: wal.queued_bytes,
+            tail_records: history.tail_records,
+            tail_bytes: history.tail_bytes,
+            block_cache_bytes: history.cache_bytes,
+            backend_written_bytes: history.written_bytes,
+            connections: limits.connections() as u64,
+            streams: limits.streams() as u64,
+            ..Gauges::default()
+        }
+    })
+}
+
+/// The shortest TTL of a lease, in seconds: one and a half election timeouts, rounded up, as in etcd.
+fn min_ttl(config: &Config) -> i64 {
+    let ms = config.election_timeout_ms.saturating_mul(3).div_ceil(2);
+    i64::try_from(ms.div_ceil(1000)).unwrap_or(i64::MAX).max(1)
+}
+
+/// The ids of a new cluster of one. They follow from its peer URLs and its token, so that founders who are told the same
+/// come to the same ids.
+fn found(config: &Config, peer_urls: &[Url]) -> Identity {
+    let mut urls: Vec<String> = peer_urls.iter().map(Url::to_string).collect();
+    urls.sort();
+    let mut member = Sha256::new();
+    for part in urls.iter().map(String::as_str).chain([config.initial_cluster_token.as_str()]) {
+        // Each part with its length, so that no two lists look alike.
+        member.update((part.len() as u64).to_be_bytes());
+        member.update(part);
+    }
+    let member_id = first_u64(&member.finalize());
+    let cluster_id = first_u64(&Sha256::digest(member_id.to_be_bytes()));
+    Identity { cluster_id, member_id, name: config.name.clone() }
+}
+
+fn first_u64(digest: &[u8]) -> u64 {
+    let first = digest.iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte));
+    // 0 stands for nobody.
+    first.max(1)
+}
+
+/// The state must reach at least as far as the log was cut off, or entries are missing between the two.
+fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<()> {
+    let applied = machine.applied().log_id.map_or(0, |id| id.index);
+    let purged = log.purged.map_or(0, |id| id.index);
+    if applied < purged {
+        let what = format!("the log begins after entry {purged}, but the state has come only to entry {applied}: entries are missing");
+        return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
+    }
+    if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
+        let what = format!("the log ends at entry {}, but the state has come to entry {applied}", log.last.map_or(0, |last| last.index));
+        return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! The data directory: whose it is, who holds it, and where things stand in it.
+//!
+//! ```text
+//! <data-dir>/                 mode 0700
+//!   member/
+//!     LOCK                    held exclusively while a server runs
+//!     identity                format version, cluster and member id, name; written once
+//!     wal/                    the Raft log (elsewhere with --wal-dir)
+//!     state/                  the applied state
+//! ```
+//!
+//! `identity` is a few lines of text with a checksum over those before it, so that a person can read it and a program can
+//! tell damage from a directory that is not ours:
+//!
+//! ```text
+//! quorate 1
+//! cluster cdf818194e3a8c32
+//! member 8e9e05c52164694d
+//! name default
+//! crc32c 5d1b3f0a
+//! ```
+//!
+//! # Invariants
+//! - The lock is taken before anything else is read or written, and by one server at a time, in this process or another.
+//! - A directory that another program (such as etcd itself) or a newer release has written is refused, and left as it is.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Error, Result};
+
+/// Version of the directory's format. A release reads its own and older ones.
+const FORMAT_VERSION: u32 = 1;
+
+const IDENTITY: &str = "identity";
+
+/// Who a member is; chosen when the directory is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub cluster_id: u64,
+    pub member_id: u64,
+    /// One line; the configuration sees to that.
+    pub name: String,
+}
+
+/// A data directory, held by this server until it is dropped.
+#[derive(Debug)]
+pub(crate) struct DataDir {
+    member: PathBuf,
+    wal: PathBuf,
+    identity: Option<Identity>,
+    _lock: File,
+}
+
+impl DataDir {
+    /// Makes the directory if it is missing, and takes hold of it.
+    ///
+    /// # Errors
+    /// `Locked` when another server has it, `Format` when it is not ours or too new, `Corrupt` when `identity` is damaged, `Io`.
+    pub fn open(dir: &Path, wal_dir: Option<&Path>) -> Result<DataDir> {
+        let member = dir.join("member");
+        make_dir(dir)?;
+        make_dir(&member)?;
+        let path = member.join("LOCK");
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let lock = lock.map_err(|err| Error::io("opening", &path, err))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Locked { path: dir.to_owned() }),
+            Err(err) => return Err(Error::io("locking", &path, err.into())),
+        }
+        let identity = read_identity(&member.join(IDENTITY))?;
+        if identity.is_none() {
+            for foreign in ["snap/db", "snap", "wal", "state"] {
+                if member.join(foreign).exists() {
+                    let what = format!("member/{foreign} is there, but no member/{IDENTITY}: this is not a data directory of quorate");
+                    return Err(Error::Format { path: dir.to_owned(), what });
+                }
+            }
+        }
+        let wal = wal_dir.map_or_else(|| member.join("wal"), Path::to_owned);
+        Ok(DataDir { member, wal, identity, _lock: lock })
+    }
+
+    /// Who the member is; none in a new directory.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    /// Writes who the member is, for good.
+    ///
+    /// # Errors
+    /// `Io`; then the directory is as it was.
+    pub fn set_identity(&mut self, identity: Identity) -> Result<()> {
+        debug_assert!(self.identity.is_none(), "the identity {:?} is replaced by {identity:?}", self.identity);
+        write_whole(&self.member, IDENTITY, encode_identity(&identity).as_bytes())?;
+        self.identity = Some(identity);
+        Ok(())
+    }
+
+    pub fn wal(&self) -> &Path {
+        &self.wal
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.member.join("state")
+    }
+}
+
+fn make_dir(dir: &Path) -> Result<()> {
+    match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+        Ok(()) => Ok(()),
+        Err(err) => Err(Error::io("making directory", dir, err)),
+    }
+}
+
+/// Puts a file in place at once and for good: old content or new, also after a power cut.
+fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    let temporary = dir.join(format!("{name}.new"));
+    let write = || -> io::Result<()> {
+        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, &path)?;
+        File::open(dir)?.sync_all()
+    };
+    write().map_err(|err| Error::io("writing", &path, err))
+}
+
+fn encode_identity(identity: &Identity) -> String {
+    let Identity { cluster_id, member_id, name } = identity;
+    let text = format!("quorate {FORMAT_VERSION}\ncluster {cluster_id:016x}\nmember {member_id:016x}\nname {name}\n");
+    let crc = crc32c::crc32c(text.as_bytes());
+    format!("{text}crc32c {crc:08x}\n")
+}
+
+fn read_identity(path: &Path) -> Result<Option<Identity>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(err) => return Err(Error::io("reading", path, err)),
+    };
+    decode_identity(&bytes).map(Some).map_err(|problem| match problem {
+        Problem::Damaged(offset, what) => Error::Corrupt { path: path.to_owned(), offset, what: what.into() },
+        Problem::Newer(version) => Error::Format {
+            path: path.to_owned(),
+            what: format!("format version {version} is newer than this release's, {FORMAT_VERSION}"),
+        },
+    })
+}
+
+enum Problem {
+    Damaged(u64, &'static str),
+    Newer(u32),
+}
+
+fn decode_identity(bytes: &[u8]) -> std::result::Result<Identity, Problem> {
+    let damaged = |offset: usize, what| Problem::Damaged(offset as u64, what);
+    let text = std::str::from_utf8(bytes).map_err(|err| damaged(err.valid_up_to(), "it is not text"))?;
+    let at = text.rfind("crc32c ").ok_or_else(|| damaged(text.len(), "the checksum is missing"))?;
+    let (body, crc) = text.split_at(at);
+    if crc != format!("crc32c {:08x}\n", crc32c::crc32c(body.as_bytes())) {
+        return Err(damaged(at, "the checksum does not match what stands before it"));
+    }
+    // Only a whole file is read for what it says; its version comes first, for the rest may differ in another.
+    let mut lines = body.lines();
+    let mut field = |name: &str| lines.next().and_then(|line| line.strip_prefix(name)).and_then(|rest| rest.strip_prefix(' '));
+    let version: u32 =
+        field("quorate").and_then(|text| text.parse().ok()).ok_or_else(|| damaged(0, "it does not begin with a format version"))?;
+    if version > FORMAT_VERSION {
+        return Err(Problem::Newer(version));
+    }
+    let mut number = |name: &str| field(name).and_then(|text| u64::from_str_radix(text, 16).ok());
+    let cluster_id = number("cluster").ok_or_else(|| damaged(0, "the cluster id is missing"))?;
+    let member_id = number("member").ok_or_else(|| damaged(0, "the member id is missing"))?;
+    let name = field("name").ok_or_else(|| damaged(0, "the name is missing"))?.to_owned();
+    Ok(Identity { cluster_id, member_id, name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Identity {
+        Identity { cluster_id: 7, member_id: u64::MAX, name: "a member".into() }
+    }
+
+    #[test]
+    fn is_remembered_and_held_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = DataDir::open(dir.path(), None).unwrap();
+        assert_eq!(first.identity(), None);
+        first.set_identity(sample()).unwrap();
+        assert!(matches!(DataDir::open(dir.path(), None), Err(Error::Locked { .. })));
+        drop(first);
+        let again = DataDir::open(dir.path(), None).unwrap();
+        assert_eq!(again.identity(), Some(&sample()));
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(fs::metadata(dir.path().join("member")).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn every_flipped_byte_is_found() {
+        let good = encode_identity(&sample()).into_bytes();
+        assert!(matches!(decode_identity(&good), Ok(identity) if identity == sample()));
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                assert!(matches!(decode_identity(&bad), Err(Problem::Damaged(..))), "byte {at}, bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn foreign_and_newer_directories_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("member/snap")).unwrap();
+        fs::write(dir.path().join("member/snap/db"), b"bolt").unwrap();
+        assert!(matches!(DataDir::open(dir.path(), None), Err(Error::Format { .. })));
+        let newer = "quorate 2\nsomething new\n";
+        let newer = format!("{newer}crc32c {:08x}\n", crc32c::crc32c(newer.as_bytes()));
+        assert!(matches!(decode_identity(newer.as_bytes()), Err(Problem::Newer(2))));
+    }
+}

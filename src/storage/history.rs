@@ -1,0 +1,657 @@
+//! The history of all revisions: immutable records, from revision to bytes, packed into blocks on a [`Backend`].
+//!
+//! # Idea
+//! A record that is written lives in three places, one after the other, and is found in each:
+//! ```text
+//! append ──> tail (memory) ──write_out──> block, in the batch overlay and the cache ──backend.apply──> block on the backend
+//!                                                                                    ──sync──────────> safe from a power cut
+//! ```
+//! - The **tail** (`history/tail.rs`) takes what the applier appends. [`commit`](History::commit) marks where a log entry ends.
+//! - [`write_out`](History::write_out), on the background writer's thread, packs everything committed into blocks and makes
+//!   *one atomic batch* of them with the dead marks, the meta values, the summary and what `commit` was given: what is
+//!   stored is always the state after a whole number of log entries.
+//! - The batch is **published first and applied second**: it goes to the overlay, its blocks into the map, its records
+//!   leave the tail, and only then the backend gets it. So memory is always ahead of the backend, by the batches in the
+//!   overlay, which stay there until a sync: a backend that fails, or comes back from a `reopen` without its last batches,
+//!   gets them once more, in order, known by the sequence number in the summary that it still has. Readers notice nothing.
+//! - A record dies by [`mark_dead`](History::mark_dead): in the tail it is never written; in a block a bit is set beside the
+//!   block. A block without a live record goes at once. One that is less than half alive is rewritten, together with small
+//!   neighbours, by [`collect`](History::collect).
+//!
+//! # How full blocks are, and how often a record is written
+//! A batch of a few records makes a small block, and the last block is not rewritten ten times a second for it. Only when
+//! the small blocks at the end together with the new records fill a block are they packed anew. As the old ones alone do not
+//! fill one, what is left over for the next time are new records only: **each record is written once or twice**, at 40,000
+//! puts/s (thousands of records a batch) practically once, at 10 puts/s twice, and at the end there are never more
+//! than 31 small blocks. Rewriting the last block in place would write each record up to 31 times at 10 puts/s.
+//!
+//! # Example
+//! ```text
+//! let (history, saved) = History::open(backend, HistoryOptions::default(), &mut |rev, record| index.add(rev, record))?;
+//! history.append(Revision { main: 2, sub: 0 }, Record { bytes, tombstone: false });
+//! history.put_meta(b"lease/7", Some(ttl));
+//! history.commit(log_id);          // end of the log entry
+//! history.get(Revision { main: 2, sub: 0 })?;   // there at once
+//! history.write_out()?;            // ten times a second, on the background writer
+//! history.sync()?;                 // before the log is purged: returns the log id that is safe
+//! ```
+//!
+//! # Invariants
+//! - Blocks do not overlap and lie below the tail; within each, revisions ascend. [`check_invariants`](History::check_invariants)
+//!   holds the whole list.
+//! - Readers look into the tail first and then into the map; a record is in the map before it leaves the tail.
+//! - Whatever the summary says about counts and digest holds for the backend that it is read from.
+//!
+//! # Caveats
+//! - An empty backend cannot be told from a new one: that something ought to be there, the log has to know.
+//! - A death is in [`HistoryStats::live_bytes`] at once if the record is still in the tail, otherwise with the next `write_out`.
+//! - A record's bytes share the memory of its block: whoever keeps a few bytes for long should copy them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::{Deref, DerefMut};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use bytes::Bytes;
+
+use self::block::{Block, Held, Stub, Summary, Totals};
+use self::map::{BlockMap, Meta};
+use self::tail::Tail;
+use super::keys::Key;
+use super::{Backend, Batch, Record, Revision};
+use crate::error::Result;
+
+mod block;
+mod map;
+mod open;
+mod tail;
+#[cfg(test)]
+mod tests;
+mod write;
+
+/// What a live record counts in [`HistoryStats::live_bytes`] beside its own bytes: its line in the block's table (20
+/// bytes), and its share of the block's key, frame and dead mark.
+pub const RECORD_OVERHEAD: u64 = 32;
+
+/// Largest record, in bytes. Requests are limited far below it; appending a larger one is a bug, and panics.
+pub const RECORD_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// Largest name and value of [`History::put_meta`] together, and largest `applied` of [`History::commit`], in bytes: both
+/// stand in one value of the backend. Whoever keeps more there splits it; a larger one is a bug, and panics.
+pub const META_BYTES_MAX: usize = super::VALUE_BYTES_MAX / 2;
+
+/// Largest name of [`History::put_meta`], in bytes; a larger one is a bug, and panics.
+pub const META_NAME_BYTES_MAX: usize = super::KEY_BYTES_MAX - 1;
+
+/// Bytes of the tail from which on [`History::is_behind`] says so. Nothing is refused beyond it: whoever proposes holds back.
+pub const TAIL_BYTES_HIGH: usize = 64 * 1024 * 1024;
+
+/// Records that a scan copies out of the tail under one lock. A longer scan comes back for more.
+const SCAN_TAIL_RECORDS: usize = 64;
+
+/// Bounds within; only tests set others, to reach them.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Bytes of changes at which a cut of the tail is sealed, and the next entry begins a new one. An entry that is larger is
+    /// a cut of its own.
+    cut_bytes: usize,
+    /// Bytes of changes in a batch: the rest of the tail goes into further batches. A cut that is larger is a batch of its own.
+    batch_bytes: usize,
+    /// Bytes of batches that the backend has not synced yet, and that are kept to be given to it once more. Beyond it
+    /// the next batch waits for a sync first.
+    unsynced_bytes: usize,
+}
+
+const LIMITS: Limits = Limits { cut_bytes: 256 * 1024, batch_bytes: 8 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024 };
+
+/// How a history is opened.
+#[derive(Clone, Debug)]
+pub struct HistoryOptions {
+    /// What the cached blocks may take in memory, in bytes. One block is kept even if it takes more.
+    pub cache_bytes: usize,
+    /// Where the backend's files are: named in errors, never opened.
+    pub path: PathBuf,
+}
+
+impl Default for HistoryOptions {
+    fn default() -> Self {
+        HistoryOptions { cache_bytes: 64 * 1024 * 1024, path: PathBuf::new() }
+    }
+}
+
+/// What was stored beside the records.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Saved {
+    /// What the last stored [`History::commit`] was given; `None` in a new history.
+    pub applied: Option<Bytes>,
+    /// The values of [`History::put_meta`], by key.
+    pub meta: BTreeMap<Vec<u8>, Bytes>,
+}
+
+/// Figures for metrics, quota and the background writer's decisions. Taken one after the other, not at one instant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HistoryStats {
+    /// What the space quota counts: the bytes of all live records, and [`RECORD_OVERHEAD`] for each.
+    pub live_bytes: u64,
+    /// Live records, in tail and blocks.
+    pub live_records: u64,
+    /// Records of the tail, dead ones included.
+    pub tail_records: u64,
+    /// Bytes of all changes in the tail.
+    pub tail_bytes: u64,
+    /// Blocks.
+    pub blocks: u64,
+    /// What cached blocks take in memory, in bytes.
+    pub cache_bytes: u64,
+    /// What the backend's files take, in bytes.
+    pub disk_bytes: u64,
+    /// Bytes of batches kept in memory until the next sync.
+    pub unsynced_bytes: u64,
+    /// Bytes given to the backend since the start, keys included: over what was appended, the write amplification.
+    pub written_bytes: u64,
+}
+
+/// The revision history. See the module head; shared by reference between the applier, the background writer and readers.
+///
+/// [`append`](Self::append), [`put_meta`](Self::put_meta), [`mark_dead`](Self::mark_dead) and [`commit`](Self::commit) touch memory
+/// only. [`write_out`](Self::write_out), [`sync`](Self::sync) and [`collect`](Self::collect) block on the backend, and on each other.
+pub struct History {
+    backend: Arc<dyn Backend>,
+    opts: HistoryOptions,
+    limits: Limits,
+    // No two of these locks are ever held together, and none during a call to the backend.
+    tail: Mutex<Tail>,
+    map: RwLock<BlockMap>,
+    overlay: Mutex<Overlay>,
+    writer: Turnstile<Writer>,
+    live_records: AtomicU64,
+    live_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// What only `write_out`, `sync` and `collect` know and change.
+struct Writer {
+    /// Number of the newest batch, and what its summary says.
+    sequence: u64,
+    totals: Totals,
+    applied: Option<Bytes>,
+    /// The checksum of each stored meta value, to take it out of the digest.
+    metas: BTreeMap<Box<[u8]>, u32>,
+    /// The blocks that are less than half alive.
+    sparse: BTreeSet<Revision>,
+    next_id: u64,
+}
+
+/// A batch that is published, and perhaps applied, but not yet synced.
+struct Pending {
+    sequence: u64,
+    /// Its puts ascend by key.
+    batch: Batch,
+    bytes: usize,
+}
+
+/// The batches since the last sync, oldest first. Bounded by [`Limits::unsynced_bytes`] and one batch.
+#[derive(Default)]
+struct Overlay {
+    batches: VecDeque<Arc<Pending>>,
+    bytes: usize,
+    /// The newest batch that is safe from a power cut.
+    synced: u64,
+}
+
+impl Overlay {
+    /// What the newest of these batches that put the key has put there.
+    fn find(&self, key: &[u8]) -> Option<Bytes> {
+        self.batches.iter().rev().find_map(|pending| {
+            let puts = &pending.batch.puts;
+            let index = puts.binary_search_by(|(put, _)| put.as_slice().cmp(key)).ok()?;
+            puts.get(index).map(|(_, value)| value.clone())
+        })
+    }
+
+    fn push(&mut self, pending: Arc<Pending>) {
+        self.bytes += pending.bytes;
+        self.batches.push_back(pending);
+    }
+
+    /// Takes out the batches up to that number: they are synced.
+    fn synced(&mut self, sequence: u64) -> Vec<Arc<Pending>> {
+        self.synced = sequence;
+        let done: Vec<_> = self.batches.drain(..self.batches.partition_point(|pending| pending.sequence <= sequence)).collect();
+        self.bytes -= done.iter().map(|pending| pending.bytes).sum::<usize>();
+        done
+    }
+}
+
+impl History {
+    /// Reads and checks the whole history, and visits every live record in ascending order of revisions.
+    ///
+    /// # Errors
+    /// [`Corrupt`](crate::Error::Corrupt) when a value is damaged, stands under another's key, or when a value is missing,
+    /// surplus or older than the rest; whatever the backend or `visit` returns.
+    pub fn open(
+        backend: Arc<dyn Backend>,
+        opts: HistoryOptions,
+        visit: &mut dyn FnMut(Revision, &Record) -> Result<()>,
+    ) -> Result<(History, Saved)> {
+        History::open_limited(backend, opts, LIMITS, visit)
+    }
+
+    fn open_limited(
+        backend: Arc<dyn Backend>,
+        opts: HistoryOptions,
+        limits: Limits,
+        visit: &mut dyn FnMut(Revision, &Record) -> Result<()>,
+    ) -> Result<(History, Saved)> {
+        let open::Loaded { map, writer, saved, last } = open::load(&backend, &opts, visit)?;
+        let totals = writer.totals;
+        tracing::debug!(blocks = totals.blocks, records = totals.records, live_bytes = totals.live_bytes, "history opened");
+        let overlay = Overlay { synced: writer.sequence, ..Overlay::default() };
+        let history = History {
+            backend,
+            opts,
+            limits,
+            tail: Mutex::new(Tail::new(last, limits.cut_bytes)),
+            map: RwLock::new(map),
+            overlay: Mutex::new(overlay),
+            writer: Turnstile::new(writer),
+            live_records: AtomicU64::new(totals.records),
+            live_bytes: AtomicU64::new(totals.live_bytes),
+            written_bytes: AtomicU64::new(0),
+        };
+        Ok((history, saved))
+    }
+
+    /// Adds a record at the end. It can be read at once, and is stored with a later [`write_out`](Self::write_out) after the
+    /// next [`commit`](Self::commit).
+    ///
+    /// # Panics
+    /// When the revision is not above every earlier one, or the record beyond [`RECORD_BYTES_MAX`]: both are bugs of the caller.
+    pub fn append(&self, rev: Revision, record: Record) {
+        let bytes = record.bytes.len();
+        assert!(bytes <= RECORD_BYTES_MAX, "record {rev:?} has {bytes} bytes, at most {RECORD_BYTES_MAX} are allowed");
+        self.tail().append(rev, record);
+        self.live_records.fetch_add(1, Ordering::Relaxed);
+        self.live_bytes.fetch_add(bytes as u64 + RECORD_OVERHEAD, Ordering::Relaxed);
+    }
+
+    /// Sets or removes a small value under a name. Of several changes of a name before it is written only the last counts.
+    /// The values come back from [`open`](Self::open) only; whoever needs them in between keeps them.
+    ///
+    /// # Panics
+    /// When the name is beyond [`META_NAME_BYTES_MAX`], or it and the value beyond [`META_BYTES_MAX`].
+    pub fn put_meta(&self, key: &[u8], value: Option<Bytes>) {
+        let bytes = key.len() + value.as_ref().map_or(0, Bytes::len);
+        assert!(key.len() <= META_NAME_BYTES_MAX && bytes <= META_BYTES_MAX, "meta value {key:02x?} has {bytes} bytes");
+        self.tail().put_meta(key, value);
+    }
+
+    /// Marks records dead, all of them or, after a crash, none. They are never asked for again: `get` may still find them
+    /// for a while. A revision that is unknown or dead already is passed over, so that a replayed log may repeat a call.
+    ///
+    /// The tail's lock is held meanwhile: give it thousands at a time, not millions.
+    pub fn mark_dead(&self, revs: &[Revision]) {
+        let (mut records, mut bytes) = (0, 0);
+        self.tail().mark_dead(revs, |record| {
+            records += 1;
+            bytes += record.bytes.len() as u64 + RECORD_OVERHEAD;
+        });
+        self.died(records, bytes);
+    }
+
+    /// Ends a log entry: everything since the last commit is stored in one batch with `applied`, or not at all.
+    ///
+    /// # Panics
+    /// When `applied` is beyond [`META_BYTES_MAX`].
+    pub fn commit(&self, applied: Bytes) {
+        assert!(applied.len() <= META_BYTES_MAX, "applied has {} bytes", applied.len());
+        self.tail().commit(applied);
+    }
+
+    /// The record of a revision; `None` when there is none. A dead one may be found or not.
+    ///
+    /// # Errors
+    /// [`Corrupt`](crate::Error::Corrupt) when what was stored cannot be read back, and whatever the backend returns.
+    pub fn get(&self, rev: Revision) -> Result<Option<Record>> {
+        if let Some(record) = self.tail().get(rev) {
+            return Ok(Some(record.clone()));
+        }
+        loop {
+            let Some((first, meta, cached)) = self.map().find(rev).map(|(first, line)| (first, line.meta, line.block())) else {
+                return Ok(None);
+            };
+            // Gone since the look: it is in another block by now.
+            let Some(block) = cached.map_or_else(|| self.fetch(first, &meta, true), |block| Ok(Some(block)))? else { continue };
+            let Some(index) = block.find(rev).filter(|index| !meta.is_dead(*index)) else { return Ok(None) };
+            match block.held(index) {
+                Held::Whole(record) => return Ok(Some(record)),
+                Held::Large { tombstone, stub } => {
+                    if let Some(bytes) = self.fetch_large(rev, stub, Place { first, id: meta.id, index })? {
+                        return Ok(Some(Record { bytes, tombstone }));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Visits the live records of `[from, to)` in ascending order until `visit` returns false or an error, which is passed on.
+    /// No lock is held during a visit. A record that is appended or dies meanwhile may be visited or not.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn scan(&self, from: Revision, to: Revision, visit: &mut dyn FnMut(Revision, &Record) -> Result<bool>) -> Result<()> {
+        let mut cursor = from;
+        // The block that was just visited: the one to go on behind, unless another one has taken its place.
+        let mut seen = None;
+        while cursor < to {
+            let next = |(first, line): (Revision, &map::Line)| (first, line.meta, line.block());
+            let block = self.map().next(cursor, to, seen).map(next);
+            if let Some((first, meta, cached)) = block {
+                // A scan leaves the cache alone: it reads each block once, and would push out what others read often.
+                let Some(block) = cached.map_or_else(|| self.fetch(first, &meta, false), |block| Ok(Some(block)))? else { continue };
+                let last = block.entry(block.count() - 1).rev;
+                let dying = self.tail().dead(first, last);
+                for (index, entry) in block.entries().enumerate() {
+                    if entry.rev < cursor || meta.is_dead(index) || dying.binary_search(&entry.rev).is_ok() {
+                        continue;
+                    }
+                    if entry.rev >= to {
+                        return Ok(());
+                    }
+                    let record = match block.held(index) {
+                        Held::Whole(record) => Some(record),
+                        Held::Large { .. } => self.get(entry.rev)?,
+                    };
+                    if let Some(record) = record
+                        && !visit(entry.rev, &record)?
+                    {
+                        return Ok(());
+                    }
+                }
+                cursor = cursor.max(successor(last));
+                seen = Some((first, meta.id));
+                continue;
+            }
+            let records = self.tail().range(cursor, to, SCAN_TAIL_RECORDS);
+            // Between the look at the map and the one at the tail, records may have moved from here to there.
+            if self.map().next(cursor, to, seen).is_some() {
+                continue;
+            }
+            let Some((last, _)) = records.last() else { return Ok(()) };
+            cursor = successor(*last);
+            for (rev, record) in &records {
+                if !visit(*rev, record)? {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the space quota counts; see [`HistoryStats::live_bytes`]. Cheap: asked for each request that needs space.
+    pub fn live_bytes(&self) -> u64 {
+        self.live_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The error for stored bytes that are not what was written, for those who read them.
+    pub(crate) fn damaged(&self, what: String) -> crate::error::Error {
+        open::corrupt(&self.opts, what)
+    }
+
+    /// The error for a record that the index knows and the history does not.
+    pub(crate) fn missing(&self, revision: Revision) -> crate::error::Error {
+        self.damaged(format!("the record of revision {}.{} is missing or unreadable", revision.main, revision.sub))
+    }
+
+    /// Whether the background writer falls behind: more than [`TAIL_BYTES_HIGH`] wait in the tail.
+    pub fn is_behind(&self) -> bool {
+        self.tail().size().1 > TAIL_BYTES_HIGH
+    }
+
+    /// Figures; see [`HistoryStats`].
+    pub fn stats(&self) -> HistoryStats {
+        let (tail_records, tail_bytes) = self.tail().size();
+        let (blocks, cache_bytes) = {
+            let map = self.map();
+            (map.len(), map.cached_bytes())
+        };
+        HistoryStats {
+            live_bytes: self.live_bytes.load(Ordering::Relaxed),
+            live_records: self.live_records.load(Ordering::Relaxed),
+            tail_records: tail_records as u64,
+            tail_bytes: tail_bytes as u64,
+            blocks: blocks as u64,
+            cache_bytes: cache_bytes as u64,
+            disk_bytes: self.backend.disk_bytes(),
+            unsynced_bytes: self.overlay().bytes as u64,
+            written_bytes: self.written_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Reads a block that is not cached; `None` when the map has another one there by now. `keep` puts it into the cache.
+    fn fetch(&self, first: Revision, meta: &Meta, keep: bool) -> Result<Option<Block>> {
+        loop {
+            let synced = self.overlay().synced;
+            let mut problem = "it is missing";
+            let found = self.stored(&Key::Block(first).encode(), |value| match Block::read(first, value) {
+                Ok((block, crc)) if crc == meta.crc => Some(block),
+                Ok(_) => {
+                    problem = "it is not the one last written";
+                    None
+                }
+                Err(what) => {
+                    problem = what;
+                    None
+                }
+            })?;
+            if let Some(block) = found {
+                if keep {
+                    self.map_mut().keep(first, meta.id, block.clone());
+                }
+                return Ok(Some(block));
+            }
+            if self.map().get(first).is_none_or(|line| line.meta.id != meta.id) {
+                return Ok(None);
+            }
+            // A sync between the looks at backend and overlay moves a batch from the one to the other: look again.
+            if self.overlay().synced == synced {
+                return Err(open::corrupt(&self.opts, format!("block {first:?}: {problem}")));
+            }
+        }
+    }
+
+    /// Puts a large record together; `None` when it is dead or in another block by now.
+    fn fetch_large(&self, rev: Revision, stub: Stub, place: Place) -> Result<Option<Bytes>> {
+        'again: loop {
+            let synced = self.overlay().synced;
+            let mut bytes = Vec::with_capacity(stub.length as usize);
+            for number in 0..stub.chunks() {
+                let key = Key::Chunk(rev, number).encode();
+                let chunk = self.stored(&key, |value| block::unseal(&key, &value).is_some().then_some(value))?;
+                if let Some((body, _)) = chunk.as_deref().and_then(|value| block::unseal(&key, value)) {
+                    bytes.extend_from_slice(body);
+                    continue;
+                }
+                if self.map().get(place.first).is_none_or(|line| line.meta.id != place.id || line.meta.is_dead(place.index)) {
+                    return Ok(None);
+                }
+                if self.overlay().synced == synced {
+                    return Err(open::corrupt(&self.opts, format!("chunk {number} of large record {rev:?} is missing or damaged")));
+                }
+                continue 'again;
+            }
+            return Ok(Some(Bytes::from(bytes)));
+        }
+    }
+
+    /// What is stored under a key and passes the check: on the backend, or in the batches on the way there.
+    fn stored<T>(&self, key: &[u8], mut check: impl FnMut(Bytes) -> Option<T>) -> Result<Option<T>> {
+        let on_backend = self.backend.get(key);
+        if let Ok(Some(value)) = &on_backend
+            && let Some(found) = check(value.clone())
+        {
+            return Ok(Some(found));
+        }
+        let on_the_way = self.overlay().find(key);
+        if let Some(found) = on_the_way.and_then(check) {
+            return Ok(Some(found));
+        }
+        on_backend.map(|_| None)
+    }
+
+    fn died(&self, records: u64, bytes: u64) {
+        self.live_records.fetch_sub(records, Ordering::Relaxed);
+        self.live_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        lock(&self.tail)
+    }
+
+    fn overlay(&self) -> MutexGuard<'_, Overlay> {
+        lock(&self.overlay)
+    }
+
+    fn map(&self) -> RwLockReadGuard<'_, BlockMap> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn map_mut(&self) -> RwLockWriteGuard<'_, BlockMap> {
+        self.map.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Panics with the values when an invariant does not hold. Reads every block: for tests and debug builds. No other
+    /// thread may append, mark or commit meanwhile.
+    ///
+    /// - Within a block and from block to block and on into the tail, revisions ascend.
+    /// - Each line of the map says what its block holds; counts, live bytes and digest of the summary are the sums over the lines.
+    /// - `live_records` and `live_bytes` are what is live in blocks and tail.
+    /// - The blocks that await `collect` are the sparse ones; none is without a live record.
+    /// - The overlay holds the batches from the last synced one to the newest, without a gap.
+    pub fn check_invariants(&self) {
+        let writer = self.writer.enter();
+        let lines: Vec<(Revision, Meta)> = {
+            let map = self.map();
+            map.check();
+            map.iter().map(|(first, line)| (first, line.meta)).collect()
+        };
+        let mut totals = Totals { metas: writer.metas.len() as u64, ..Totals::default() };
+        let mut last: Option<Revision> = None;
+        let mut digests: Vec<u64> = writer.metas.iter().map(|(key, crc)| block::digest_of(&Key::Meta(key).encode(), *crc)).collect();
+        let (_, _, deaths) = self.tail().check();
+        let counted: BTreeSet<Revision> = deaths.iter().filter(|death| death.counted).map(|death| death.rev).collect();
+        let (mut uncounted_records, mut uncounted_bytes) = (0, 0);
+        for (first, meta) in &lines {
+            let block = self.fetch(*first, meta, false).expect("the block can be read").expect("nobody moves blocks meanwhile");
+            digests.extend([block::digest_of(&Key::Block(*first).encode(), meta.crc), block::dead_digest(*first, meta.dead)]);
+            assert_eq!(block.count(), usize::from(meta.records), "records of block {first:?}");
+            assert!(meta.live() > 0, "block {first:?} has no live record");
+            let items: Vec<_> = (0..block.count()).map(|index| block.item(index)).collect();
+            let mut expected = Meta::new(meta.id, meta.crc, &items);
+            for (index, item) in items.iter().enumerate() {
+                assert!(last < Some(item.rev), "record {:?} of block {first:?} stands after {last:?}", item.rev);
+                last = Some(item.rev);
+                if meta.is_dead(index) {
+                    expected.bury(index, item);
+                } else if let Some(stub) = item.stub {
+                    totals.chunks += u64::from(stub.chunks());
+                    digests.push(stub.digest);
+                }
+                if counted.contains(&item.rev) && !meta.is_dead(index) {
+                    uncounted_records += 1;
+                    uncounted_bytes += item.length() + RECORD_OVERHEAD;
+                }
+            }
+            assert_eq!(*meta, expected, "the line of block {first:?}");
+            totals.blocks += 1;
+            totals.records += meta.live() as u64;
+            totals.dead += u64::from(meta.dead.count_ones());
+            totals.live_bytes += meta.live_bytes;
+        }
+        totals.digest = digests.into_iter().fold(0, u64::wrapping_add);
+        assert_eq!(totals, writer.totals, "what is stored, and what the summary says");
+        let sparse: BTreeSet<Revision> = lines.iter().filter(|(_, meta)| meta.is_sparse()).map(|(first, _)| *first).collect();
+        assert_eq!(sparse, writer.sparse, "blocks that await collection");
+        let tail = self.tail();
+        let (live, live_bytes, _) = tail.check();
+        let first_of_tail = tail.range(Revision::default(), successor(tail.last()), 1).first().map(|(rev, _)| *rev);
+        drop(tail);
+        assert!(first_of_tail.is_none_or(|first| last < Some(first)), "the tail begins at {first_of_tail:?}, the blocks end at {last:?}");
+        assert_eq!(self.live_records.load(Ordering::Relaxed), totals.records + live - uncounted_records, "live records");
+        assert_eq!(self.live_bytes.load(Ordering::Relaxed), totals.live_bytes + live_bytes - uncounted_bytes, "live bytes");
+        let overlay = self.overlay();
+        let sequences: Vec<u64> = overlay.batches.iter().map(|pending| pending.sequence).collect();
+        assert_eq!(sequences, (overlay.synced + 1..=writer.sequence).collect::<Vec<_>>(), "batches that are not synced");
+        assert_eq!(overlay.bytes, overlay.batches.iter().map(|pending| pending.bytes).sum::<usize>(), "their bytes");
+    }
+}
+
+/// Where a reader found a record, to see afterwards whether it is still there.
+struct Place {
+    first: Revision,
+    id: u64,
+    index: usize,
+}
+
+/// The least revision above another one.
+fn successor(rev: Revision) -> Revision {
+    match rev.sub.checked_add(1) {
+        Some(sub) => Revision { sub, ..rev },
+        None => Revision { main: rev.main.saturating_add(1), sub: 0 },
+    }
+}
+
+/// A lock whose holder panicked still guards whole values here: all changes under a lock are small and do not panic half-way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets one thread at a time to a value, for long and across blocking calls, without a lock being held meanwhile: the value
+/// is taken out, and others wait until it is back.
+struct Turnstile<T> {
+    value: Mutex<Option<T>>,
+    back: Condvar,
+}
+
+struct Pass<'a, T> {
+    of: &'a Turnstile<T>,
+    /// `Some` until it is dropped.
+    value: Option<T>,
+}
+
+impl<T> Turnstile<T> {
+    fn new(value: T) -> Turnstile<T> {
+        Turnstile { value: Mutex::new(Some(value)), back: Condvar::new() }
+    }
+
+    fn enter(&self) -> Pass<'_, T> {
+        let mut place = lock(&self.value);
+        loop {
+            if let Some(value) = place.take() {
+                return Pass { of: self, value: Some(value) };
+            }
+            place = self.back.wait(place).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<T> Deref for Pass<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        self.value.as_ref().expect("only drop takes it")
+    }
+}
+
+impl<T> DerefMut for Pass<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.value.as_mut().expect("only drop takes it")
+    }
+}
+
+impl<T> Drop for Pass<'_, T> {
+    fn drop(&mut self) {
+        *lock(&self.of.value) = self.value.take();
+        self.of.back.notify_one();
+    }
+}
