@@ -33,9 +33,6 @@ const WRITE_INTERVAL: Duration = Duration::from_millis(100);
 /// How long written state waits before it is synced, and with it the longest stretch of log that a start replays.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Records in memory after which the writer is woken before its time.
-pub(crate) const WAKE_RECORDS: usize = 10_000;
-
 /// How long to wait before trying a full disk again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
 
@@ -61,7 +58,6 @@ pub(crate) trait Events: Send + 'static {
 struct Wants {
     stop: bool,
     wake: bool,
-    sync: Vec<oneshot::Sender<Result<()>>>,
     defragment: Vec<oneshot::Sender<Result<()>>>,
 }
 
@@ -113,24 +109,15 @@ impl Background {
         self.shared.woken.notify_one();
     }
 
-    /// Returns when everything applied before the call is on disk.
-    pub async fn sync(&self) -> Result<()> {
-        self.ask(|wants, done| wants.sync.push(done)).await
-    }
-
     /// Rewrites the storage into fresh files that take no more than they need, while it goes on being used.
     pub async fn defragment(&self) -> Result<()> {
-        self.ask(|wants, done| wants.defragment.push(done)).await
-    }
-
-    async fn ask(&self, want: impl FnOnce(&mut Wants, oneshot::Sender<Result<()>>)) -> Result<()> {
         let (done, wait) = oneshot::channel();
         {
             let mut wants = lock(&self.shared.wants);
             if wants.stop {
                 return Err(Error::Stopped);
             }
-            want(&mut wants, done);
+            wants.defragment.push(done);
         }
         self.shared.woken.notify_one();
         wait.await.unwrap_or(Err(Error::Stopped))
@@ -180,18 +167,14 @@ impl Worker {
         let mut busy = false;
         loop {
             let wait = if self.shared.full.load(Ordering::Relaxed) { FULL_RETRY } else { WRITE_INTERVAL };
-            let (stop, syncs, defragments) = self.wait(if busy { Duration::ZERO } else { wait });
+            let (stop, defragments) = self.wait(if busy { Duration::ZERO } else { wait });
             since_sync += wait;
             let ask_rewrite = !defragments.is_empty();
             self.rewriting.extend(defragments);
-            let must_sync = stop || !syncs.is_empty() || ask_rewrite || since_sync >= SYNC_INTERVAL;
+            let must_sync = stop || ask_rewrite || since_sync >= SYNC_INTERVAL;
             let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
             if must_sync {
                 since_sync = Duration::ZERO;
-            }
-            for done in syncs {
-                // Who asked may have gone away; that changes nothing.
-                let _ = done.send(written.clone());
             }
             if stop {
                 return;
@@ -207,14 +190,13 @@ impl Worker {
     }
 
     /// Sleeps until it is time, or somebody wants something.
-    #[allow(clippy::type_complexity)]
-    fn wait(&self, wait: Duration) -> (bool, Vec<oneshot::Sender<Result<()>>>, Vec<oneshot::Sender<Result<()>>>) {
+    fn wait(&self, wait: Duration) -> (bool, Vec<oneshot::Sender<Result<()>>>) {
         let mut wants = lock(&self.shared.wants);
-        if !wants.stop && !wants.wake && wants.sync.is_empty() && wants.defragment.is_empty() && !wait.is_zero() {
+        if !wants.stop && !wants.wake && wants.defragment.is_empty() && !wait.is_zero() {
             wants = self.shared.woken.wait_timeout(wants, wait).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
         wants.wake = false;
-        (wants.stop, std::mem::take(&mut wants.sync), std::mem::take(&mut wants.defragment))
+        (wants.stop, std::mem::take(&mut wants.defragment))
     }
 
     /// Writes out what was applied, and syncs if it is time. A full disk is waited out here, up to the next round.

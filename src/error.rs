@@ -146,6 +146,8 @@ apply_errors! {
     MemberNotFound = NOT_FOUND, "etcdserver: member not found";
     /// A lease of that id is there already.
     LeaseExists = FAILED_PRECONDITION, "etcdserver: lease already exists";
+    /// Leadership cannot be handed to that member.
+    BadLeaderTransferee = FAILED_PRECONDITION, "etcdserver: bad leader transferee";
     /// The member is not the leader.
     NotLeader = FAILED_PRECONDITION, "etcdserver: not leader";
     /// A capability that is not built.

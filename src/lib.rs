@@ -66,12 +66,15 @@ pub mod cli;
 pub mod client;
 pub mod config;
 mod error;
+#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
 mod lease;
 mod lock;
 pub mod metrics;
+#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
 mod mvcc;
 mod node;
 pub mod proto;
+#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
 mod raft;
 mod server;
 // For the fuzz targets, which are a crate of their own; no part of the API.

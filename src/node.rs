@@ -42,7 +42,7 @@ use crate::proto::etcdserverpb::{
     ResponseHeader, TxnRequest, TxnResponse,
 };
 use crate::proto::internal::{self, command::Op};
-use crate::raft::apply::Machine;
+use crate::raft::apply::{BY_QUOTA, Machine};
 use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
 use crate::storage::dir::Identity;
 use crate::storage::wal::Wal;
@@ -134,8 +134,6 @@ pub(crate) struct Node {
     alone: AtomicBool,
     /// Revocations may be due: a lease was granted, or shortened.
     leases_changed: Notify,
-    /// This member raised NOSPACE because of the quota, and takes it back when there is room again.
-    quota_alarm: AtomicBool,
     runtime: tokio::runtime::Handle,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -184,7 +182,6 @@ impl Node {
             leader: AtomicU64::new(0),
             alone: AtomicBool::new(false),
             leases_changed: Notify::new(),
-            quota_alarm: AtomicBool::new(false),
             runtime: tokio::runtime::Handle::current(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -193,7 +190,7 @@ impl Node {
         node.spawn(node.clone().follow_raft());
         node.spawn(node.clone().revoke_expired());
         node.spawn(node.clone().watch_space());
-        if let Some(auto) = node.options.auto_compaction.clone() {
+        if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));
         }
         node
@@ -249,10 +246,6 @@ impl Node {
         &self.wal
     }
 
-    pub fn raft(&self) -> &Raft {
-        &self.raft
-    }
-
     pub fn term(&self) -> u64 {
         self.term.load(Ordering::Relaxed)
     }
@@ -300,8 +293,11 @@ impl Node {
     /// Its outcome, if it is a refusal; `Timeout` when it is not known whether it will be applied; `Stopped` when the
     /// member stops in the meantime.
     async fn propose(&self, op: Op) -> Result<Reply> {
+        self.propose_command(internal::Command { id: 0, op: Some(op) }).await
+    }
+
+    async fn propose_command(&self, command: internal::Command) -> Result<Reply> {
         self.check_running()?;
-        let command = internal::Command { id: 0, op: Some(op) };
         let bytes = command.encoded_len();
         if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
@@ -399,7 +395,6 @@ impl Node {
         if self.store().history().live_bytes() + cost <= quota {
             return Ok(());
         }
-        self.quota_alarm.store(true, Ordering::Relaxed);
         tracing::warn!(quota, "the space quota is used up: raising the NOSPACE alarm");
         self.propose_alarm(AlarmAction::Activate).await?;
         Err(ApplyError::NoSpace.into())
@@ -407,7 +402,7 @@ impl Node {
 
     async fn propose_alarm(&self, action: AlarmAction) -> Result<()> {
         let request = AlarmRequest { action: action as i32, member_id: self.identity.member_id, alarm: AlarmType::Nospace as i32 };
-        self.propose(Op::Alarm(request)).await.map(|_| ())
+        self.propose_command(internal::Command { id: BY_QUOTA, op: Some(Op::Alarm(request)) }).await.map(|_| ())
     }
 
     fn check_corrupt(&self) -> Result<()> {
@@ -439,6 +434,7 @@ impl Node {
             self.check_running()?;
             txn::txn(&mut self.store().begin(), &request, &|_| false)?
         } else {
+            self.check_corrupt()?;
             if txn::may_put(&request) {
                 self.check_space(txn_cost(&request)).await?;
             }
@@ -527,9 +523,6 @@ impl Node {
             return Ok(AlarmResponse { header: Some(self.header_now()), alarms });
         }
         alarm.map_err(|_| ApplyError::InvalidAlarm)?;
-        if action == AlarmAction::Deactivate && request.member_id == self.identity.member_id {
-            self.quota_alarm.store(false, Ordering::Relaxed);
-        }
         let Reply::Alarm(mut response) = self.propose(Op::Alarm(request)).await? else { return Err(mismatch()) };
         response.header = self.complete(response.header);
         Ok(response)
@@ -702,18 +695,12 @@ impl Node {
     async fn watch_space(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(WATCHDOG_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // An alarm of this member's that a restart has brought back is the quota's, too.
-        let own = AlarmMember { member_id: self.identity.member_id, alarm: AlarmType::Nospace as i32 };
-        self.quota_alarm.store(self.alarms().contains(&own), Ordering::Relaxed);
         loop {
             ticks.tick().await;
             let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
-            if room && self.quota_alarm.load(Ordering::Relaxed) && self.is_leader() {
+            if room && self.machine.raised_by_quota(self.identity.member_id) && self.is_leader() {
                 match self.propose_alarm(AlarmAction::Deactivate).await {
-                    Ok(()) => {
-                        self.quota_alarm.store(false, Ordering::Relaxed);
-                        tracing::info!("there is room within the space quota again: the NOSPACE alarm is taken back");
-                    }
+                    Ok(()) => tracing::info!("there is room within the space quota again: the NOSPACE alarm is taken back"),
                     Err(err) => tracing::warn!(error = %err, "taking back the NOSPACE alarm"),
                 }
             }

@@ -260,7 +260,6 @@ struct Member {
     background: Arc<Background>,
     backend: Arc<dyn Backend>,
     wal: Arc<Wal>,
-    peer_urls: Vec<Url>,
     // Held until everything else is closed.
     _dir: DataDir,
 }
@@ -339,7 +338,7 @@ impl Member {
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health);
         node.spawn_purge(purge);
-        let member = Member { node, background, backend, wal, peer_urls, _dir: dir };
+        let member = Member { node, background, backend, wal, _dir: dir };
         match member.node.ready().await {
             Ok(()) => Ok(member),
             Err(err) => {
@@ -362,7 +361,6 @@ impl Member {
             bound.map(|(url, at)| at.local_addr().map_or_else(|| url.clone(), |addr| url.with_port(addr.port()))).collect();
         let info = api::Info {
             client_urls: config.advertised_client_urls(&bound).iter().map(Url::to_string).collect(),
-            peer_urls: self.peer_urls.iter().map(Url::to_string).collect(),
             watch_progress_interval: config.watch_progress_notify_interval,
         };
         let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token() };

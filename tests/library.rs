@@ -6,7 +6,7 @@ use std::time::Duration;
 use quorate::client::{EventKind, WatchMessage};
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::request_op::Request;
-use quorate::proto::etcdserverpb::{Compare, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest};
+use quorate::proto::etcdserverpb::{Compare, PutRequest, RequestOp, TxnRequest, WatchCreateRequest};
 use quorate::{ApplyError, Config, Error, Server};
 
 /// A configuration with a client port that the system picks, and no peer port.

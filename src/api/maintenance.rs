@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::config::ETCD_VERSION;
-use crate::error::{Error, Result};
+use crate::error::{ApplyError, Error, Result};
 use crate::node::{BackupStart, Node};
 use crate::proto::etcdserverpb::maintenance_server::Maintenance;
 use crate::proto::etcdserverpb::{
@@ -32,6 +32,9 @@ pub(crate) const STORAGE_VERSION: &str = "3.7.0";
 
 /// Chunks of a backup that wait for the client, each up to 64 KiB. Beyond it the backup waits.
 const SNAPSHOT_CHUNKS: usize = 8;
+
+/// The checksum behind a backup: a SHA-256.
+const CHECKSUM_BYTES: usize = 32;
 
 #[tonic::async_trait]
 impl Maintenance for Api {
@@ -108,8 +111,13 @@ impl Maintenance for Api {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    async fn move_leader(&self, _: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
-        Err(Status::unimplemented("etcdserver: moving the leader is not implemented"))
+    async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
+        // The only member leads already; there is nobody else to hand over to.
+        if request.into_inner().target_id == self.node.identity.member_id {
+            Ok(Response::new(MoveLeaderResponse { header: None }))
+        } else {
+            Err(status(ApplyError::BadLeaderTransferee.into()))
+        }
     }
 
     async fn downgrade(&self, _: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {
@@ -148,8 +156,17 @@ pub(crate) fn backup(node: &Node, start: BackupStart, send: &mut dyn FnMut(Bytes
         Ok(true)
     })?;
     encoder.finish();
+    let mut last = Bytes::new();
     while let Some(chunk) = encoder.next_chunk() {
-        send(chunk)?;
+        if !last.is_empty() {
+            send(std::mem::replace(&mut last, chunk))?;
+        } else {
+            last = chunk;
+        }
     }
+    // The checksum comes in a part of its own, as etcd sends it.
+    let sum = last.split_off(last.len().saturating_sub(CHECKSUM_BYTES));
+    send(last)?;
+    send(sum)?;
     Ok(())
 }

@@ -21,6 +21,8 @@ pub(crate) mod maintenance;
 pub(crate) mod router;
 pub(crate) mod serve;
 pub(crate) mod stream;
+#[cfg(test)]
+mod testing;
 pub(crate) mod unary;
 pub(crate) mod watch;
 
@@ -37,7 +39,6 @@ pub(crate) struct Api {
 #[derive(Debug)]
 pub(crate) struct Info {
     pub client_urls: Vec<String>,
-    pub peer_urls: Vec<String>,
     pub watch_progress_interval: std::time::Duration,
 }
 

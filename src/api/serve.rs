@@ -196,7 +196,7 @@ impl Limits {
 pub(crate) enum Listener {
     Tcp(TcpListener),
     /// The path is removed when the listener is dropped.
-    Unix(UnixListener, SocketPath),
+    Unix(UnixListener, #[allow(dead_code, reason = "kept for its drop")] SocketPath),
 }
 
 /// The file of a listening Unix socket, removed on drop.

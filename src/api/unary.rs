@@ -73,6 +73,7 @@ const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// The headers of a request: what of them concerns a handler.
 pub(crate) struct Metadata(HeaderMap);
 
+#[allow(dead_code, reason = "for members that may lose their leader, and for users")]
 impl Metadata {
     /// Whether the client wants to be refused when this member knows no leader.
     pub fn requires_leader(&self) -> bool {

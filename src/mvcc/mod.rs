@@ -223,10 +223,10 @@ impl Store {
             Some(Err(_)) => return Err(Error::Corrupt { path, offset: 0, what: "the compaction mark is not 8 bytes long".into() }),
         };
         for (key, entry) in index.range(&[], Bound::Unbounded) {
-            if let Some(Found { meta: Some(Meta { lease, .. }), .. }) = entry.current() {
-                if lease != 0 {
-                    attached(lease, key.to_vec().into());
-                }
+            if let Some(Found { meta: Some(Meta { lease, .. }), .. }) = entry.current()
+                && lease != 0
+            {
+                attached(lease, key.to_vec().into());
             }
         }
         let store = Store {
@@ -513,11 +513,6 @@ impl Writer<'_> {
     /// The revision at which this request reads now: the newest, or its own once it has written.
     pub fn at(&self) -> i64 {
         if self.events.is_empty() { self.state.revision } else { self.main }
-    }
-
-    /// Whether a read at `at` can be answered within this request.
-    pub fn check(&self, at: i64) -> Result<(), ApplyError> {
-        self.state.check(at)
     }
 
     /// The key's current state.

@@ -96,8 +96,6 @@ pub(crate) struct RangeScan {
 /// What a Range found.
 #[derive(Debug, Default)]
 pub(crate) struct RangeResult {
-    /// The revision that was read.
-    pub at: i64,
     pub hits: Vec<Hit>,
     pub more: bool,
     /// Keys in the range, whatever the limit and the filters.
@@ -168,8 +166,7 @@ impl RangeScan {
             self.limit.saturating_add(1)
         };
         let from = self.cursor.take();
-        let mut looked_at = 0;
-        for (key, entry) in state.index.range(from.as_deref().unwrap_or(&start), to) {
+        for (looked_at, (key, entry)) in state.index.range(from.as_deref().unwrap_or(&start), to).enumerate() {
             if self.hits.len() >= wanted && self.at == newest {
                 self.count = i64::try_from(state.index.count_live(&start, to)).unwrap_or(i64::MAX);
                 return false;
@@ -178,7 +175,6 @@ impl RangeScan {
                 self.cursor = Some(key.to_vec());
                 return true;
             }
-            looked_at += 1;
             if let Some(found) = entry.at(self.at) {
                 self.count += 1;
                 if self.hits.len() < wanted {
@@ -255,7 +251,7 @@ impl RangeScan {
     fn finish(mut self, store: &Store) -> Result<RangeResult> {
         let more = self.choose(store)?;
         let held = self.fetch(store)?;
-        Ok(RangeResult { at: self.at, hits: self.hits, more, count: self.count, held })
+        Ok(RangeResult { hits: self.hits, more, count: self.count, held })
     }
 
     /// Runs within a request that writes, in one go: nobody can pass in between anyway.
@@ -266,6 +262,7 @@ impl RangeScan {
 
     /// The first step, on the spot. `Ok` is the whole answer; `Err` gives the scan back when it is longer than that, to
     /// be [continued](Self::run) where it keeps nobody waiting.
+    #[allow(clippy::result_large_err, reason = "the scan goes on where it is, not up a chain of callers")]
     pub fn start(mut self, store: &Store) -> Result<Result<RangeResult>, Self> {
         let more = {
             let state = store.state();

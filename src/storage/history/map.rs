@@ -89,12 +89,12 @@ pub(super) struct Line {
 
 impl Line {
     /// The block, if it is in memory.
-    pub fn block(&self) -> Option<Block> {
+    pub fn block(&self) -> Option<&Block> {
         let block = self.cached.as_deref()?;
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
-        Some(block.clone())
+        Some(block)
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::block::{self, Bits, Block, Held, Stub, Summary, Totals};
+use super::block::{self, Bits, Block, Stub, Summary, Totals};
 use super::map::{BlockMap, Meta};
 use super::{HistoryOptions, Saved, Writer, successor};
 use crate::error::{Error, Result};
@@ -23,6 +23,10 @@ pub(super) struct Loaded {
     pub saved: Saved,
     pub last: Revision,
 }
+
+/// Meta values by name, and their checksums.
+type Values = BTreeMap<Vec<u8>, Bytes>;
+type Checksums = BTreeMap<Box<[u8]>, u32>;
 
 type Visit<'a> = &'a mut dyn FnMut(Revision, &Record) -> Result<()>;
 
@@ -108,8 +112,7 @@ impl Loader<'_> {
         Ok(marks)
     }
 
-    #[allow(clippy::type_complexity)]
-    fn metas(&mut self) -> Result<(BTreeMap<Vec<u8>, Bytes>, BTreeMap<Box<[u8]>, u32>)> {
+    fn metas(&mut self) -> Result<(Values, Checksums)> {
         let backend = self.backend;
         let (mut values, mut crcs) = (BTreeMap::new(), BTreeMap::new());
         let (start, end) = keys::range(tag::META);
@@ -159,10 +162,11 @@ impl Loader<'_> {
             }
             meta.live_cost += item.cost() as u32;
             meta.live_bytes += item.length() + super::RECORD_OVERHEAD;
-            let record = match block.held(index) {
-                Held::Whole(record) => record,
-                Held::Large { tombstone, stub } => Record { bytes: self.chunks(entry.rev, stub)?, tombstone },
+            let bytes = match item.stub {
+                None => item.stored,
+                Some(stub) => self.chunks(entry.rev, stub)?,
             };
+            let record = Record { bytes, tombstone: entry.tombstone };
             if block::record_crc(entry.rev, record.tombstone, &record.bytes) != entry.crc {
                 return Err(self.corrupt(format!("the checksum of record {:?} does not fit", entry.rev)));
             }

@@ -392,7 +392,7 @@ impl History {
 
     /// Reads a block for the writer, which is the only one to move blocks.
     fn read(&self, first: Revision, meta: &Meta) -> Result<Block> {
-        let cached = self.map().get(first).and_then(map::Line::block);
+        let cached = self.map().get(first).and_then(|line| line.block().cloned());
         let block = cached.map_or_else(|| self.fetch(first, meta, false), |block| Ok(Some(block)))?;
         block.ok_or_else(|| open::corrupt(&self.opts, format!("block {first:?} was moved by somebody else")))
     }

@@ -34,9 +34,8 @@ pub(super) trait DiskFile: Send + Sync {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes the whole buffer or fails, then perhaps with some of it written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
-    /// Makes the file `len` bytes long and sets space aside for all of it. `false`: the length is set, but this file system cannot set
-    /// space aside, so only written zeros hold it.
-    fn reserve(&self, len: u64) -> io::Result<bool>;
+    /// Makes the file `len` bytes long and sets space aside for all of it, where the file system can; elsewhere only writing takes space.
+    fn reserve(&self, len: u64) -> io::Result<()>;
     /// Makes everything written durable, with the length.
     fn sync(&self) -> io::Result<()>;
 }
@@ -49,9 +48,11 @@ pub(super) struct Directory {
 impl Directory {
     /// Opens the directory; with `create`, makes it (mode 0700) if it is missing, durably.
     pub(super) fn open(path: &Path, create: bool) -> io::Result<Self> {
-        if create && !path.try_exists()? {
-            fs::DirBuilder::new().mode(0o700).recursive(true).create(path)?;
-            if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        if create {
+            let missing: Vec<&Path> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
+            for dir in missing.into_iter().rev() {
+                fs::DirBuilder::new().mode(0o700).create(dir)?;
+                let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 File::open(parent)?.sync_all()?;
             }
         }
@@ -114,19 +115,19 @@ impl DiskFile for File {
     }
 
     #[cfg(any(target_os = "linux", target_os = "android"))]
-    fn reserve(&self, len: u64) -> io::Result<bool> {
+    fn reserve(&self, len: u64) -> io::Result<()> {
         use rustix::io::Errno;
         match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, len) {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(()),
             // EOPNOTSUPP and ENOTSUP are one number on Linux.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.set_len(len).map(|()| false),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.set_len(len),
             Err(errno) => Err(errno.into()),
         }
     }
 
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
-    fn reserve(&self, len: u64) -> io::Result<bool> {
-        self.set_len(len).map(|()| false)
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        self.set_len(len)
     }
 
     // fdatasync: the data and what is needed to find it again, the length included, but no time stamps.

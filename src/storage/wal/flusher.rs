@@ -5,7 +5,8 @@
 
 use super::frame::{ALIGN, FrameBuf, SEGMENT_HEADER_LEN, opaque_len, opening_len};
 use super::index::Slot;
-use super::{FRAME_OVERHEAD, Item, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_OPAQUE_BYTES, Queued, Segment, Shared, Sleep};
+use super::state::{FailOnPanic, Item, Queued, Segment, Shared, Sleep};
+use super::{FRAME_OVERHEAD, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_OPAQUE_BYTES};
 use crate::error::Error;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,6 +16,9 @@ use std::time::Duration;
 /// How long a committed mark may wait for a frame to ride on before it is written by itself. Longer than a round of replication, so that
 /// under load it never is.
 const COMMITTED_NAP: Duration = Duration::from_millis(100);
+
+/// A queue that had to hold more items than this is given back once it is empty.
+const KEPT_CAPACITY: usize = 64 << 10;
 
 /// Where writing goes on after opening.
 pub(super) struct Position {
@@ -70,18 +74,8 @@ struct Flusher {
 
 /// The body of the log's thread.
 pub(super) fn run(shared: Arc<Shared>, at: Position) {
-    /// Callers must not wait for ever for a thread that is gone.
-    struct OnPanic(Arc<Shared>);
-    impl Drop for OnPanic {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.0.fail(Error::Failed("the log's thread panicked".into()));
-                let queue = std::mem::take(&mut self.0.lock().queue);
-                drop(queue);
-            }
-        }
-    }
-    let _guard = OnPanic(shared.clone());
+    let for_guard = shared.clone();
+    let _guard = FailOnPanic(&for_guard);
     let opened_committed = shared.lock().committed_version;
     let mut flusher = Flusher {
         shared,
@@ -163,9 +157,9 @@ impl Flusher {
             }
             fresh = true;
         }
-        let (committed, version) = {
+        let (committed, version, low) = {
             let state = self.shared.lock();
-            (state.log.committed.clone(), state.committed_version)
+            (state.log.committed.clone(), state.committed_version, state.low.is_some())
         };
 
         self.buf.begin(self.at.segment.salt, MAX_FRAME_BYTES);
@@ -216,8 +210,8 @@ impl Flusher {
             && version != self.frame_committed
         {
             let end = self.at.offset + (self.buf.len() + opaque_len(committed.len()) + ALIGN) as u64;
-            // Without room here it goes into the mark, and into the next opening.
-            if end <= self.limit(control) {
+            // Without room here it goes into the mark, and into the next opening. When space is low, the room is for what was accepted.
+            if end <= self.limit(control) && !low {
                 self.buf.committed(&committed);
                 self.frame_committed = version;
                 self.at.written.committed = Some(committed);
@@ -280,6 +274,9 @@ impl Flusher {
             done(Ok(()));
         }
         self.evicted.clear();
+        if self.taken.is_empty() && self.taken.capacity() > KEPT_CAPACITY {
+            self.taken = VecDeque::new();
+        }
     }
 
     /// Goes on to the next segment, which has at least `need` bytes, waiting for it if it is not ready. `false`: a purge has overtaken

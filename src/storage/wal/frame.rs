@@ -282,8 +282,10 @@ pub enum Tail {
     Blank,
     /// A mark: all frames before it had reached the disk.
     Marked,
-    /// Something else: a frame that was being written, or what the file held in an earlier use.
+    /// A frame of this segment that is not whole: it was being written.
     Torn,
+    /// Something else: what the file held in an earlier use, a torn frame whose start is missing, or a torn mark.
+    Stale,
 }
 
 /// What [`decode_segment`] found.
@@ -375,9 +377,16 @@ pub fn decode_segment<'a>(
         let what = format!("frame {next} is not readable, but {kind} {} stands at byte {at}", later.sequence);
         return Err(Flaw::Damaged { offset: offset as u64, what });
     }
-    let blank = rest.iter().take(FRAME_HEADER_LEN).all(|byte| *byte == 0);
-    if scan.tail != Tail::Marked && !blank {
-        scan.tail = Tail::Torn;
+    if scan.tail != Tail::Marked {
+        let blank = rest.iter().take(FRAME_HEADER_LEN).all(|byte| *byte == 0);
+        let ours = u64_at(rest, 8) == Some(salt) && u32_at(rest, 0) != Some(MARK_MAGIC);
+        scan.tail = if blank {
+            Tail::Blank
+        } else if ours {
+            Tail::Torn
+        } else {
+            Tail::Stale
+        };
     }
     Ok(scan)
 }
@@ -438,11 +447,6 @@ impl FrameBuf {
     /// Bytes so far, with the header.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
-    }
-
-    /// Whether it holds no record.
-    pub(super) fn is_empty(&self) -> bool {
-        self.records == 0
     }
 
     /// Appends a record; returns where it starts, from the frame's start, and its length.

@@ -3,7 +3,8 @@
 use super::disk::{Directory, Disk, DiskFile};
 use super::frame::{Record, decode_record, seed_of};
 use super::index::{Places, Slot};
-use super::{LogEntry, Recovered, Segment, Shared, recover};
+use super::state::{Segment, Shared, segment_name};
+use super::{LogEntry, Recovered, recover};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -31,7 +32,7 @@ impl Piece {
 
     /// Reads it. Payloads are slices of the buffer that was read.
     fn read(&self, disk: &dyn Disk, out: &mut Vec<LogEntry>) -> Result<()> {
-        let path = || disk.path(&super::segment_name(self.segment));
+        let path = || disk.path(&segment_name(self.segment));
         let (Some(head), Some(tail)) = (self.slots.first(), self.slots.last()) else { return Ok(()) };
         let start = u64::from(head.offset);
         let end = u64::from(tail.offset) + u64::from(tail.len);
@@ -140,9 +141,8 @@ pub fn dump(dir: impl AsRef<Path>) -> Result<(Recovered, Entries)> {
     let dir = dir.as_ref();
     let disk = Directory::open(dir, false).map_err(|e| Error::io("open the log directory", dir, e))?;
     let loaded = recover::load(&disk, 0, false)?;
-    let torn = loaded.torn(&disk);
     let (next, end) = (loaded.log.first, loaded.log.next());
-    let recovered = Recovered { state: loaded.log, torn };
+    let recovered = Recovered { state: loaded.log, torn: loaded.torn };
     Ok((recovered, Entries { disk, places: loaded.places, segments: loaded.segments, next, end, read: Vec::new().into_iter() }))
 }
 

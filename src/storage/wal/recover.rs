@@ -8,9 +8,9 @@ use super::flusher::Position;
 use super::frame::{FrameBuf, Record, SEGMENT_HEADER_LEN, Seen, SegmentHeader, SegmentScan, Tail, decode_segment};
 use super::index::{Cache, Places, Slot, Terms};
 use super::space::{NEW_NAME, found, new_salt, spare_name};
+use super::state::{Segment, Sleep, State, segment_name};
 use super::{
-    FORMAT_VERSION, Flaw, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_SPARES, Recovered, Segment, Sleep, State, WalOptions,
-    segment_name,
+    FIRST_SEGMENT_BYTES, FORMAT_VERSION, Flaw, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_SPARES, Recovered, WalOptions,
 };
 use crate::error::{Error, Result};
 use bytes::Bytes;
@@ -107,19 +107,13 @@ pub(super) struct Loaded {
     pub segments: BTreeMap<u64, Segment>,
     /// The last segment with frames, its bytes, and what the decoder said; `None` for a directory without a log.
     end: Option<(Segment, Vec<u8>, SegmentScan)>,
-    /// Prepared segments, not used yet, by sequence.
-    unused: Vec<u64>,
+    /// Where a torn write begins, if the log ends in one.
+    pub torn: Option<(PathBuf, u64)>,
+    /// Prepared segments, not used yet.
+    unused: Vec<Segment>,
     /// Spare files, and those that are of no use.
     spares: Vec<String>,
     junk: Vec<String>,
-}
-
-impl Loaded {
-    /// Where a torn write begins, if the log ends in one.
-    pub(super) fn torn(&self, disk: &dyn Disk) -> Option<(PathBuf, u64)> {
-        let (segment, _, scan) = self.end.as_ref().filter(|(_, _, scan)| scan.tail == Tail::Torn)?;
-        Some((disk.path(&segment.name()), scan.end))
-    }
 }
 
 /// The sequence that a segment's file name gives; `None` for other files.
@@ -138,6 +132,7 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
         cache: Cache::new(cache_bytes),
         segments: BTreeMap::new(),
         end: None,
+        torn: None,
         unused: Vec::new(),
         spares: Vec::new(),
         junk: Vec::new(),
@@ -198,12 +193,17 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
         let expected = loaded.end.as_ref().map(|(_, _, scan)| scan.last_frame.saturating_add(1));
         let scan = decode_segment(&bytes, expected, &mut |seen| replay.apply(sequence, seen)).map_err(judge)?;
         let segment = Segment { sequence, salt: scan.salt, capacity: scan.capacity, file };
+        // The write in doubt was to stand after the last frame of all, or as the first of the segment after it.
+        let torn = (scan.tail == Tail::Torn).then(|| (disk.path(&name), scan.end));
+        if scan.frames > 0 || torn.is_some() {
+            loaded.torn = torn;
+        }
         if scan.frames == 0 {
-            loaded.unused.push(sequence);
+            loaded.unused.push(segment);
             continue;
         }
         if let Some(unused) = loaded.unused.first() {
-            let path = disk.path(&segment_name(*unused));
+            let path = disk.path(&unused.name());
             return Err(Error::Corrupt { path, offset: SEGMENT_HEADER_LEN as u64, what: "no frames, but later segments have some".into() });
         }
         loaded.segments.insert(sequence, segment.clone());
@@ -220,14 +220,15 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
 /// Opens a directory for writing.
 pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Position, Recovered)> {
     let mut loaded = load(disk, options.cache_bytes, true)?;
-    let torn = loaded.torn(disk);
-    let mut dirty = !loaded.junk.is_empty() || !loaded.unused.is_empty();
+    if let Some((path, offset)) = &loaded.torn {
+        tracing::warn!(file = %path.display(), offset, "the log ends in a write that was cut short, never acknowledged; it is removed");
+    }
     for name in &loaded.junk {
         disk.remove(name).map_err(|e| Error::io("remove", disk.path(name), e))?;
     }
     // A prepared segment may hold the rest of a torn frame. As a spare it gets a new salt before it is used.
-    for sequence in loaded.unused.drain(..).rev() {
-        let (from, to) = (segment_name(sequence), spare_name(sequence));
+    for segment in loaded.unused.drain(..).rev() {
+        let (from, to) = (segment.name(), spare_name(segment.salt));
         disk.rename(&from, &to).map_err(|e| Error::io("put away", disk.path(&from), e))?;
         loaded.spares.push(to);
     }
@@ -238,26 +239,21 @@ pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Posi
             Ok(len) if len == options.segment_bytes && spares.len() < MAX_SPARES => spares.push((name, len)),
             _ => {
                 disk.remove(&name).map_err(|e| Error::io("remove", disk.path(&name), e))?;
-                dirty = true;
             }
         }
     }
     let position = match loaded.end.take() {
         Some((segment, bytes, scan)) => {
-            if scan.tail == Tail::Torn {
+            if matches!(scan.tail, Tail::Torn | Tail::Stale) {
                 cut(disk, &segment, &bytes, scan.end)?;
             }
             trust(disk, &segment, &bytes, &scan, &loaded.log)?;
             Position { segment, offset: scan.end, frame: scan.last_frame, written: loaded.log.clone() }
         }
-        None => {
-            dirty = true;
-            create(disk, options)?
-        }
+        None => create(disk, options)?,
     };
-    if dirty {
-        disk.sync().map_err(|e| Error::io("sync the directory", disk.path(""), e))?;
-    }
+    // Also what a killed process renamed but did not sync: a spare must not be written to while a crash could give it its old name back.
+    disk.sync().map_err(|e| Error::io("sync the directory", disk.path(""), e))?;
     loaded.segments.insert(position.segment.sequence, position.segment.clone());
     let state = State {
         committed_version: u64::from(loaded.log.committed.is_some()),
@@ -280,14 +276,13 @@ pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Posi
         closing: false,
         stopped: false,
     };
-    Ok((state, position, Recovered { state: loaded.log, torn }))
+    Ok((state, position, Recovered { state: loaded.log, torn: loaded.torn }))
 }
 
-/// Overwrites a torn tail with zeros. The salt already keeps its rest from ever passing for a frame; this also keeps the next opening
-/// from meeting it again.
+/// Overwrites what follows the last frame with zeros. The salt already keeps it from ever passing for a frame; this also keeps the next
+/// opening from meeting it again.
 fn cut(disk: &dyn Disk, segment: &Segment, bytes: &[u8], end: u64) -> Result<()> {
     let path = disk.path(&segment.name());
-    tracing::warn!(file = %path.display(), offset = end, "the log ends in a write that was cut short, never acknowledged; it is removed");
     let mut at = end as usize;
     while at < bytes.len() {
         let to = (at + 1).next_multiple_of(BLOCK).min(bytes.len());
@@ -309,6 +304,8 @@ fn trust(disk: &dyn Disk, segment: &Segment, bytes: &[u8], scan: &SegmentScan, l
     };
     let frame = bytes.get(scan.last_offset as usize..scan.end as usize).unwrap_or_default();
     segment.file.write_at(frame, scan.last_offset).map_err(fail("write to"))?;
+    // A mark beside a frame that may still be lost would make a crash here look like damage.
+    segment.file.sync().map_err(fail("sync"))?;
     let mut mark = FrameBuf::default();
     mark.begin(segment.salt, MAX_FRAME_BYTES);
     if let Some(committed) = &log.committed {
@@ -324,7 +321,7 @@ fn trust(disk: &dyn Disk, segment: &Segment, bytes: &[u8], scan: &SegmentScan, l
 
 /// Makes the first segment of a new log, which bears its name only with its first frame in it.
 fn create(disk: &dyn Disk, options: &WalOptions) -> Result<Position> {
-    let header = SegmentHeader { sequence: 1, salt: new_salt(1), capacity: options.segment_bytes };
+    let header = SegmentHeader { sequence: 1, salt: new_salt(1), capacity: options.segment_bytes.min(FIRST_SEGMENT_BYTES) };
     let mut buf = FrameBuf::default();
     buf.begin(header.salt, MAX_FRAME_BYTES);
     buf.opening(&LogState::default());

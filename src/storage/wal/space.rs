@@ -4,11 +4,14 @@
 //! directory that opens: a file gets its segment's name only when it is complete and durable, and a purged segment's new name is durable
 //! before its bytes change.
 
+use super::MAX_SPARES;
 use super::disk::{Disk, DiskFile};
 use super::frame::{SEGMENT_HEADER_LEN, SegmentHeader};
-use super::{MAX_SPARES, Segment, Shared, State, segment_name};
+use super::state::{FailOnPanic, Segment, Shared, State, segment_name};
 use crate::error::{Error, Result};
+use rustix::io::Errno;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::sync::{Arc, PoisonError};
 
 /// The name of a file that is being prepared; on opening, what bears it is removed.
@@ -18,9 +21,13 @@ const ZERO_CHUNK: usize = 1 << 20;
 /// Segments made for one large entry have a multiple of this many bytes.
 const OVERSIZE_STEP: u64 = 4096;
 
-/// The name of a purged segment that waits to be used again, by its old sequence.
-pub(super) fn spare_name(sequence: u64) -> String {
-    format!("{sequence:016x}.spare")
+/// What failed, as an error's text has it.
+const SYNC: &str = "sync";
+const RESERVE: &str = "reserve space for the log in";
+
+/// The name of a segment that waits to be used again: its old salt, because two spares may have had the same sequence.
+pub(super) fn spare_name(salt: u64) -> String {
+    format!("{salt:016x}.spare")
 }
 
 /// A salt that nobody outside this process can guess.
@@ -33,12 +40,11 @@ enum Job {
     Drop { segment: Segment, keep: bool },
     /// Make the next segment, out of a spare if there is one.
     Prepare { sequence: u64, capacity: u64, spare: Option<String> },
-    /// Make the next segment larger.
-    Extend { segment: Segment, capacity: u64 },
 }
 
 /// The body of the thread.
 pub(super) fn run(shared: Arc<Shared>) {
+    let _guard = FailOnPanic(&shared);
     // After a failure, that kind of work rests until the retry, or until something else has made space.
     let (mut drop_rests, mut prepare_rests) = (false, false);
     loop {
@@ -70,10 +76,11 @@ pub(super) fn run(shared: Arc<Shared>) {
                     let mut state = shared.lock();
                     state.dropped.pop_front();
                     if keep {
-                        state.spares.push((spare_name(segment.sequence), segment.capacity));
+                        state.spares.push((spare_name(segment.salt), segment.capacity));
                     }
                     prepare_rests = false;
                 }
+                // Something that may pass: the file stays where it is, which is harmless.
                 Err(DropError::Name(error)) => {
                     tracing::warn!(%error, "a purged log segment could not be put away; it is tried again");
                     drop_rests = true;
@@ -82,10 +89,6 @@ pub(super) fn run(shared: Arc<Shared>) {
             },
             Job::Prepare { sequence, capacity, spare } => {
                 let made = prepare(&shared, sequence, capacity, spare.as_deref());
-                prepare_rests = settle(&shared, made);
-            }
-            Job::Extend { segment, capacity } => {
-                let made = extend(&shared, segment, capacity);
                 prepare_rests = settle(&shared, made);
             }
         }
@@ -100,13 +103,25 @@ fn drop_job(state: &State, usual: u64) -> Option<Job> {
 
 fn prepare_job(state: &mut State, usual: u64) -> Option<Job> {
     let capacity = if state.wanted > usual { state.wanted.next_multiple_of(OVERSIZE_STEP) } else { usual };
-    if let Some(next) = &state.next {
-        let short = next.capacity < state.wanted;
-        return short.then(|| Job::Extend { segment: next.clone(), capacity });
+    if state.next.as_ref().is_some_and(|next| next.capacity >= state.wanted) {
+        return None;
     }
+    // One that is too small is taken away first, so that nobody starts to write to it, and then replaced under the same name.
+    state.next = None;
     let sequence = state.segments.last_key_value()?.0 + 1;
     let spare = state.spares.iter().position(|spare| spare.1 >= capacity).map(|at| state.spares.swap_remove(at).0);
     Some(Job::Prepare { sequence, capacity, spare })
+}
+
+/// Judges a failed operation of `what` on a file of the log. A sync that failed is never a matter of space.
+fn refused(disk: &dyn Disk, what: &'static str, name: &str) -> impl FnOnce(io::Error) -> NoSegment {
+    let path = disk.path(name);
+    move |error| {
+        let passing = [Errno::NOSPC, Errno::DQUOT, Errno::MFILE, Errno::NFILE, Errno::NOMEM];
+        let passes = what != SYNC && Errno::from_io_error(&error).is_some_and(|errno| passing.contains(&errno));
+        let error = Error::io(what, path, error);
+        if passes { NoSegment::NotNow(error) } else { NoSegment::Failed(error) }
+    }
 }
 
 enum DropError {
@@ -117,16 +132,16 @@ enum DropError {
 /// Renames or removes a purged segment, durably, so that the next older one can never be missing before this one is.
 fn drop_segment(disk: &dyn Disk, segment: &Segment, keep: bool) -> std::result::Result<(), DropError> {
     let name = segment.name();
-    let renamed = if keep { disk.rename(&name, &spare_name(segment.sequence)) } else { disk.remove(&name) };
+    let renamed = if keep { disk.rename(&name, &spare_name(segment.salt)) } else { disk.remove(&name) };
     renamed.map_err(|e| DropError::Name(Error::io("put away", disk.path(&name), e)))?;
     disk.sync().map_err(|e| DropError::Sync(Error::io("sync the directory", disk.path(""), e)))
 }
 
 /// How preparing a segment can end without one.
 enum NoSegment {
-    /// There is no space, or something else that may pass.
+    /// There is no space, or too little of something else that may come back.
     NotNow(Error),
-    /// A sync failed: the disk cannot be trusted any more.
+    /// The disk cannot be trusted any more.
     Failed(Error),
     /// The log is being closed.
     Stopped,
@@ -170,15 +185,14 @@ fn prepare(shared: &Shared, sequence: u64, capacity: u64, spare: Option<&str>) -
     let made = (|| {
         let file = if spare.is_some() {
             // What it held stays; the new salt makes it unreadable.
-            disk.open(from, true).map_err(|e| NoSegment::NotNow(Error::io("open", disk.path(from), e)))?
+            disk.open(from, true).map_err(refused(disk, "open", from))?
         } else {
-            let file = disk.create(from).map_err(|e| NoSegment::NotNow(Error::io("create", disk.path(from), e)))?;
-            fill(shared, &*file, from, SEGMENT_HEADER_LEN as u64, capacity)?;
+            let file = disk.create(from).map_err(refused(disk, "create", from))?;
+            fill(shared, &*file, capacity)?;
             file
         };
-        let written = file.write_at(&header.encode(), 0);
-        written.map_err(|e| NoSegment::NotNow(Error::io("write to", disk.path(from), e)))?;
-        file.sync().map_err(|e| NoSegment::Failed(Error::io("sync", disk.path(from), e)))?;
+        file.write_at(&header.encode(), 0).map_err(refused(disk, "write to", from))?;
+        file.sync().map_err(refused(disk, SYNC, from))?;
         Ok(file)
     })();
     let file = made.inspect_err(|_| {
@@ -186,49 +200,36 @@ fn prepare(shared: &Shared, sequence: u64, capacity: u64, spare: Option<&str>) -
         let _ = disk.remove(from);
     })?;
     let name = segment_name(sequence);
-    disk.rename(from, &name).map_err(|e| NoSegment::NotNow(Error::io("name", disk.path(&name), e)))?;
-    disk.sync().map_err(|e| NoSegment::Failed(Error::io("sync the directory", disk.path(""), e)))?;
+    disk.rename(from, &name).map_err(refused(disk, "name", &name))?;
+    disk.sync().map_err(refused(disk, SYNC, ""))?;
     Ok(Segment { sequence, salt: header.salt, capacity, file })
 }
 
-/// Makes a segment without frames larger.
-fn extend(shared: &Shared, segment: Segment, capacity: u64) -> std::result::Result<Segment, NoSegment> {
-    let name = segment.name();
-    fill(shared, &*segment.file, &name, segment.capacity, capacity)?;
-    // One sector, so that a crash leaves the old header or the new one; the longer file is right for both.
-    let header = SegmentHeader { sequence: segment.sequence, salt: segment.salt, capacity };
-    let written = segment.file.write_at(&header.encode(), 0);
-    written.map_err(|e| NoSegment::NotNow(Error::io("write to", shared.disk.path(&name), e)))?;
-    segment.file.sync().map_err(|e| NoSegment::Failed(Error::io("sync", shared.disk.path(&name), e)))?;
-    Ok(Segment { capacity, ..segment })
-}
-
-/// Reserves a file up to `to` and writes zeros from `from` on, so that a later sync finds every block allocated and initialised.
-fn fill(shared: &Shared, file: &dyn DiskFile, name: &str, from: u64, to: u64) -> std::result::Result<(), NoSegment> {
-    let path = || shared.disk.path(name);
-    file.reserve(to).map_err(|e| NoSegment::NotNow(Error::io("reserve space for the log in", path(), e)))?;
-    zero(file, from, to, || {
+/// Reserves a file's space and writes zeros, so that a later sync finds every block allocated and initialised.
+fn fill(shared: &Shared, file: &dyn DiskFile, capacity: u64) -> std::result::Result<(), NoSegment> {
+    let disk = &*shared.disk;
+    file.reserve(capacity).map_err(refused(disk, RESERVE, NEW_NAME))?;
+    zero(file, capacity, || {
         if shared.lock().stopped {
             return Err(NoSegment::Stopped);
         }
-        file.sync().map_err(|e| NoSegment::Failed(Error::io("sync", path(), e)))
+        file.sync().map_err(refused(disk, SYNC, NEW_NAME))
     })
-    .map_err(|e| NoSegment::NotNow(Error::io("write zeros to", path(), e)))?
+    .map_err(refused(disk, "write zeros to", NEW_NAME))?
 }
 
-/// Writes zeros from `from` to `to`; after each chunk `then` may end it.
+/// Writes zeros up to `capacity`; after each chunk `then` may end it.
 fn zero<E>(
     file: &dyn DiskFile,
-    from: u64,
-    to: u64,
+    capacity: u64,
     mut then: impl FnMut() -> std::result::Result<(), E>,
-) -> std::io::Result<std::result::Result<(), E>> {
-    let zeros = vec![0; ZERO_CHUNK.min(usize::try_from(to.saturating_sub(from)).unwrap_or(ZERO_CHUNK))];
-    let mut at = from;
-    while at < to {
-        let len = zeros.len().min(usize::try_from(to - at).unwrap_or(zeros.len()));
-        file.write_at(&zeros[..len], at)?;
-        at += len as u64;
+) -> io::Result<std::result::Result<(), E>> {
+    let zeros = vec![0; ZERO_CHUNK];
+    let mut at = 0;
+    while at < capacity {
+        let len = (capacity - at).min(ZERO_CHUNK as u64);
+        file.write_at(&zeros[..len as usize], at)?;
+        at += len;
         if let Err(stop) = then() {
             return Ok(Err(stop));
         }
@@ -236,17 +237,14 @@ fn zero<E>(
     Ok(Ok(()))
 }
 
-/// Makes the first file of a new log, still without its name: a header and, right after it, `frame`. Its space is reserved but not
-/// written with zeros, so that a new log opens at once; the next segment has both.
+/// Makes the first file of a new log, still without its name: a header and, right after it, `frame`.
 pub(super) fn found(disk: &dyn Disk, header: SegmentHeader, frame: &[u8]) -> Result<Arc<dyn DiskFile>> {
     let fail = |what| move |e| Error::io(what, disk.path(NEW_NAME), e);
     let file = disk.create(NEW_NAME).map_err(fail("create"))?;
-    if !file.reserve(header.capacity).map_err(fail("reserve space for the log in"))? {
-        let filled = zero::<std::convert::Infallible>(&*file, SEGMENT_HEADER_LEN as u64, header.capacity, || Ok(()));
-        let Ok(()) = filled.map_err(fail("write zeros to"))?;
-    }
+    file.reserve(header.capacity).map_err(fail(RESERVE))?;
+    let Ok(()) = zero::<std::convert::Infallible>(&*file, header.capacity, || Ok(())).map_err(fail("write zeros to"))?;
     file.write_at(&header.encode(), 0).map_err(fail("write to"))?;
     file.write_at(frame, SEGMENT_HEADER_LEN as u64).map_err(fail("write to"))?;
-    file.sync().map_err(fail("sync"))?;
+    file.sync().map_err(fail(SYNC))?;
     Ok(file)
 }

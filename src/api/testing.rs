@@ -1,0 +1,263 @@
+//! What the tests of this folder share: a server on a loopback port with a few methods, and a bare HTTP/2 client.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use h2::client::SendRequest;
+use http::{HeaderMap, Request};
+use tokio::net::TcpStream;
+use tonic::Status;
+
+use super::http::{Checks, Http, Versions};
+use super::serve::{App, Limits, Listener, ServeOptions, Serving};
+use super::unary::{Either, Metadata, Router, Streamed};
+use crate::error::{ApplyError, Error};
+use crate::metrics::{MethodKind, Metrics};
+use crate::proto::etcdserverpb::watch_server::{Watch, WatchServer};
+use crate::proto::etcdserverpb::{
+    DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, TxnRequest, TxnResponse, WatchRequest,
+    WatchResponse,
+};
+use crate::proto::{EncodedKv, KeyValue};
+
+/// The largest message that the test server takes.
+pub const LIMIT: usize = 2 << 20;
+
+/// The state of the test server's handlers.
+#[derive(Default)]
+pub struct State {
+    /// Handlers that were begun and dropped before they were done.
+    pub dropped: AtomicUsize,
+    /// Chunks of streamed answers that were made.
+    pub chunks: AtomicUsize,
+    pub alarms: std::sync::Mutex<Vec<i32>>,
+    pub leaderless: AtomicBool,
+    pub learner: AtomicBool,
+    pub unreadable: AtomicBool,
+}
+
+impl Checks for State {
+    fn alarms(&self) -> Vec<i32> {
+        self.alarms.lock().unwrap().clone()
+    }
+
+    fn has_leader(&self) -> bool {
+        !self.leaderless.load(Ordering::Relaxed)
+    }
+
+    fn is_learner(&self) -> bool {
+        self.learner.load(Ordering::Relaxed)
+    }
+
+    fn read(&self, serializable: bool) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            if self.unreadable.load(Ordering::Relaxed) || (!serializable && self.leaderless.load(Ordering::Relaxed)) {
+                return Err(Error::Timeout);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Counts when it is dropped.
+struct Dropped(Arc<State>);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        self.0.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Answers with the key and the value it was sent. Keys say what else is to happen: `error`, `hang`, `token`.
+async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Result<PutResponse, Status> {
+    match &request.key[..] {
+        b"" => return Err(Status::invalid_argument(ApplyError::EmptyKey.to_string())),
+        b"error" => return Err(Status::out_of_range("100 %\nfür alle")),
+        b"hang" => {
+            let _dropped = Dropped(state.clone());
+            std::future::pending().await
+        }
+        b"later" => tokio::time::sleep(Duration::from_millis(1)).await,
+        b"token" => {
+            let value = format!("{:?} {}", metadata.token(), metadata.requires_leader()).into();
+            return Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&KeyValue { value, ..Default::default() })) });
+        }
+        _ => {}
+    }
+    let kv = KeyValue { key: request.key, value: request.value, ..Default::default() };
+    Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&kv)) })
+}
+
+/// Answers with `limit` pairs of 1 KiB, streamed; `count` is announced too large for the key `lie`, and the key `fail` breaks off.
+async fn range(state: Arc<State>, _: Metadata, request: RangeRequest) -> Result<Either<RangeResponse>, Status> {
+    use prost::Message;
+    if request.key.is_empty() {
+        return Ok(Either::Message(RangeResponse { count: 7, ..Default::default() }));
+    }
+    let kv = KeyValue { key: request.key.clone(), value: vec![b'v'; 1024].into(), ..Default::default() };
+    let one = Bytes::from(RangeResponse { kvs: vec![EncodedKv::encode(&kv)], ..Default::default() }.encode_to_vec());
+    let count = request.limit as usize;
+    let len = one.len() * count + usize::from(&request.key[..] == b"lie");
+    let fail = &request.key[..] == b"fail";
+    let chunks = futures_util::stream::iter(0..count).map(move |at| {
+        state.chunks.fetch_add(1, Ordering::Relaxed);
+        if fail && at == 3 { Err(Status::data_loss("it is gone")) } else { Ok(one.clone()) }
+    });
+    Ok(Either::Streamed(Streamed { len, chunks: chunks.boxed() }))
+}
+
+async fn txn(_: Arc<State>, _: Metadata, _: TxnRequest) -> Result<TxnResponse, Status> {
+    Ok(TxnResponse::default())
+}
+
+async fn delete(_: Arc<State>, _: Metadata, _: DeleteRangeRequest) -> Result<DeleteRangeResponse, Status> {
+    panic!("a handler's bug")
+}
+
+/// Answers each request of a watch with its own bytes' number; endless ones for an empty request.
+struct Echo;
+
+#[tonic::async_trait]
+impl Watch for Echo {
+    type WatchStream = std::pin::Pin<Box<dyn futures_util::Stream<Item = Result<WatchResponse, Status>> + Send>>;
+
+    async fn watch(&self, request: tonic::Request<tonic::Streaming<WatchRequest>>) -> Result<tonic::Response<Self::WatchStream>, Status> {
+        let mut requests = request.into_inner();
+        let answers = futures_util::stream::poll_fn(move |cx| requests.poll_next_unpin(cx)).enumerate().map(|(at, request)| {
+            request.map(|request| WatchResponse { watch_id: at as i64, created: request.request_union.is_some(), ..Default::default() })
+        });
+        Ok(tonic::Response::new(Box::pin(answers)))
+    }
+}
+
+pub const VERSIONS: Versions = Versions { server: "3.7.1", cluster: "3.7.0", storage: "3.7.0" };
+
+/// A server with the methods above.
+pub struct TestServer {
+    pub addr: SocketAddr,
+    pub state: Arc<State>,
+    pub metrics: Arc<Metrics>,
+    pub limits: Arc<Limits>,
+    pub serving: Serving,
+}
+
+pub fn app(state: &Arc<State>, metrics: &Arc<Metrics>) -> App {
+    let router = Router::new(LIMIT, metrics.clone())
+        .unary("etcdserverpb.KV", "Put", state, put)
+        .unary("etcdserverpb.KV", "Range", state, range)
+        .unary("etcdserverpb.KV", "Txn", state, txn)
+        .unary("etcdserverpb.KV", "DeleteRange", state, delete)
+        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream)
+        .routes(tonic::service::Routes::new(WatchServer::new(Echo)));
+    let http = Http::new(state.clone(), metrics.clone(), VERSIONS);
+    App { grpc: Some(Arc::new(router)), http: Some(Arc::new(http)) }
+}
+
+impl TestServer {
+    pub async fn start() -> Self {
+        Self::start_with(ServeOptions { max_concurrent_streams: 1000, keepalive: None }).await
+    }
+
+    pub async fn start_with(options: ServeOptions) -> Self {
+        let listener = Listener::tcp(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (state, metrics, limits) = (Arc::new(State::default()), Metrics::new("3.7.1", "3.7"), Limits::new(options));
+        let serving = Serving::start(listener, limits.clone(), app(&state, &metrics));
+        TestServer { addr, state, metrics, limits, serving }
+    }
+
+    pub async fn connect(&self) -> SendRequest<Bytes> {
+        let stream = TcpStream::connect(self.addr).await.unwrap();
+        let (send, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        send.ready().await.unwrap()
+    }
+
+    /// Waits until a condition holds; a test that waits for ever has failed.
+    pub async fn until(&self, what: impl Fn(&Self) -> bool) {
+        while !what(self) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+pub fn request(path: &str) -> http::request::Builder {
+    Request::post(format!("http://x{path}")).header("content-type", "application/grpc").header("te", "trailers")
+}
+
+pub fn message(message: &impl prost::Message) -> Bytes {
+    let mut bytes = BytesMut::new();
+    bytes.put_u8(0);
+    bytes.put_u32(message.encoded_len() as u32);
+    message.encode(&mut bytes).unwrap();
+    bytes.freeze()
+}
+
+/// An answer as it came.
+#[derive(Debug)]
+pub struct Answer {
+    pub code: u16,
+    /// Headers and trailers.
+    pub headers: HeaderMap,
+    pub trailers_only: bool,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    pub fn status(&self) -> (i32, &str) {
+        (self.header("grpc-status").parse().unwrap_or(-1), self.header("grpc-message"))
+    }
+}
+
+/// Sends a request with a body in the given frames.
+pub async fn post(send: &SendRequest<Bytes>, request: http::request::Builder, frames: Vec<Bytes>) -> Result<Answer, h2::Error> {
+    let mut send = send.clone().ready().await?;
+    let (response, mut stream) = send.send_request(request.body(()).unwrap(), false)?;
+    let last = frames.len().saturating_sub(1);
+    let sending = async {
+        for (at, mut frame) in frames.into_iter().enumerate() {
+            loop {
+                stream.reserve_capacity(frame.len());
+                while stream.capacity() == 0 && !frame.is_empty() {
+                    if !matches!(std::future::poll_fn(|cx| stream.poll_capacity(cx)).await, Some(Ok(_))) {
+                        return;
+                    }
+                }
+                let piece = frame.split_to(stream.capacity().min(frame.len()));
+                let _ = stream.send_data(piece, at == last && frame.is_empty());
+                if frame.is_empty() {
+                    break;
+                }
+            }
+        }
+    };
+    let receiving = async {
+        let (head, mut body) = response.await?.into_parts();
+        let trailers_only = head.headers.contains_key("grpc-status");
+        let mut answer = Answer { code: head.status.as_u16(), headers: head.headers, trailers_only, body: Bytes::new() };
+        let mut bytes = BytesMut::new();
+        while let Some(data) = body.data().await {
+            let data = data?;
+            let _ = body.flow_control().release_capacity(data.len());
+            bytes.extend_from_slice(&data);
+        }
+        answer.body = bytes.freeze();
+        if let Some(trailers) = body.trailers().await? {
+            answer.headers.extend(trailers);
+        }
+        Ok(answer)
+    };
+    let ((), answer) = tokio::join!(sending, receiving);
+    answer
+}
