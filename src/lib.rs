@@ -88,4 +88,12 @@ mod testing;
 pub use client::Client;
 pub use config::{Config, Url};
 pub use error::{ApplyError, Error, Result};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use mvcc::model;
 pub use server::Server;
+
+/// The README's code is tested with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -292,7 +292,7 @@ impl Member {
         let store = Arc::new(store);
         let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
         let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock)?);
-        check_reach(&machine, &recovered.state, dir.wal())?;
+        check_reach(&machine, &recovered.state, &dir.state())?;
 
         let health = watch::Sender::new(Health::Running);
         let durable = watch::Sender::new(0);
@@ -510,16 +510,17 @@ fn first_u64(digest: &[u8]) -> u64 {
     first.max(1)
 }
 
-/// The state must reach at least as far as the log was cut off, or entries are missing between the two.
+/// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets
+/// go of what the state has been seen to hold on disk, so it is the state at `path` that has lost something.
 fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<()> {
     let applied = machine.applied().log_id.map_or(0, |id| id.index);
     let purged = log.purged.map_or(0, |id| id.index);
     if applied < purged {
-        let what = format!("the log begins after entry {purged}, but the state has come only to entry {applied}: entries are missing");
+        let what = format!("it has come only to entry {applied}, but the log begins after entry {purged}, which it held before");
         return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
     }
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
-        let what = format!("the log ends at entry {}, but the state has come to entry {applied}", log.last.map_or(0, |last| last.index));
+        let what = format!("it has come to entry {applied}, but the log ends at entry {}", log.last.map_or(0, |last| last.index));
         return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
     }
     Ok(())

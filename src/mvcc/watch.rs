@@ -252,16 +252,21 @@ impl WatchHub {
             }
             inner.spans.stab(&event.key, &mut |_, groups| matched.push((groups, event)));
         }
-        // The address only tells groups apart; the reference beside it is what is used.
-        let mut shares: BTreeMap<*const Group, (&Group, Vec<Event>)> = BTreeMap::new();
+        // The address only tells groups apart; they are told in the order in which they were met, not in that of addresses.
+        let mut places: BTreeMap<*const Group, usize> = BTreeMap::new();
+        let mut shares: Vec<(&Group, Vec<Event>)> = Vec::new();
         for (groups, event) in matched {
             for (filters, group) in groups {
                 if filters.passes(event) {
-                    shares.entry(std::ptr::from_ref(group)).or_insert_with(|| (group, Vec::new())).1.push(event.clone());
+                    let place = *places.entry(std::ptr::from_ref(group)).or_insert(shares.len());
+                    match shares.get_mut(place) {
+                        Some((_, events)) => events.push(event.clone()),
+                        None => shares.push((group, vec![event.clone()])),
+                    }
                 }
             }
         }
-        for (group, events) in shares.into_values() {
+        for (group, events) in shares {
             group.tell(&Batch::new(committed.revision, events));
         }
     }

@@ -18,6 +18,10 @@ use std::sync::{Arc, PoisonError};
 pub(super) const NEW_NAME: &str = "new.tmp";
 /// How many zeros are written before a sync: enough to be quick, little enough that a frame's sync beside it does not wait long.
 const ZERO_CHUNK: usize = 1 << 20;
+
+/// How many zeros go into one write. The page cache keeps what one write brought in one folio, and counts and writes back
+/// the whole folio when a byte of it changes: with large ones, each small frame later would cost a megabyte.
+const ZERO_WRITE: usize = 4 << 10;
 /// Segments made for one large entry have a multiple of this many bytes.
 const OVERSIZE_STEP: u64 = 4096;
 
@@ -224,11 +228,14 @@ fn zero<E>(
     capacity: u64,
     mut then: impl FnMut() -> std::result::Result<(), E>,
 ) -> io::Result<std::result::Result<(), E>> {
-    let zeros = vec![0; ZERO_CHUNK];
+    let zeros = [0; ZERO_WRITE];
     let mut at = 0;
     while at < capacity {
         let len = (capacity - at).min(ZERO_CHUNK as u64);
-        file.write_at(&zeros[..len as usize], at)?;
+        for piece in (0..len).step_by(ZERO_WRITE) {
+            let part = (len - piece).min(ZERO_WRITE as u64) as usize;
+            file.write_at(&zeros[..part], at + piece)?;
+        }
         at += len;
         if let Err(stop) = then() {
             return Ok(Err(stop));

@@ -134,43 +134,44 @@ fn a_full_disk_refuses_growth_and_heals() {
     disk.set_free(2 * 8192);
     let (wal, _) = open(&disk, options(8192)).unwrap();
     let answers = Answers::new();
-    let mut index = 0;
-    let refused = loop {
-        match wal.append(vec![entry(1, index, vec![7; 200])], answers.done(index)) {
-            Ok(()) => answers.wait(index),
-            Err(error) => break error,
+    // Appends until one is refused. It is known before each whether there is a next segment: what is accepted while that is open would
+    // wait for space instead.
+    let fill = |most: u64| {
+        for _ in 0..most {
+            while wal.shared.lock().next.is_none() && !wal.space_low() {
+                std::thread::yield_now();
+            }
+            let index = wal.log_state().next();
+            match wal.append(vec![entry(1, index, vec![7; 200])], answers.done(index)) {
+                Ok(()) => answers.wait(index),
+                Err(error) => {
+                    assert_eq!(wal.log_state().next(), index, "a refused append leaves nothing");
+                    return Some(error);
+                }
+            }
         }
-        index += 1;
-        assert!(index < 100, "16 KiB hold no hundred entries");
+        None
     };
+    let refused = fill(100).expect("16 KiB hold no hundred entries");
     assert!(refused.is_disk_full(), "{refused}");
     assert!(wal.space_low());
     assert!(wal.failed().is_none());
-    assert_eq!(wal.log_state().next(), index, "a refused append leaves nothing");
     // Votes still go, and so does the purge that makes space: the first segment is used again.
     wal.save_vote("vote".into(), answers.done(1000)).unwrap();
     answers.wait(1000);
-    wal.purge(id(1, index - 2), answers.done(1001)).unwrap();
+    wal.purge(id(1, wal.log_state().next() - 2), answers.done(1001)).unwrap();
     answers.wait(1001);
     while wal.space_low() {
         std::thread::yield_now();
     }
-    append(&wal, &answers, index..index + 5, 200);
-    // The other way to heal: space from elsewhere.
-    while !wal.space_low() {
-        append(&wal, &answers, wal.log_state().next()..wal.log_state().next() + 1, 200);
-        if wal.shared.lock().segments.len() == 2 && wal.shared.lock().next.is_none() {
-            while !wal.space_low() {
-                std::thread::yield_now();
-            }
-        }
-    }
+    assert!(fill(5).is_none());
+    // The other way to heal: space from elsewhere, which is noticed by itself.
+    assert!(fill(100).is_some());
     disk.set_free(1 << 20);
     while wal.space_low() {
         std::thread::yield_now();
     }
-    let next = wal.log_state().next();
-    append(&wal, &answers, next..next + 50, 200);
+    assert!(fill(50).is_none());
     let state = wal.log_state();
     drop(wal);
     let (_wal, recovered) = open(&disk, options(8192)).unwrap();
@@ -185,10 +186,11 @@ fn a_purge_overtakes_entries_that_wait_for_space() {
     let answers = Answers::new();
     // Into the second segment, and stop the preparation of the third before its outcome is known.
     let mut index = 0;
+    while wal.shared.lock().next.is_none() {
+        std::thread::yield_now();
+    }
+    disk.hold_creates(true);
     while wal.shared.lock().segments.len() < 2 {
-        if wal.shared.lock().next.is_some() {
-            disk.hold_creates(true);
-        }
         append(&wal, &answers, index..index + 1, 500);
         index += 1;
     }
