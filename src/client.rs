@@ -2,7 +2,7 @@
 //!
 //! A [`Client`] from [`Server::client`](crate::Server::client) calls the member in this process: no socket, no encoding,
 //! the same outcomes and errors as over the wire. It is cheap to clone, works on any runtime, and outlives its server: then
-//! its calls end with [`Error::Stopped`](crate::Error::Stopped).
+//! its calls end with [`Error::Stopped`].
 //!
 //! Requests and answers are etcd's messages; [`Client::put`], [`Client::get`] and [`Client::delete`] are shorthands.
 

@@ -27,7 +27,7 @@ use common::{Clients, Kind, Process, render};
 /// A watch that every stream has all the time: progress is answered only where there is one.
 const SENTINEL: i64 = 1_000_000;
 
-/// The key that is written when a revision must be reached.
+/// The key that is written to reach a revision.
 const FILLER: &[u8] = b"filler";
 
 /// One of the two members, with what the test holds open on it.
@@ -35,13 +35,15 @@ struct Side {
     process: Process,
     clients: Clients,
     streams: Vec<WatchStream>,
+    /// The newest revision that each watch has been sent, by stream and id, and whether more of it is to come.
+    newest: [BTreeMap<i64, (i64, bool)>; STREAMS],
 }
 
 impl Side {
     async fn start(kind: Kind) -> Side {
         let process = Process::start(kind, &[]).await;
         let clients = process.clients().await;
-        let mut side = Side { process, clients, streams: Vec::new() };
+        let mut side = Side { process, clients, streams: Vec::new(), newest: Default::default() };
         for _ in 0..STREAMS {
             let stream = side.open().await;
             side.streams.push(stream);
@@ -113,6 +115,7 @@ impl Side {
             }
             Op::Reopen(stream) => {
                 self.streams[stream] = self.open().await;
+                self.newest[stream].clear();
                 "REOPENED".into()
             }
             Op::Barrier | Op::FullState => unreachable!("made of other steps"),
@@ -125,6 +128,7 @@ impl Side {
         tokio::join!(deliver(a, revision), deliver(b, revision), deliver(c, revision));
         let mut out = String::new();
         for (i, stream) in self.streams.iter_mut().enumerate() {
+            check_order(&stream.seen, &mut self.newest[i]);
             let mut by_watch: BTreeMap<i64, String> = BTreeMap::new();
             // Progress has been waited for, and what a creation answers was compared when it came.
             for answer in stream.seen.drain(..).filter(|a| !is_progress(a) && !a.created) {
@@ -148,24 +152,23 @@ impl Side {
 /// Waits until a stream has been sent everything up to `revision`. A watch that was canceled by a compaction keeps its
 /// id until the client cancels it too, which is answered once more; etcd speaks of no progress before that.
 async fn deliver(stream: &mut WatchStream, revision: i64) {
+    let canceled = |seen: &[WatchResponse], by_compaction: bool| -> Vec<i64> {
+        let all = seen.iter().filter(|a| a.canceled && !a.created && (a.compact_revision != 0) == by_compaction);
+        all.map(|a| a.watch_id).collect()
+    };
+    let progress = |a: &WatchResponse| is_progress(a) && a.watch_id == -1 && a.header.as_ref().is_some_and(|h| h.revision >= revision);
+    let complete = |seen: &[WatchResponse]| {
+        let answered = canceled(seen, false);
+        seen.iter().any(progress) && canceled(seen, true).iter().all(|id| answered.contains(id))
+    };
     let mut acknowledged = Vec::new();
     for _ in 0..1000 {
         stream.send(RequestUnion::ProgressRequest(WatchProgressRequest {})).await;
-        let progress = |a: &WatchResponse| is_progress(a) && a.watch_id == -1 && a.header.as_ref().is_some_and(|h| h.revision >= revision);
-        let reached = stream.until(std::time::Duration::from_millis(20), |seen| seen.iter().any(progress)).await;
-        assert!(stream.ended.is_none(), "the stream ended: {:?}", stream.ended);
-        let canceled =
-            |compacted: bool| stream.seen.iter().filter(move |a| a.canceled && !a.created && (a.compact_revision != 0) == compacted);
-        let compacted: Vec<i64> = canceled(true).map(|a| a.watch_id).collect();
-        if reached && compacted.iter().all(|id| canceled(false).any(|a| a.watch_id == *id)) {
-            check_atomic(&stream.seen);
+        if stream.until(std::time::Duration::from_millis(20), complete).await {
             return;
         }
-        if reached {
-            // Only the answer to a cancel is missing; it is on its way.
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-        for id in compacted {
+        assert!(stream.ended.is_none(), "the stream ended: {:?}", stream.ended);
+        for id in canceled(&stream.seen, true) {
             if !acknowledged.contains(&id) {
                 acknowledged.push(id);
                 stream.send(RequestUnion::CancelRequest(WatchCancelRequest { watch_id: id })).await;
@@ -175,18 +178,20 @@ async fn deliver(stream: &mut WatchStream, revision: i64) {
     panic!("not all answers up to revision {revision}; seen: {:#?}", stream.seen.iter().map(render::watch).collect::<Vec<_>>());
 }
 
-/// No revision may be cut in two, and revisions must rise, within each watch, unless the answer is a fragment.
-fn check_atomic(seen: &[WatchResponse]) {
-    let mut last: BTreeMap<i64, (i64, bool)> = BTreeMap::new();
-    for answer in seen.iter().filter(|a| !a.events.is_empty()) {
-        let (newest, fragment) = last.get(&answer.watch_id).copied().unwrap_or_default();
+/// No revision may be cut in two, unless the answer is a fragment, and a watch must not be sent anything twice.
+fn check_order(seen: &[WatchResponse], newest: &mut BTreeMap<i64, (i64, bool)>) {
+    for answer in seen {
+        if answer.created {
+            newest.remove(&answer.watch_id);
+        }
         let revisions: Vec<i64> = answer.events.iter().map(|e| e.kv.as_ref().map_or(0, |kv| common::pb::kv(kv).mod_revision)).collect();
-        let first = revisions[0];
-        assert!(first > newest || (fragment && first == newest), "revision {first} after {newest}: {}", render::watch(answer));
+        let (Some(first), Some(last)) = (revisions.first().copied(), revisions.last().copied()) else { continue };
+        let (before, fragment) = newest.get(&answer.watch_id).copied().unwrap_or_default();
+        assert!(first > before || (fragment && first == before), "revision {first} after {before}: {}", render::watch(answer));
         assert!(revisions.is_sorted(), "revisions out of order: {}", render::watch(answer));
         let header = answer.header.as_ref().map_or(0, |h| h.revision);
-        assert!(header >= revisions[revisions.len() - 1], "an event newer than its header: {}", render::watch(answer));
-        last.insert(answer.watch_id, (revisions[revisions.len() - 1], answer.fragment));
+        assert!(header >= last, "an event newer than its header: {}", render::watch(answer));
+        newest.insert(answer.watch_id, (last, answer.fragment));
     }
 }
 
@@ -282,6 +287,8 @@ impl Pair {
     async fn barrier(&mut self) {
         // etcd speaks of no progress while a watch of the stream waits for a revision to come: let it come.
         let waited_for = self.known.watches.iter().flatten().map(|w| w.1).max().unwrap_or(0);
+        // At least one revision, so that an answer about progress that names it is younger than every watch.
+        let waited_for = waited_for.max(self.known.revision + 1);
         while self.known.revision < waited_for {
             self.send(&Op::Put(PutRequest { key: FILLER.into(), ..Default::default() })).await;
         }
@@ -323,6 +330,7 @@ impl Pair {
     async fn restart(&mut self) {
         for side in [&mut self.reference, &mut self.subject] {
             side.streams.clear();
+            side.newest = Default::default();
             side.process.stop().await;
             side.process.restart().await;
             side.clients = side.process.clients().await;

@@ -568,7 +568,7 @@ fn watch_scripts() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
     #[test]
-    fn the_store_is_what_the_model_is(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
+    fn the_store_is_what_the_model_is(bytes in proptest::collection::vec(any::<u8>(), 0..6000)) {
         model::run(&bytes);
     }
 }

@@ -41,7 +41,7 @@ use pb::maintenance_client::MaintenanceClient;
 use pb::watch_client::WatchClient;
 
 /// How long a member may take until it answers its first call. Generous, because several members may start at once.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// How often a start is tried again with other ports when somebody else took one of them.
 const START_TRIES: u32 = 8;

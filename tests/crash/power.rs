@@ -14,7 +14,6 @@ use crate::{random, run, setting, unavailable};
 const DISK_BYTES: u64 = 3 << 30;
 
 #[test]
-#[ignore = "does not hold yet"]
 fn power_lost_at_random_nothing_is_lost() {
     run(async {
         let mut rng = random();
