@@ -32,18 +32,14 @@ impl Source<'_> {
     }
 
     pub fn key(&mut self) -> Bytes {
-        // The last one, which is none, seldom: it makes whole Txns fail.
-        let at = self.below(64);
-        Bytes::from_static(if at == 63 { b"" } else { KEYS[at % (KEYS.len() - 1)] })
+        Bytes::from_static(self.pick(&KEYS))
     }
 
-    /// A key and the end of a range: `wide` out of 16 times everything from a key on, or from the first.
-    pub fn keys(&mut self, wide: usize) -> (Bytes, Bytes) {
-        match self.below(16) {
-            at if at < wide / 2 => (Bytes::from_static(b"\0"), Bytes::from_static(b"\0")),
-            at if at < wide => (self.key(), Bytes::from_static(b"\0")),
-            at if at < 13 => (self.key(), Bytes::new()),
-            _ => (self.key(), self.key()),
+    pub fn end(&mut self) -> Bytes {
+        match self.below(4) {
+            0 | 1 => Bytes::new(),
+            2 => Bytes::from_static(b"\0"),
+            _ => self.key(),
         }
     }
 
@@ -68,34 +64,27 @@ impl Source<'_> {
         }
     }
 
-    /// A revision to compact at: mostly a recent one.
-    pub fn compaction(&mut self, model: &Model) -> i64 {
-        if self.one_in(6) { self.revision(model) } else { model.newest() - self.below(6) as i64 }
-    }
-
     pub fn put(&mut self) -> PutRequest {
-        let mut put = PutRequest { key: self.key(), value: self.value(), prev_kv: self.one_in(2), ..PutRequest::default() };
-        match self.below(16) {
-            0 => put.ignore_value = true,
-            1 => put.ignore_lease = true,
-            2 => (put.ignore_value, put.ignore_lease) = (true, true),
-            3..6 => put.lease = self.pick(&LEASES),
-            _ => {}
-        }
-        if put.ignore_value && !self.one_in(8) {
+        let mut put = PutRequest { key: self.key(), value: self.value(), ..PutRequest::default() };
+        let flags = self.byte();
+        put.prev_kv = flags & 1 != 0;
+        put.ignore_value = flags & 0x0e == 0x0e;
+        put.ignore_lease = flags & 0x70 == 0x70;
+        if (put.ignore_value && flags & 1 == 0) || self.0.is_empty() {
             put.value = Bytes::new();
+        }
+        if !put.ignore_lease && flags & 0x80 != 0 {
+            put.lease = self.pick(&LEASES);
         }
         put
     }
 
     pub fn delete(&mut self) -> DeleteRangeRequest {
-        let (key, range_end) = self.keys(2);
-        DeleteRangeRequest { key, range_end, prev_kv: self.one_in(2) }
+        DeleteRangeRequest { key: self.key(), range_end: self.end(), prev_kv: self.one_in(2) }
     }
 
     pub fn range(&mut self, model: &Model) -> RangeRequest {
-        let (key, range_end) = self.keys(8);
-        let mut range = RangeRequest { key, range_end, revision: self.revision(model), ..RangeRequest::default() };
+        let mut range = RangeRequest { key: self.key(), range_end: self.end(), revision: self.revision(model), ..RangeRequest::default() };
         if self.one_in(2) {
             range.limit = self.pick(&[0, 1, 2, 3, 5, -1, i64::MAX]);
         }
@@ -130,8 +119,7 @@ impl Source<'_> {
             4 => Some(TargetUnion::Lease(self.pick(&LEASES))),
             _ => None,
         };
-        let (key, range_end) = self.keys(4);
-        Compare { result: self.pick(&[0, 1, 2, 3, 0, 1, 2, 3, 7]), target, key, range_end, target_union }
+        Compare { result: self.pick(&[0, 1, 2, 3, 0, 1, 2, 3, 7]), target, key: self.key(), range_end: self.end(), target_union }
     }
 
     pub fn txn(&mut self, model: &Model, depth: usize) -> TxnRequest {
@@ -139,18 +127,7 @@ impl Source<'_> {
         let compare = (0..compares).map(|_| self.compare(model)).collect();
         let mut ops = || {
             let count = self.below(5 - depth);
-            let mut ops: Vec<RequestOp> = (0..count).map(|_| self.op(model, depth)).collect();
-            if depth == 0 && self.one_in(6) {
-                // The one way to write a key twice: delete from a key on, and put one of those.
-                let delete = DeleteRangeRequest { range_end: Bytes::from_static(b"\0"), ..self.delete() };
-                let mut put = self.put();
-                if self.one_in(2) {
-                    put.key = delete.key.clone();
-                }
-                ops.push(RequestOp { request: Some(Request::RequestDeleteRange(delete)) });
-                ops.push(RequestOp { request: Some(Request::RequestPut(put)) });
-            }
-            ops
+            (0..count).map(|_| self.op(model, depth)).collect()
         };
         TxnRequest { compare, success: ops(), failure: ops() }
     }
@@ -169,13 +146,12 @@ impl Source<'_> {
 
     pub fn watch(&mut self, model: &Model) -> WatchCreateRequest {
         let flags = self.byte();
-        let (key, range_end) = self.keys(10);
         WatchCreateRequest {
-            key,
-            range_end,
+            key: self.key(),
+            range_end: self.end(),
             start_revision: if flags & 1 == 0 { 0 } else { self.revision(model).min(model.newest() + 3) },
             progress_notify: flags & 2 != 0,
-            filters: self.pick(&[&[][..], &[], &[], &[], &[], &[], &[0], &[1], &[0, 1], &[7]]).to_vec(),
+            filters: self.pick(&[&[][..], &[0], &[1], &[0, 1], &[7], &[], &[], &[]]).to_vec(),
             prev_kv: flags & 4 != 0,
             watch_id: self.pick(&[0, 0, 0, 1, 2, 7, -1]),
             fragment: flags & 8 != 0,
