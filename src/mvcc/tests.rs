@@ -568,7 +568,6 @@ fn watch_scripts() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
     #[test]
-    #[ignore = "the model does not know yet that a watch whose start was compacted is cancelled once more by its client"]
     fn the_store_is_what_the_model_is(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
         model::run(&bytes);
     }

@@ -557,7 +557,8 @@ impl Session {
             state.slots.insert(id, Slot { next: start, waiting: Vec::new() });
             state.behind.insert(id, start);
         }
-        if !self.hub.add(&range, filters, &self.queue, id) {
+        // Those that were canceled for a compaction are not in the hub any more, but still take up room here.
+        if self.watchers.len() >= WATCHES_MAX || !self.hub.add(&range, filters, &self.queue, id) {
             self.forget(id);
             self.answers.push_back(refuse("etcdserver: too many watches"));
             return;
@@ -784,9 +785,8 @@ impl Session {
         // A compaction may have passed while we read; then what was read may have holes.
         let compacted = self.store.revisions().1;
         for (&id, &next) in &behind {
-            if next < compacted && self.end(id) {
-                let answer = WatchAnswer { watch_id: id, canceled: true, compact_revision: compacted, ..WatchAnswer::default() };
-                self.answers.push_back(answer);
+            if next < compacted {
+                self.end_compacted(id, compacted);
                 found.remove(&id);
             }
         }

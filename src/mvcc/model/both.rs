@@ -27,10 +27,12 @@ use crate::storage::history::HistoryOptions;
 use crate::storage::mem::{Fault, Mem};
 use crate::storage::{Backend, Revision};
 
-/// What is known of a watch: the events from `next` on are yet to come.
+/// What is known of a watch: the events from `next` on are yet to come. Once it was canceled for a compaction none come any
+/// more, but its id stays taken until the client cancels it too.
 struct Watch {
     request: WatchCreateRequest,
     next: i64,
+    ended: bool,
 }
 
 /// One stream of watches, and what it has been asked.
@@ -200,7 +202,7 @@ impl Both {
                 self.stream.asked.push_back((request, start));
             }
             31 => {
-                let id = source.pick(&[0, 1, 2, 3, 7, -1]);
+                let id = source.pick(&[0, 1, 2, 3, 7, -2]);
                 self.stream.cancels.insert(id);
                 self.stream.session.cancel(id);
             }
@@ -450,7 +452,7 @@ impl Both {
     }
 
     fn nothing_untold(&self, id: i64, watch: &Watch, upto: i64) {
-        for revision in watch.next..=upto {
+        for revision in watch.next..=if watch.ended { 0 } else { upto } {
             let kept = self.wanted(watch, revision).1;
             assert!(kept.is_empty(), "watch {id} was not told of {kept:?} at {revision}");
         }
@@ -478,17 +480,21 @@ impl Both {
                 assert_eq!(id, NO_WATCH);
             } else {
                 assert!(request.watch_id == 0 || request.watch_id == id);
-                let before = self.stream.open.insert(id, Watch { request, next: start });
+                let before = self.stream.open.insert(id, Watch { request, next: start, ended: false });
                 assert!(before.is_none(), "id {id} is given twice");
             }
         } else if response.canceled {
-            let watch = self.stream.open.remove(&id).expect("only a watch that is open is canceled");
+            let mut watch = self.stream.open.remove(&id).expect("only a watch that is open is canceled");
             self.stream.parts.remove(&id);
-            match response.compact_revision {
-                0 => assert!(self.stream.cancels.contains(&id)),
-                compacted => assert!(watch.next < compacted && compacted <= self.model.compacted && revision == 0),
+            if response.compact_revision == 0 {
+                assert!(self.stream.cancels.contains(&id));
+            } else {
+                let compacted = response.compact_revision;
+                assert!(!watch.ended && watch.next < compacted && compacted <= self.model.compacted && revision == 0);
+                watch.ended = true;
+                self.stream.open.insert(id, watch);
             }
-        } else if id == NO_WATCH && !self.stream.open.contains_key(&NO_WATCH) {
+        } else if id == NO_WATCH {
             assert!(response.events.is_empty() && self.stream.progress > 0);
             self.stream.progress -= 1;
             for id in self.stream.open.keys().copied().collect::<Vec<_>>() {
@@ -515,10 +521,12 @@ impl Both {
 
     fn told_events(&mut self, id: i64, header: i64, events: &[Event]) {
         if events.is_empty() {
-            assert!(id == NO_WATCH || self.stream.open[&id].request.progress_notify);
+            let watch = &self.stream.open[&id];
+            assert!(watch.request.progress_notify && !watch.ended);
             return self.progressed(id, header);
         }
         let mut watch = self.stream.open.remove(&id).expect("the watch is open");
+        assert!(!watch.ended, "watch {id} was canceled");
         let mod_revision = |event: &Event| event.kv.as_ref().unwrap().decode().unwrap().mod_revision;
         for events in events.chunk_by(|a, b| mod_revision(a) == mod_revision(b)) {
             let revision = mod_revision(&events[0]);

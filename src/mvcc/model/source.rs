@@ -153,7 +153,7 @@ impl Source<'_> {
             progress_notify: flags & 2 != 0,
             filters: self.pick(&[&[][..], &[0], &[1], &[0, 1], &[7], &[], &[], &[]]).to_vec(),
             prev_kv: flags & 4 != 0,
-            watch_id: self.pick(&[0, 0, 0, 1, 2, 7, -1]),
+            watch_id: self.pick(&[0, 0, 0, 1, 2, 7, -2]),
             fragment: flags & 8 != 0,
         }
     }
