@@ -43,7 +43,10 @@ use crate::lock::lock;
 /// Upper bounds, in seconds, of etcd's histograms of the log's and the backend's syncs.
 pub const SYNC_BUCKETS: [f64; 14] = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192];
 
-/// Those of operations on the whole store: hashing it, sending a snapshot of it, rewriting it.
+/// Those of rewriting the whole store.
+pub const REWRITE_BUCKETS: [f64; 13] = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2, 102.4, 204.8, 409.6];
+
+/// Those of hashing it, or sending a snapshot of it.
 pub const LONG_BUCKETS: [f64; 17] =
     [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68, 655.36];
 
@@ -200,7 +203,7 @@ impl Default for Counters {
             leases_renewed: Counter::default(),
             leases_expired: Counter::default(),
             backend_commit: Latency::new(&SYNC_BUCKETS),
-            defragment: Latency::new(&LONG_BUCKETS),
+            defragment: Latency::new(&REWRITE_BUCKETS),
             snapshot: Latency::new(&LONG_BUCKETS),
             hash_rev: Latency::new(&LONG_BUCKETS[..15]),
             grpc_received_bytes: Counter::default(),
@@ -450,7 +453,7 @@ impl Metrics {
 }
 
 /// What stands in `Content-Type` for [`Metrics::text`].
-pub const TEXT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+pub const TEXT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8; escaping=underscores";
 
 /// OpenMetrics' text as the plain format 0.0.4.
 fn plain(text: &str) -> String {
@@ -480,21 +483,29 @@ fn plain(text: &str) -> String {
                 Some(bare) if name.strip_suffix("_total") == Some(bare) => bare,
                 _ => name,
             };
-            // Exemplars are OpenMetrics' alone, and so is a whole bound's ".0", by which Prometheus would tell our series from etcd's.
+            // Exemplars are OpenMetrics' alone.
             let rest = rest.split_once(" # {").map_or(rest, |(rest, _)| rest);
             out.push_str(name);
-            match rest.split_once(".0\"} ") {
-                Some((labels, value))
-                    if labels.rsplit_once("le=\"").is_some_and(|(_, bound)| bound.bytes().all(|b| b.is_ascii_digit())) =>
-                {
-                    out.extend([labels, "\"} ", value]);
-                }
-                _ => out.push_str(rest),
+            match rest.split_once("} ").and_then(|(labels, value)| Some((bucket(labels.strip_prefix('{')?)?, value))) {
+                Some((("", bound), value)) => out.extend(["{le=\"", bound, "\"} ", value]),
+                Some(((labels, bound), value)) => out.extend(["{", labels, ",le=\"", bound, "\"} ", value]),
+                None => out.push_str(rest),
             }
             out.push('\n');
         }
     }
     out
+}
+
+/// Takes a bucket's bound out of its labels, as etcd writes it: at the end, and a whole number without the ".0" by which Prometheus would
+/// tell our series from etcd's.
+fn bucket(labels: &str) -> Option<(&str, &str)> {
+    let (labels, bound) = match labels.strip_prefix("le=\"") {
+        Some(rest) => rest.split_once('"').map(|(bound, labels)| (labels.trim_start_matches(','), bound))?,
+        None => labels.rsplit_once(",le=\"").and_then(|(labels, bound)| Some((labels, bound.strip_suffix('"')?)))?,
+    };
+    let whole = bound.strip_suffix(".0").filter(|whole| whole.bytes().all(|byte| byte.is_ascii_digit()));
+    Some((labels, whole.unwrap_or(bound)))
 }
 
 struct Shared(Arc<Catalogue>);
@@ -775,5 +786,172 @@ impl Process {
         process.open_files = std::fs::read_dir("/proc/self/fd").ok().map(|files| (files.count() as u64).saturating_sub(1));
         process.max_files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         process
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    /// A strict reader of the text format 0.0.4: families with their type, and the names and labels of their samples.
+    fn parse(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+        let mut families: BTreeMap<String, (String, BTreeSet<String>)> = BTreeMap::new();
+        let mut helped = None;
+        let mut current = None;
+        assert!(text.ends_with('\n'));
+        for line in text.lines() {
+            let words: Vec<_> = line.splitn(4, ' ').collect();
+            match words[..] {
+                ["#", "HELP", name, _] => helped = Some(name),
+                ["#", "TYPE", name, kind] => {
+                    assert_eq!(helped.take(), Some(name), "{line}");
+                    assert!(["counter", "gauge", "histogram", "summary", "untyped"].contains(&kind), "{line}");
+                    assert!(families.insert(name.into(), (kind.into(), BTreeSet::new())).is_none(), "twice: {line}");
+                    current = Some((name, kind));
+                }
+                _ => {
+                    assert!(!line.starts_with('#') && !line.is_empty(), "{line:?}");
+                    let (series, value) = line.rsplit_once(' ').unwrap();
+                    assert!(value == "+Inf" || value.parse::<f64>().is_ok(), "{line}");
+                    let (name, labels) =
+                        series.split_once('{').map_or((series, ""), |(name, rest)| (name, rest.strip_suffix('}').unwrap()));
+                    let (family, kind) = current.unwrap();
+                    let suffixes: &[&str] = if kind == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
+                    assert!(suffixes.iter().any(|suffix| name.strip_suffix(suffix) == Some(family)), "{line} in {family}");
+                    for label in labels.split("\",").filter(|label| !label.is_empty()) {
+                        let (label, value) = label.split_once("=\"").unwrap();
+                        assert!(label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'), "{line}");
+                        assert!(!value.contains('\n'));
+                    }
+                    assert!(families.get_mut(family).unwrap().1.insert(series.into()), "twice: {line}");
+                }
+            }
+        }
+        families
+    }
+
+    fn some() -> Arc<Metrics> {
+        let metrics = Metrics::new("3.7.1", "3.7");
+        metrics.method("etcdserverpb.KV", "Put", MethodKind::Unary);
+        metrics.method("etcdserverpb.Watch", "Watch", MethodKind::BidiStream);
+        metrics
+    }
+
+    /// What a real etcd 3.5.30 shows: every family of ours that is not our own is there with its type, and has the same series if it has
+    /// labels of the kind that we know beforehand.
+    #[test]
+    fn names_types_and_series_are_etcds() {
+        let ours = parse(&some().text());
+        let theirs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compat/metrics.txt")).unwrap();
+        let theirs = parse(&theirs.lines().filter(|line| !line.starts_with("## ")).map(|line| format!("{line}\n")).collect::<String>());
+        for (name, (kind, series)) in ours.iter().filter(|(name, _)| !name.starts_with("quorate_")) {
+            let (etcds_kind, etcds_series) = theirs.get(name).unwrap_or_else(|| panic!("etcd has no {name}"));
+            assert_eq!(kind, etcds_kind, "{name}");
+            // These say who and which version it is.
+            if !["etcd_server_id", "etcd_server_version", "etcd_cluster_version"].contains(&name.as_str()) {
+                let strange: Vec<_> = series.difference(etcds_series).collect();
+                assert!(strange.is_empty(), "{strange:?}");
+            }
+        }
+        // What the mixin's rules and dashboards ask for, but for the peers' metrics, which one member has not.
+        for name in [
+            "etcd_server_has_leader",
+            "etcd_server_leader_changes_seen_total",
+            "etcd_server_proposals_committed_total",
+            "etcd_server_proposals_applied_total",
+            "etcd_server_proposals_pending",
+            "etcd_server_proposals_failed_total",
+            "etcd_server_quota_backend_bytes",
+            "etcd_mvcc_db_total_size_in_bytes",
+            "etcd_mvcc_db_total_size_in_use_in_bytes",
+            "etcd_disk_wal_fsync_duration_seconds",
+            "etcd_disk_backend_commit_duration_seconds",
+            "etcd_network_client_grpc_sent_bytes_total",
+            "etcd_network_client_grpc_received_bytes_total",
+            "grpc_server_started_total",
+            "grpc_server_handled_total",
+            "grpc_server_handling_seconds",
+            "process_resident_memory_bytes",
+            "etcd_server_is_leader",
+            "etcd_server_is_learner",
+            "etcd_server_slow_apply_total",
+            "etcd_server_health_failures",
+            "etcd_server_heartbeat_send_failures_total",
+            "etcd_debugging_mvcc_slow_watcher_total",
+            "etcd_debugging_mvcc_pending_events_total",
+        ] {
+            assert!(ours.contains_key(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn values() {
+        let metrics = some();
+        let put = metrics.method("etcdserverpb.KV", "Put", MethodKind::Unary);
+        let call = put.start();
+        call.received(100);
+        call.sent(30);
+        call.finish(tonic::Code::Ok);
+        call.finish(tonic::Code::Internal);
+        drop(call);
+        drop(put.start());
+        metrics.counters.puts.add(3);
+        metrics.counters.backend_commit.observe(Duration::from_millis(3));
+        metrics.counters.backend_commit.observe(Duration::from_secs(100));
+        metrics.counters.health_failures.inc();
+        let wal_fsync = Histogram { bounds: &SYNC_BUCKETS, counts: vec![1; SYNC_BUCKETS.len() + 1], sum: 2.5 };
+        let gauges =
+            Gauges { member_id: 0xbeef, has_leader: true, compact_revision: -1, wal_fsync, quota_bytes: u64::MAX, ..Gauges::default() };
+        metrics.set_source(Some(Arc::new(move || gauges.clone())));
+        let text = metrics.text();
+        for line in [
+            r#"grpc_server_started_total{grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary"} 2"#,
+            r#"grpc_server_handled_total{grpc_code="OK",grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary"} 1"#,
+            r#"grpc_server_handled_total{grpc_code="Canceled",grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary"} 1"#,
+            r#"grpc_server_handled_total{grpc_code="Internal",grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary"} 0"#,
+            r#"grpc_server_handling_seconds_bucket{grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary",le="1"} 2"#,
+            r#"grpc_server_handling_seconds_bucket{grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary",le="+Inf"} 2"#,
+            "etcd_network_client_grpc_received_bytes_total 100",
+            "etcd_network_client_grpc_sent_bytes_total 30",
+            "etcd_mvcc_put_total 3",
+            r#"etcd_disk_backend_commit_duration_seconds_bucket{le="0.002"} 0"#,
+            r#"etcd_disk_backend_commit_duration_seconds_bucket{le="0.004"} 1"#,
+            r#"etcd_disk_backend_commit_duration_seconds_bucket{le="+Inf"} 2"#,
+            "etcd_disk_backend_commit_duration_seconds_count 2",
+            "etcd_disk_backend_commit_duration_seconds_sum 100.003",
+            r#"etcd_disk_wal_fsync_duration_seconds_bucket{le="8.192"} 14"#,
+            r#"etcd_disk_wal_fsync_duration_seconds_bucket{le="+Inf"} 15"#,
+            "etcd_disk_wal_fsync_duration_seconds_sum 2.5",
+            "etcd_server_health_failures 1",
+            "# TYPE etcd_server_health_failures counter",
+            "etcd_server_has_leader 1",
+            "etcd_debugging_mvcc_compact_revision -1",
+            r#"etcd_server_id{server_id="beef"} 1"#,
+            r#"etcd_server_version{server_version="3.7.1"} 1"#,
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        assert!(parse(&text)["process_resident_memory_bytes"].1.len() == 1);
+    }
+
+    #[test]
+    fn a_host_takes_them_into_its_own_registry() {
+        let mut registry = Registry::default();
+        some().register(registry.sub_registry_with_label(("server".into(), "one".into())));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        assert!(text.contains("etcd_server_has_leader{server=\"one\"} 0\n"));
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn what_a_host_registers_is_translated() {
+        let open = "# HELP a A.\n# TYPE a counter\n# UNIT a bytes\na_total{x=\"1.0\"} 1 # {id=\"3\"} 1.0 2.0\n# TYPE b unknown\nb 1\n\
+                    # TYPE c info\nc_info{le=\"q.0\"} 1\n# TYPE d histogram\nd_bucket{x=\"y\",le=\"10.0\"} 1\n# EOF\n";
+        let expected = "# HELP a_total A.\n# TYPE a_total counter\na_total{x=\"1.0\"} 1\n# TYPE b untyped\nb 1\n\
+                        # TYPE c_info gauge\nc_info{le=\"q.0\"} 1\n# TYPE d histogram\nd_bucket{x=\"y\",le=\"10\"} 1\n";
+        assert_eq!(plain(open), expected);
     }
 }

@@ -264,3 +264,81 @@ fn error(code: StatusCode, body: impl Into<Bytes>) -> Response<Bytes> {
     response.headers_mut().extend([NOSNIFF]);
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::super::testing::{State, VERSIONS};
+    use super::*;
+
+    /// Plays the recorded answers of a real etcd.
+    #[tokio::test]
+    async fn recorded_answers() {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compat/http.txt")).unwrap();
+        let state = Arc::new(State::default());
+        let http = Http::new(state.clone(), Metrics::new("3.7.1", "3.7"), VERSIONS);
+        let mut played = 0;
+        for case in text.split("\n\n").map(str::trim).filter(|case| !case.starts_with('#')) {
+            if let Some(name) = case.strip_prefix("state ") {
+                let alarm = |name: &str| AlarmType::from_str_name(name).unwrap() as i32;
+                *state.alarms.lock().unwrap() =
+                    name.strip_prefix("alarms ").map_or(Vec::new(), |names| names.split(' ').map(alarm).collect());
+                state.learner.store(name == "learner", Ordering::Relaxed);
+                state.leaderless.store(name == "leaderless", Ordering::Relaxed);
+                continue;
+            }
+            let (request, expected) = case.split_once('\n').unwrap();
+            let (method, uri) = request.split_once(' ').unwrap();
+            let response = http.answer(&method.parse().unwrap(), &uri.parse().unwrap()).await;
+            let mut found = response.status().as_u16().to_string();
+            let mut headers: Vec<_> = response.headers().iter().filter(|(name, _)| !CORS.iter().any(|(cors, _)| cors == name)).collect();
+            headers.sort_by_key(|(name, _)| name.as_str());
+            for (name, value) in headers {
+                found += &format!("\n{name}: {}", value.to_str().unwrap());
+            }
+            let body = String::from_utf8(response.body().to_vec()).unwrap();
+            let (mut lines, rest): (Vec<_>, Vec<_>) = body.split('\n').partition(|line| line.starts_with('['));
+            lines.sort_unstable();
+            let body = if uri.starts_with("/metrics") { "...".into() } else { [lines, rest].concat().join("\n") };
+            found += &format!("\n{}", serde_json::Value::from(body));
+            assert_eq!(found, expected, "{request}");
+            for (name, value) in &CORS {
+                assert_eq!(response.headers().get(name), Some(value));
+            }
+            played += 1;
+        }
+        assert!(played > 100);
+    }
+
+    #[tokio::test]
+    async fn failed_reads_and_odd_requests() {
+        let state = Arc::new(State::default());
+        let metrics = Metrics::new("3.7.1", "3.7");
+        let http = Http::new(state.clone(), metrics.clone(), VERSIONS);
+        let get = async |uri: &str| {
+            let response = http.answer(&Method::GET, &uri.parse().unwrap()).await;
+            (response.status().as_u16(), String::from_utf8(response.body().to_vec()).unwrap())
+        };
+        let version =
+            concat!(r#"{"etcdserver":"3.7.1","etcdcluster":"3.7.0","storage":"3.7.0","quorate":""#, env!("CARGO_PKG_VERSION"), r#""}"#);
+        assert_eq!(get("/version").await, (200, version.into()));
+        assert_eq!(get("*").await.0, 404);
+        assert_eq!(get("host:80").await.0, 404);
+        state.unreadable.store(true, Ordering::Relaxed);
+        let reason = r#"{"health":"false","reason":"RANGE ERROR:etcdserver: request timed out"}"#;
+        assert_eq!(get("/health").await, (503, format!("{reason}\n")));
+        assert_eq!(get("/livez").await, (503, "[-]serializable_read failed: etcdserver: request timed out\n\n".into()));
+        assert_eq!((metrics.counters.health_failures.get(), metrics.counters.health_success.get()), (2, 0));
+    }
+
+    #[test]
+    fn queries() {
+        let of = |query: &str| values(query, "a").collect::<Vec<_>>();
+        assert_eq!(of(""), [""; 0]);
+        assert_eq!(of("a"), [""]);
+        assert_eq!(of("a=1&b=2&a=3&aa=4"), ["1", "3"]);
+        assert_eq!(of("%61=x+y%20z"), ["x y z"]);
+        assert_eq!(of("a=%zz&a=%&a=%4&a=1;&a=2"), ["2"]);
+    }
+}

@@ -764,3 +764,383 @@ impl AsyncWrite for Io {
 pub(super) fn refuse(mut respond: SendResponse<Bytes>) {
     respond.send_reset(Reason::REFUSED_STREAM);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::super::testing::raw::{
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, RST_STREAM, WINDOW_UPDATE, frame, frames, headers, hello,
+    };
+    use super::super::testing::*;
+    use super::*;
+    use crate::proto::etcdserverpb::{PutRequest, RangeRequest};
+
+    const PUT: &str = "/etcdserverpb.KV/Put";
+    const RANGE: &str = "/etcdserverpb.KV/Range";
+
+    fn put(key: &'static str) -> Bytes {
+        message(&PutRequest { key: key.into(), ..Default::default() })
+    }
+
+    fn range(kib: i64) -> Bytes {
+        message(&RangeRequest { key: "k".into(), limit: kib, ..Default::default() })
+    }
+
+    /// That the server still serves.
+    async fn well(server: &TestServer) {
+        let client = server.connect().await;
+        let answer = post(&client, request(PUT), vec![put("k")]).await.unwrap();
+        assert_eq!(answer.status(), (0, ""));
+    }
+
+    /// Writes while it can be, and reads to the end.
+    async fn attack(server: &TestServer, bytes: &[u8]) -> Vec<u8> {
+        let (mut read, mut write) = TcpStream::connect(server.addr).await.unwrap().into_split();
+        let mut received = Vec::new();
+        let writing = async {
+            // It fails when the server has had enough.
+            let _ = write.write_all(bytes).await;
+        };
+        let reading = async {
+            // A reset instead of an end is to be expected from who has not read all that we wrote.
+            let _ = read.read_to_end(&mut received).await;
+        };
+        tokio::join!(writing, reading);
+        received
+    }
+
+    #[tokio::test]
+    async fn rapid_reset() {
+        let server = TestServer::start().await;
+        let mut bytes = hello(&[]);
+        for stream in (1..20_000).step_by(2) {
+            bytes.extend(frame(HEADERS, END_HEADERS, stream, &headers(PUT)));
+            bytes.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+        }
+        let received = attack(&server, &bytes).await;
+        // A reset connection may have lost what was written last.
+        assert!(received.is_empty() || frames(&received).len() < 1000);
+        server.until(|server| server.limits.connections() == 0 && server.limits.streams() == 0).await;
+        well(&server).await;
+    }
+
+    /// Each stream is reset only after its handler has begun: no limit of h2's counts these, but no handler outlives its stream.
+    #[tokio::test]
+    async fn slow_reset() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        for count in 1..=200 {
+            let (response, mut stream) = client.clone().ready().await.unwrap().send_request(request(PUT).body(()).unwrap(), false).unwrap();
+            stream.send_data(put("hang"), true).unwrap();
+            server.until(|server| server.limits.streams() == 1).await;
+            stream.send_reset(Reason::CANCEL);
+            drop(response);
+            server.until(|server| server.limits.streams() == 0).await;
+            assert_eq!(server.state.dropped.load(Relaxed), count);
+        }
+        well(&server).await;
+    }
+
+    #[tokio::test]
+    async fn too_many_streams() {
+        let server = TestServer::start_with(ServeOptions { max_concurrent_streams: 10, keepalive: None }).await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let mut bytes = hello(&[]);
+        for id in (1..41).step_by(2) {
+            bytes.extend(frame(HEADERS, END_HEADERS, id, &headers(PUT)));
+            bytes.extend(frame(DATA, END_STREAM, id, &put("hang")));
+        }
+        stream.write_all(&bytes).await.unwrap();
+        let mut received = Vec::new();
+        while frames(&received).iter().filter(|(kind, _)| *kind == RST_STREAM).count() < 10 {
+            assert!(stream.read_buf(&mut received).await.unwrap() > 0);
+        }
+        // First of all; that data comes on streams that are closed by then is said as well.
+        let resets: Vec<_> = frames(&received).into_iter().filter(|(kind, _)| *kind == RST_STREAM).collect();
+        assert!(resets[..10].iter().all(|(_, reason)| reason[..] == [0, 0, 0, 7]), "REFUSED_STREAM");
+        assert_eq!(server.limits.streams(), 10);
+        drop(stream);
+        server.until(|server| server.limits.streams() == 0).await;
+        assert_eq!(server.state.dropped.load(Relaxed), 10);
+    }
+
+    #[tokio::test]
+    async fn continuation_flood() {
+        let server = TestServer::start().await;
+        let mut bytes = hello(&[]);
+        bytes.extend(frame(HEADERS, 0, 1, &headers(PUT)));
+        let more = [&[0x00, 1, b'x', 126][..], &[b'y'; 126]].concat().repeat(100);
+        for _ in 0..2000 {
+            bytes.extend(frame(CONTINUATION, 0, 1, &more));
+        }
+        let received = attack(&server, &bytes).await;
+        assert!(frames(&received).len() < 10);
+        server.until(|server| server.limits.connections() == 0).await;
+        well(&server).await;
+    }
+
+    #[tokio::test]
+    async fn large_headers() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let answer = post(&client, request(PUT).header("large", "x".repeat(40 << 10)), vec![put("k")]).await.unwrap();
+        assert_eq!(answer.code, 431);
+        let answer = post(&client, request(PUT).header("small", "x".repeat(20 << 10)), vec![put("k")]).await.unwrap();
+        assert_eq!(answer.status(), (0, ""));
+    }
+
+    /// A client that asks for more and more and reads nothing: what is made for it is bounded, and in the end it is cut.
+    #[tokio::test]
+    async fn never_reads() {
+        let server = TestServer::start().await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let most = (1 << 31) - 1;
+        stream.write_all(&hello(&[(4, most)])).await.unwrap();
+        stream.write_all(&frame(WINDOW_UPDATE, 0, 0, &(most - 65_535).to_be_bytes())).await.unwrap();
+        for id in (1..201).step_by(2) {
+            let request = [frame(HEADERS, END_HEADERS, id, &headers(RANGE)), frame(DATA, END_STREAM, id, &range(1 << 20))].concat();
+            stream.write_all(&request).await.unwrap();
+        }
+        server.until(|server| server.state.chunks.load(Relaxed) > 0).await;
+        server.until_later(|server| server.limits.connections() == 0).await;
+        assert_eq!(server.limits.streams(), 0);
+        let made = server.state.chunks.load(Relaxed);
+        assert!(made < 64 << 10, "{made} KiB of 100 GiB were made");
+        drop(stream);
+    }
+
+    /// One that reads, but gives no window: its answers are given up one by one, its connection stays.
+    #[tokio::test]
+    async fn gives_no_window() {
+        let server = TestServer::start().await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        stream.write_all(&hello(&[(4, 0)])).await.unwrap();
+        let request =
+            |id, path, message: &[u8]| [frame(HEADERS, END_HEADERS, id, &headers(path)), frame(DATA, END_STREAM, id, message)].concat();
+        stream.write_all(&request(1, RANGE, &range(1000))).await.unwrap();
+        stream.write_all(&request(3, PUT, &put("k"))).await.unwrap();
+        server.until(|server| server.limits.streams() == 2).await;
+        tokio::time::pause();
+        let mut received = Vec::new();
+        while frames(&received).iter().filter(|(kind, _)| *kind == RST_STREAM).count() < 2 {
+            assert!(stream.read_buf(&mut received).await.unwrap() > 0);
+            for (kind, payload) in frames(&received).iter().filter(|(kind, _)| *kind == PING) {
+                stream.write_all(&frame(*kind, 1, 0, payload)).await.unwrap();
+            }
+        }
+        assert_eq!(server.limits.connections(), 1);
+        assert_eq!(server.limits.streams(), 0);
+        assert!(server.state.chunks.load(Relaxed) <= 1);
+    }
+
+    /// Asks for pongs without end and reads none of them.
+    #[tokio::test]
+    async fn ping_flood() {
+        let server = TestServer::start().await;
+        let stream = TcpStream::connect(server.addr).await.unwrap();
+        let (_read, mut write) = stream.into_split();
+        let flood = tokio::spawn(async move {
+            let pings = frame(PING, 0, 0, &[0; 8]).repeat(1000);
+            if write.write_all(&hello(&[])).await.is_ok() {
+                while write.write_all(&pings).await.is_ok() {}
+            }
+        });
+        server.until(|server| server.limits.connections() == 1).await;
+        tokio::time::pause();
+        flood.await.unwrap();
+        server.until(|server| server.limits.connections() == 0).await;
+        tokio::time::resume();
+        well(&server).await;
+    }
+
+    /// What a connection says at first, and that it is cut when nothing follows.
+    #[tokio::test]
+    async fn says_nothing() {
+        let starts: [&[u8]; 5] = [
+            b"",
+            b"PRI * HT",
+            super::PREFACE,
+            b"GET /health HTTP/1.1\r\nHost",
+            b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n",
+        ];
+        for start in starts {
+            let server = TestServer::start().await;
+            let mut stream = TcpStream::connect(server.addr).await.unwrap();
+            stream.write_all(start).await.unwrap();
+            tokio::time::pause();
+            // The last one is answered before it is cut.
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+            tokio::time::resume();
+            server.until(|server| server.limits.connections() == 0).await;
+        }
+    }
+
+    /// Opens streams and sends nothing on them.
+    #[tokio::test]
+    async fn requests_without_a_message() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let (response, _stream) = client.clone().send_request(request(PUT).body(()).unwrap(), false).unwrap();
+        server.until(|server| server.limits.streams() == 1).await;
+        tokio::time::pause();
+        assert_eq!(response.await.unwrap().headers()["grpc-status"], "4");
+        server.until(|server| server.limits.streams() == 0).await;
+    }
+
+    #[tokio::test]
+    async fn a_dead_peer_is_found_by_pings() {
+        let keepalive = Some((Duration::from_secs(60), Some(Duration::from_secs(20))));
+        let server = TestServer::start_with(ServeOptions { max_concurrent_streams: 100, keepalive }).await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        stream.write_all(&hello(&[])).await.unwrap();
+        let mut received = Vec::new();
+        let pings = |received: &[u8]| frames(received).into_iter().filter(|(kind, _)| *kind == PING).collect::<Vec<_>>();
+        while pings(&received).is_empty() {
+            stream.read_buf(&mut received).await.unwrap();
+        }
+        // The first ping is answered, the one a minute later is not.
+        stream.write_all(&frame(PING, 1, 0, &pings(&received)[0].1)).await.unwrap();
+        let began = Instant::now();
+        // Answered by the server before the clock begins to jump: it has seen our pong then.
+        stream.write_all(&frame(PING, 0, 0, b"question")).await.unwrap();
+        while !pings(&received).iter().any(|(_, payload)| payload == b"question") {
+            stream.read_buf(&mut received).await.unwrap();
+        }
+        server.until_later(|server| server.limits.connections() == 0).await;
+        assert!(began.elapsed() >= Duration::from_secs(80));
+        stream.read_to_end(&mut received).await.unwrap();
+        assert_eq!(pings(&received).len(), 3);
+    }
+
+    #[tokio::test]
+    async fn too_many_connections() {
+        let (state, metrics) = (Arc::new(State::default()), crate::metrics::Metrics::new("3.7.1", "3.7"));
+        let mut limits = Limits::new(ServeOptions { max_concurrent_streams: 10, keepalive: None });
+        Arc::get_mut(&mut limits).unwrap().connections_max = 2;
+        let listener = Listener::tcp(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let serving = Serving::start(listener, limits.clone(), app(&state, &metrics));
+        let server = TestServer { addr, state, metrics, limits, serving };
+        let one = server.connect().await;
+        let _two = server.connect().await;
+        assert!(TcpStream::connect(addr).await.unwrap().read(&mut [0]).await.is_ok_and(|read| read == 0), "it is turned away");
+        assert_eq!(post(&one, request(PUT), vec![put("k")]).await.unwrap().status(), (0, ""));
+        drop(one);
+        server.until(|server| server.limits.connections() == 1).await;
+        well(&server).await;
+    }
+
+    #[tokio::test]
+    async fn a_graceful_end() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let idle = TcpStream::connect(server.addr).await.unwrap();
+        let (later, _stream) = {
+            let (response, mut stream) = client.clone().send_request(request(PUT).body(()).unwrap(), false).unwrap();
+            stream.send_data(put("later"), true).unwrap();
+            (response, stream)
+        };
+        server.until(|server| server.limits.streams() == 1).await;
+        let (answer, ()) = tokio::join!(later, server.serving.stop(Duration::from_secs(3600)));
+        assert_eq!(answer.unwrap().status(), 200);
+        assert_eq!(server.limits.connections(), 0);
+        assert!(TcpStream::connect(server.addr).await.is_err(), "nobody listens any more");
+        drop(idle);
+    }
+
+    #[tokio::test]
+    async fn an_end_that_waits_for_nobody() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let (hangs, mut stream) = client.clone().send_request(request(PUT).body(()).unwrap(), false).unwrap();
+        stream.send_data(put("hang"), true).unwrap();
+        server.until(|server| server.limits.streams() == 1).await;
+        server.serving.stop(Duration::from_millis(20)).await;
+        assert!(hangs.await.is_err());
+        assert_eq!((server.limits.connections(), server.limits.streams(), server.state.dropped.load(Relaxed)), (0, 0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_server_leaves_nothing_behind() {
+        let TestServer { limits, serving, state, addr, metrics } = TestServer::start().await;
+        let stream = TcpStream::connect(addr).await.unwrap();
+        let (mut client, connection): (h2::client::SendRequest<Bytes>, _) = h2::client::handshake(stream).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let (_response, mut stream) = client.send_request(request(PUT).body(()).unwrap(), false).unwrap();
+        stream.send_data(put("hang"), true).unwrap();
+        let server = TestServer { limits, serving, state, addr, metrics };
+        server.until(|server| server.limits.streams() == 1).await;
+        let TestServer { limits, serving, state, .. } = server;
+        drop(serving);
+        // The connection ends, one way or the other.
+        let _ = connection.await.unwrap();
+        while Arc::strong_count(&state) > 1 || limits.connections() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn unix_sockets() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let (state, metrics) = (Arc::new(State::default()), crate::metrics::Metrics::new("3.7.1", "3.7"));
+        let limits = Limits::new(ServeOptions { max_concurrent_streams: 10, keepalive: None });
+        // One that was left behind is replaced, one in use is not, and nothing else is.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let listener = Listener::unix(&path).await.unwrap();
+        assert!(Listener::unix(&path).await.is_err());
+        assert!(Listener::unix(dir.path()).await.is_err());
+        let serving = Serving::start(listener, limits.clone(), app(&state, &metrics));
+        let (client, connection) = h2::client::handshake(UnixStream::connect(&path).await.unwrap()).await.unwrap();
+        let connection = tokio::spawn(connection);
+        assert_eq!(post(&client, request(PUT), vec![put("k")]).await.unwrap().status(), (0, ""));
+        serving.stop(Duration::from_secs(3600)).await;
+        drop(client);
+        connection.await.unwrap().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn plain_http_on_the_same_port() {
+        let server = TestServer::start().await;
+        let received =
+            attack(&server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+        let text = String::from_utf8(received).unwrap();
+        assert!(
+            text.starts_with("HTTP/1.1 200 OK\r\n") && text.contains("{\"health\":\"true\",\"reason\":\"\"}HTTP/1.1 200 OK\r\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("\r\n\r\nok\n"), "{text}");
+        let received = attack(&server, b"nonsense\r\n\r\n").await;
+        assert!(received.starts_with(b"HTTP/1.1 400 "));
+
+        let client = server.connect().await;
+        let get = |path: &str| http::Request::get(format!("http://x{path}"));
+        let answer = post(&client, get("/livez?verbose"), vec![Bytes::new()]).await.unwrap();
+        assert_eq!((answer.code, &answer.body[..]), (200, &b"[+]serializable_read ok\nok\n"[..]));
+        let answer = post(&client, get("/metrics"), vec![Bytes::new()]).await.unwrap();
+        assert!(answer.body.ends_with(b"\n") && answer.body.len() > 20_000);
+        let answer = post(&client, get("/nothing"), vec![Bytes::new()]).await.unwrap();
+        assert_eq!((answer.code, &answer.body[..]), (404, &b"404 page not found\n"[..]));
+    }
+
+    #[tokio::test]
+    async fn unfinished_requests_are_counted() {
+        let limits = Limits::new(ServeOptions { max_concurrent_streams: 10, keepalive: None });
+        let wire = Wire::new(limits.clone());
+        let (mut one, mut other) = (wire.partial(), wire.partial());
+        assert!(one.grow(PARTIAL_BYTES_MAX - 10) && other.grow(10) && !other.grow(1));
+        drop(one);
+        assert!(wire.partial().grow(PARTIAL_BYTES_MAX - 11) && other.grow(1));
+        drop(other);
+        let wires: Vec<_> = (0..9).map(|_| Wire::new(limits.clone())).collect();
+        let mut partials: Vec<_> = wires.iter().map(Wire::partial).collect();
+        let refused = partials.iter_mut().filter_map(|partial| (!partial.grow(PARTIAL_BYTES_MAX)).then_some(())).count();
+        assert_eq!(refused, 1, "all connections together");
+        drop((partials, wires, wire));
+        assert_eq!((limits.partial.load(Relaxed), limits.connections()), (0, 0));
+    }
+}

@@ -186,6 +186,15 @@ impl TestServer {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+
+    /// As above, with a clock that jumps ahead whenever there is nothing to do.
+    pub async fn until_later(&self, what: impl Fn(&Self) -> bool) {
+        tokio::time::pause();
+        while !what(self) {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        tokio::time::resume();
+    }
 }
 
 pub fn request(path: &str) -> http::request::Builder {
@@ -260,4 +269,47 @@ pub async fn post(send: &SendRequest<Bytes>, request: http::request::Builder, fr
     };
     let ((), answer) = tokio::join!(sending, receiving);
     answer
+}
+
+/// A connection on which frames are written by hand.
+pub mod raw {
+    pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    pub const DATA: u8 = 0;
+    pub const HEADERS: u8 = 1;
+    pub const RST_STREAM: u8 = 3;
+    pub const SETTINGS: u8 = 4;
+    pub const PING: u8 = 6;
+    pub const WINDOW_UPDATE: u8 = 8;
+    pub const CONTINUATION: u8 = 9;
+    pub const END_STREAM: u8 = 1;
+    pub const END_HEADERS: u8 = 4;
+
+    pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let len = (payload.len() as u32).to_be_bytes();
+        [&len[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    }
+
+    /// The preface, and settings: number and value.
+    pub fn hello(settings: &[(u16, u32)]) -> Vec<u8> {
+        let payload: Vec<u8> = settings.iter().flat_map(|(id, value)| [&id.to_be_bytes()[..], &value.to_be_bytes()].concat()).collect();
+        [PREFACE, &frame(SETTINGS, 0, 0, &payload)].concat()
+    }
+
+    /// The header block of a gRPC request: two names from HPACK's static table, two literals with names from it.
+    pub fn headers(path: &str) -> Vec<u8> {
+        let kind = "application/grpc";
+        [&[0x83, 0x86, 0x04, path.len() as u8][..], path.as_bytes(), &[0x0f, 0x10, kind.len() as u8], kind.as_bytes()].concat()
+    }
+
+    /// Cuts received bytes into frames: kind and payload of each whole one.
+    pub fn frames(mut bytes: &[u8]) -> Vec<(u8, Vec<u8>)> {
+        let mut frames = Vec::new();
+        while let [a, b, c, kind, _, _, _, _, _, rest @ ..] = bytes {
+            let len = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+            let Some(payload) = rest.get(..len) else { break };
+            frames.push((*kind, payload.to_vec()));
+            bytes = &rest[len..];
+        }
+        frames
+    }
 }
