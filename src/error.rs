@@ -31,9 +31,9 @@ pub enum Error {
     #[error("{what} {}: {source}", path.display())]
     Io { what: &'static str, path: PathBuf, source: std::sync::Arc<io::Error> },
 
-    /// Bytes on disk are not what was written there. Nothing has been changed; `what` says what was found.
-    #[error("{} is damaged at byte {offset}: {what}", path.display())]
-    Corrupt { path: PathBuf, offset: u64, what: String },
+    /// Bytes on disk are not what was written there. Nothing has been changed; `what` says what was found, and `offset` at which byte, if that is known.
+    #[error("{} is damaged{}: {what}", path.display(), offset.map_or(String::new(), |offset| format!(" at byte {offset}")))]
+    Corrupt { path: PathBuf, offset: Option<u64>, what: String },
 
     /// A file or directory was written by a newer release, or is not this crate's at all.
     #[error("{}: {what}", path.display())]

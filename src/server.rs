@@ -284,15 +284,14 @@ impl Member {
         if let Some((file, offset)) = &recovered.torn {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
-        let state = dir.state();
-        let backend: Arc<dyn Backend> = Arc::new(Sled::open(&state)?);
-        let options = HistoryOptions { cache_bytes: config.value_cache_bytes, path: state };
+        let backend: Arc<dyn Backend> = Arc::new(Sled::open(&dir.state())?);
+        let options = HistoryOptions { cache_bytes: config.value_cache_bytes };
         let mut attached = Vec::new();
         let (store, saved) = Store::open(backend.clone(), options, &mut |lease, key| attached.push((lease, key)))?;
         let store = Arc::new(store);
         let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
         let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock)?);
-        check_reach(&machine, &recovered.state, &dir.state())?;
+        check_reach(&machine, &recovered.state, &backend.path())?;
 
         let health = watch::Sender::new(Health::Running);
         let durable = watch::Sender::new(0);
@@ -517,11 +516,11 @@ fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &st
     let purged = log.purged.map_or(0, |id| id.index);
     if applied < purged {
         let what = format!("it has come only to entry {applied}, but the log begins after entry {purged}, which it held before");
-        return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
+        return Err(Error::Corrupt { path: path.to_owned(), offset: None, what });
     }
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
         let what = format!("it has come to entry {applied}, but the log ends at entry {}", log.last.map_or(0, |last| last.index));
-        return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what });
+        return Err(Error::Corrupt { path: path.to_owned(), offset: None, what });
     }
     Ok(())
 }

@@ -689,7 +689,7 @@ impl<R: Read> Frames<R> {
     }
 
     fn corrupt(&self, offset: u64, what: impl Into<String>) -> Error {
-        Error::Corrupt { path: self.path.clone(), offset, what: what.into() }
+        Error::Corrupt { path: self.path.clone(), offset: Some(offset), what: what.into() }
     }
 }
 
@@ -813,7 +813,7 @@ mod tests {
     /// The error of a stream that must not be taken: always one that names the file.
     fn error(bytes: &[u8]) -> String {
         match read_all(bytes).unwrap_err() {
-            Error::Corrupt { path, offset, what } => {
+            Error::Corrupt { path, offset: Some(offset), what } => {
                 assert_eq!(path, Path::new("backup"));
                 assert!(offset <= bytes.len() as u64, "{what} at {offset} of {}", bytes.len());
                 format!("{offset}: {what}")

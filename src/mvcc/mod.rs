@@ -196,12 +196,15 @@ impl Store {
     /// # Errors
     /// `Corrupt` when a record cannot be what was written, `Io` when the disk fails.
     pub fn open(backend: Arc<dyn Backend>, options: HistoryOptions, attached: &mut dyn FnMut(i64, Bytes)) -> Result<(Store, Saved)> {
-        let path = options.path.clone();
+        let path = backend.path();
         let mut index: Tree<KeyIndex> = Tree::new();
         let mut revision = FIRST_REVISION;
         let (history, saved) = History::open(backend, options, &mut |rev, record| {
-            let damaged =
-                |what: String| Error::Corrupt { path: path.clone(), offset: 0, what: format!("record {}.{}: {what}", rev.main, rev.sub) };
+            let damaged = |what: String| Error::Corrupt {
+                path: path.clone(),
+                offset: None,
+                what: format!("record {}.{}: {what}", rev.main, rev.sub),
+            };
             let kv = EncodedKv::from_encoded(record.bytes.clone()).decode().map_err(|err| damaged(err.to_string()))?;
             let meta = Meta { created: kv.create_revision, version: kv.version, lease: kv.lease };
             if !record.tombstone
@@ -220,7 +223,7 @@ impl Store {
         let compacted = match saved.meta.get(META_COMPACTED).map(|bytes| <[u8; 8]>::try_from(bytes.as_ref())) {
             None => -1,
             Some(Ok(bytes)) => i64::from_be_bytes(bytes),
-            Some(Err(_)) => return Err(Error::Corrupt { path, offset: 0, what: "the compaction mark is not 8 bytes long".into() }),
+            Some(Err(_)) => return Err(Error::Corrupt { path, offset: None, what: "the compaction mark is not 8 bytes long".into() }),
         };
         for (key, entry) in index.range(&[], Bound::Unbounded) {
             if let Some(Found { meta: Some(Meta { lease, .. }), .. }) = entry.current()

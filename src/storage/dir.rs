@@ -146,7 +146,7 @@ fn read_identity(path: &Path) -> Result<Option<Identity>> {
         Err(err) => return Err(Error::io("reading", path, err)),
     };
     decode_identity(&bytes).map(Some).map_err(|problem| match problem {
-        Problem::Damaged(offset, what) => Error::Corrupt { path: path.to_owned(), offset, what: what.into() },
+        Problem::Damaged(offset, what) => Error::Corrupt { path: path.to_owned(), offset: Some(offset), what: what.into() },
         Problem::Newer(version) => Error::Format {
             path: path.to_owned(),
             what: format!("format version {version} is newer than this release's, {FORMAT_VERSION}"),

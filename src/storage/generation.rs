@@ -11,6 +11,8 @@
 //!   end of `db`) before sled sees a batch: a batch that does not fit is refused with nothing changed. A part of the reserve
 //!   is kept for batches that write next to nothing, so that deletes still work on a full disk and make room inside the
 //!   file. Should sled run out all the same, nothing can be read or changed through the handle any more.
+//! - **It leaves a half-written summary of its pages** (`snap.*.generating`) when it is killed, or runs out of space, while it
+//!   opens, and then takes it for a damaged one. What is left of such is removed before every open.
 //! - **Its cache has no bound that matters.** Each of 256 queues must collect 64 page accesses before anything is evicted:
 //!   with pages of 100 KiB that is 1.6 GB, whatever `cache_capacity` says. A second tree of tiny pages, one or more for
 //!   each queue, is touched in step with what is read and written ([`Trim`]), which holds sled to some 30 MB more than
@@ -78,9 +80,9 @@ const RECENT_KEYS: usize = 1024;
 /// Entries of one chunk of a scan.
 const CHUNK_ENTRIES: usize = 64;
 
-/// Disk space kept allocated behind the end of `db` for batches below [`SMALL_BATCH_BYTES`]: larger ones are refused as on a
-/// full disk when they would have to take from it.
-const KEPT_BACK_BYTES: u64 = 8 * 1024 * 1024;
+/// Disk space kept allocated behind the end of `db` for batches below [`SMALL_BATCH_BYTES`], and for the next open: larger batches are
+/// refused as on a full disk when they would have to take from it.
+const KEPT_BACK_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Up to this size a batch may use what is kept back: deletes, marks, counters, of which a full disk needs more to recover.
 const SMALL_BATCH_BYTES: usize = 64 * 1024;
@@ -104,7 +106,7 @@ const DAMAGED: &str = "DAMAGED";
 pub(super) struct Generation {
     /// Its place in the order of generations, from 1.
     pub(super) number: u64,
-    path: PathBuf,
+    pub(super) path: PathBuf,
     /// `None` only while being dropped.
     handle: Option<Handle>,
     /// Our own descriptor of `db`: to fsync, to reserve, to measure. The kernel reports a failed write once to each
@@ -156,13 +158,13 @@ impl Generation {
         let path = dir.join(generation_name(number));
         let mark = path.join(DAMAGED);
         if let Ok(what) = fs::read_to_string(&mark) {
-            return Err(Error::Corrupt { path: mark, offset: 0, what: format!("a batch was cut short: {what}") });
+            return Err(Error::Corrupt { path: mark, offset: None, what: format!("a batch was cut short: {what}") });
         }
         // sled makes what is missing, and would begin an empty database in the place of a lost one.
         for file in [path.join("db"), path.join("conf")] {
             let there = fs::metadata(&file).is_ok_and(|meta| meta.len() > 0);
             if !there {
-                return Err(Error::Corrupt { path: file, offset: 0, what: "it is missing or empty".to_owned() });
+                return Err(Error::Corrupt { path: file, offset: None, what: "it is missing or empty".to_owned() });
             }
         }
         // Recovery overwrites the segments that it finds unused, so what it reads must be on disk first.
@@ -179,8 +181,9 @@ impl Generation {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(&db_path).map_err(|e| Error::io("open", &db_path, e))?;
-        let mut tries = 0;
+        let (mut tries, mut let_go) = (0, false);
         let db = loop {
+            remove_unfinished(path);
             let config = ::sled::Config::new()
                 .path(path)
                 .segment_size(SEGMENT_BYTES)
@@ -196,12 +199,20 @@ impl Generation {
                     }
                     thread::sleep(LOCK_PAUSE);
                 }
+                // It writes when it opens: a summary of its pages, and zeros. What is kept back is for that too.
+                Err(error) if error.is_disk_full() && !let_go => {
+                    tracing::warn!(path = %path.display(), "the disk is full: opening with the space that was kept back for it");
+                    let_go = true;
+                    let len = file.metadata().map_err(|e| Error::io("read the size of", &db_path, e))?.len();
+                    file.set_len(len).map_err(|e| Error::io("give up the space behind the end of", &db_path, e))?;
+                }
                 // Anything that sled refuses to open it has found to be other than it wrote it; only the disk is excused.
-                Err(Error::Failed(what)) => return Err(Error::Corrupt { path: path.to_owned(), offset: 0, what }),
+                Err(Error::Failed(what)) => return Err(Error::Corrupt { path: path.to_owned(), offset: None, what }),
                 Err(error) => return Err(error),
             }
         };
         let trim = guarded(path, "open", || db.open_tree("trim"))?;
+        keep_back(&file);
         let other_bytes = files_below(path).saturating_sub(file.metadata().map_or(0, |meta| meta.len()));
         Ok(Generation {
             number,
@@ -452,6 +463,24 @@ impl Trim {
     }
 }
 
+/// Removes what sled has left of a summary of its pages ("snapshot") that it did not get to finish: it would take it for a damaged one. The
+/// one before it, or the log alone, says the same.
+fn remove_unfinished(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().ends_with(".generating") {
+            // What cannot be removed is named by sled's refusal.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Allocates as much as there is of [`KEPT_BACK_BYTES`] behind the end of the file, before somebody else takes it.
+fn keep_back(file: &File) {
+    let len = file.metadata().map_or(0, |meta| meta.len());
+    let fits = |bytes: &u64| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, len, *bytes).is_ok();
+    let _ = (1..=KEPT_BACK_BYTES / SEGMENT_BYTES as u64).rev().map(|segments| segments * SEGMENT_BYTES as u64).find(fits);
+}
+
 /// Runs a call into sled and turns its errors, and a panic, into ours.
 ///
 /// `AssertUnwindSafe` holds because nothing of ours is left half changed: what the closures capture is either handed over, or
@@ -468,7 +497,7 @@ fn panicked(path: &Path, panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     // Some of sled's messages print a whole page.
     let text: String = text.unwrap_or("no message").chars().take(300).collect();
-    Error::Corrupt { path: path.to_owned(), offset: 0, what: format!("sled panicked: {text}") }
+    Error::Corrupt { path: path.to_owned(), offset: None, what: format!("sled panicked: {text}") }
 }
 
 fn translate(path: &Path, what: &'static str, error: ::sled::Error) -> Error {
@@ -477,10 +506,10 @@ fn translate(path: &Path, what: &'static str, error: ::sled::Error) -> Error {
         // A part that is not there, ends too early, or that sled (the kernel never says Other) does not like: the disk works,
         // the file is not what it was.
         ::sled::Error::Io(e) if matches!(e.kind(), UnexpectedEof | InvalidData | NotFound | Other) && !is_lock_held(&e) => {
-            Error::Corrupt { path: path.to_owned(), offset: 0, what: format!("sled: {e}") }
+            Error::Corrupt { path: path.to_owned(), offset: None, what: format!("sled: {e}") }
         }
         ::sled::Error::Io(e) => Error::io(what, path, e),
-        ::sled::Error::Corruption { .. } => Error::Corrupt { path: path.to_owned(), offset: 0, what: format!("sled: {error}") },
+        ::sled::Error::Corruption { .. } => Error::Corrupt { path: path.to_owned(), offset: None, what: format!("sled: {error}") },
         other => Error::Failed(format!("{what} {}: sled: {other}", path.display())),
     }
 }

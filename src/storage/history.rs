@@ -56,7 +56,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -110,20 +109,18 @@ struct Limits {
     unsynced_bytes: usize,
 }
 
-const LIMITS: Limits = Limits { cut_bytes: 256 * 1024, batch_bytes: 8 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024 };
+const LIMITS: Limits = Limits { cut_bytes: 256 * 1024, batch_bytes: 4 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024 };
 
 /// How a history is opened.
 #[derive(Clone, Debug)]
 pub struct HistoryOptions {
     /// What the cached blocks may take in memory, in bytes. One block is kept even if it takes more.
     pub cache_bytes: usize,
-    /// Where the backend's files are: named in errors, never opened.
-    pub path: PathBuf,
 }
 
 impl Default for HistoryOptions {
     fn default() -> Self {
-        HistoryOptions { cache_bytes: 64 * 1024 * 1024, path: PathBuf::new() }
+        HistoryOptions { cache_bytes: 64 * 1024 * 1024 }
     }
 }
 
@@ -165,7 +162,6 @@ pub struct HistoryStats {
 /// only. [`write_out`](Self::write_out), [`sync`](Self::sync) and [`collect`](Self::collect) block on the backend, and on each other.
 pub struct History {
     backend: Arc<dyn Backend>,
-    opts: HistoryOptions,
     limits: Limits,
     // No two of these locks are ever held together, and none during a call to the backend.
     tail: Mutex<Tail>,
@@ -257,7 +253,6 @@ impl History {
         let overlay = Overlay { synced: writer.sequence, ..Overlay::default() };
         let history = History {
             backend,
-            opts,
             limits,
             tail: Mutex::new(Tail::new(last, limits.cut_bytes)),
             map: RwLock::new(map),
@@ -408,7 +403,7 @@ impl History {
 
     /// The error for stored bytes that are not what was written, for those who read them.
     pub(crate) fn damaged(&self, what: String) -> crate::error::Error {
-        open::corrupt(&self.opts, what)
+        open::corrupt(&*self.backend, what)
     }
 
     /// The error for a record that the index knows and the history does not.
@@ -468,7 +463,7 @@ impl History {
             }
             // A sync between the looks at backend and overlay moves a batch from the one to the other: look again.
             if self.overlay().synced == synced {
-                return Err(open::corrupt(&self.opts, format!("block {first:?}: {problem}")));
+                return Err(open::corrupt(&*self.backend, format!("block {first:?}: {problem}")));
             }
         }
     }
@@ -489,7 +484,7 @@ impl History {
                     return Ok(None);
                 }
                 if self.overlay().synced == synced {
-                    return Err(open::corrupt(&self.opts, format!("chunk {number} of large record {rev:?} is missing or damaged")));
+                    return Err(open::corrupt(&*self.backend, format!("chunk {number} of large record {rev:?} is missing or damaged")));
                 }
                 continue 'again;
             }

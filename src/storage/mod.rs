@@ -28,6 +28,8 @@
 //!   digest of which keys, with which values, there must be.
 //! - A scan is not a snapshot: beside a concurrent `apply` it may see some of the batch's changes and not others.
 //!
+use std::path::PathBuf;
+
 use bytes::Bytes;
 
 use crate::error::Result;
@@ -151,6 +153,11 @@ pub trait Backend: Send + Sync + 'static {
     /// As [`apply`](Backend::apply). A failed sync is never repeated on the same handle: the kernel marks the pages that
     /// it could not write as clean, so that a second try would succeed without having written them.
     fn sync(&self) -> Result<()>;
+
+    /// The file that holds the live state, for errors to name; empty if there is none.
+    fn path(&self) -> PathBuf {
+        PathBuf::new()
+    }
 
     /// What the files take on disk, in bytes: both generations during a rewrite. Cheap enough to ask every second.
     fn disk_bytes(&self) -> u64;

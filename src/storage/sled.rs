@@ -99,7 +99,7 @@ impl Sled {
             None => {
                 if let Some(found) = generations(dir)?.first() {
                     let what = format!("it is missing, but {} is there", found.1.display());
-                    return Err(Error::Corrupt { path: dir.join(CURRENT), offset: 0, what });
+                    return Err(Error::Corrupt { path: dir.join(CURRENT), offset: None, what });
                 }
                 // Generation 0 is the empty one, without a directory: from here on a missing CURRENT means damage.
                 write_current(dir, 0)?;
@@ -197,6 +197,10 @@ impl Sled {
 }
 
 impl Backend for Sled {
+    fn path(&self) -> PathBuf {
+        self.read().live().map_or_else(|_| self.dir.clone(), |live| live.path.join("db"))
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>> {
         self.read().live()?.get(key)
     }
@@ -393,7 +397,7 @@ fn read_current(dir: &Path) -> Result<Option<u64>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Error::io("read", &path, e)),
     };
-    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.to_owned() };
+    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: None, what: what.to_owned() };
     let text = std::str::from_utf8(&bytes).map_err(|_| corrupt("it is not text"))?;
     let (head, crc) = text.trim_end().rsplit_once(" crc32c=").ok_or_else(|| corrupt("it has no checksum"))?;
     if crc != format!("{:08x}", crc32c::crc32c(head.as_bytes())) {

@@ -132,13 +132,11 @@ fn a_full_disk_is_survived() {
 }
 
 #[test]
-#[ignore = "does not hold yet"]
 fn a_full_disk_is_survived_across_a_crash() {
     run(full_disk(true));
 }
 
 #[test]
-#[ignore = "does not hold yet"]
 fn a_used_up_quota_heals() {
     run(async {
         let mut rng = random();

@@ -272,8 +272,9 @@ impl Writer {
 
     fn put(&mut self, number: usize) -> Op {
         let size = match self.rng.random_range(0..1000) {
-            _ if self.shape.heavy => self.rng.random_range(1_000..1_000_000),
-            0 => self.rng.random_range(100_000..1_000_000),
+            // Two of the largest still fit into one request.
+            _ if self.shape.heavy => self.rng.random_range(1_000..700_000),
+            0 => self.rng.random_range(100_000..700_000),
             1..20 => self.rng.random_range(10_000..100_000),
             20..150 => self.rng.random_range(500..10_000),
             _ => self.rng.random_range(0..500),
@@ -340,7 +341,7 @@ async fn tidy(mut client: Client, shared: Arc<Shared>, shape: Shape, mut compact
             let _ = tokio::time::timeout(REQUEST_LIMIT, client.defragment()).await;
         }
         let seen = locked(&shared.witnessed).last_key_value().map_or(0, |(revision, _)| *revision);
-        let revision = seen - rng.random_range(0..KEEP);
+        let revision = seen - rng.random_range(0..KEEP.min(seen / 2 + 1));
         if !shape.compact || revision <= compacted {
             continue;
         }

@@ -34,7 +34,6 @@ type Visit<'a> = &'a mut dyn FnMut(Revision, &Record) -> Result<()>;
 pub(super) fn load(backend: &Arc<dyn Backend>, opts: &HistoryOptions, visit: Visit<'_>) -> Result<Loaded> {
     let mut loader = Loader {
         backend: &**backend,
-        opts,
         map: BlockMap::new(opts.cache_bytes),
         found: Totals::default(),
         chunk_from: keys::range(tag::CHUNK).0.to_vec(),
@@ -56,7 +55,7 @@ pub(super) fn load(backend: &Arc<dyn Backend>, opts: &HistoryOptions, visit: Vis
     };
     if let Some(difference) = Totals::difference(&found, &totals) {
         let what = if sequence == 0 { format!("the summary is missing: {difference}") } else { difference };
-        return Err(corrupt(opts, what));
+        return Err(corrupt(&**backend, what));
     }
     let sparse = map.iter().filter(|(_, line)| line.meta.is_sparse()).map(|(first, _)| first).collect();
     let writer = Writer { sequence, totals, applied: applied.clone(), metas, sparse, next_id };
@@ -64,13 +63,12 @@ pub(super) fn load(backend: &Arc<dyn Backend>, opts: &HistoryOptions, visit: Vis
 }
 
 /// A damaged history, in words.
-pub(super) fn corrupt(opts: &HistoryOptions, what: String) -> Error {
-    Error::Corrupt { path: opts.path.clone(), offset: 0, what }
+pub(super) fn corrupt(backend: &dyn Backend, what: String) -> Error {
+    Error::Corrupt { path: backend.path(), offset: None, what }
 }
 
 struct Loader<'a> {
     backend: &'a dyn Backend,
-    opts: &'a HistoryOptions,
     map: BlockMap,
     found: Totals,
     /// Chunks below this key have been seen.
@@ -81,7 +79,7 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn corrupt(&self, what: String) -> Error {
-        corrupt(self.opts, what)
+        corrupt(self.backend, what)
     }
 
     fn summary(&self) -> Result<Option<Summary>> {

@@ -102,6 +102,10 @@ impl Nasty {
 }
 
 impl Backend for Nasty {
+    fn path(&self) -> std::path::PathBuf {
+        "test".into()
+    }
+
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>> {
         let value = self.state.read().unwrap().live.get(key).cloned();
         let meanwhile = self.meanwhile.lock().unwrap().take_if(|(tag, _)| key.first() == Some(tag));
@@ -190,7 +194,7 @@ fn open(backend: &Arc<Nasty>, cache_bytes: usize) -> Result<Opened> {
 
 fn open_limited(backend: &Arc<Nasty>, cache_bytes: usize, limits: Limits) -> Result<Opened> {
     let mut records = BTreeMap::new();
-    let opts = HistoryOptions { cache_bytes, path: "test".into() };
+    let opts = HistoryOptions { cache_bytes };
     let (history, saved) = History::open_limited(backend.clone(), opts, limits, &mut |rev, record| {
         assert!(records.last_key_value().is_none_or(|(last, _)| *last < rev), "{rev:?} is visited out of order");
         records.insert(rev, record.clone());

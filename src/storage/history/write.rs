@@ -64,7 +64,7 @@ impl Draft {
 }
 
 impl History {
-    /// Writes everything committed so far, in one atomic batch, or in several if there is more than 8 MiB. Returns
+    /// Writes everything committed so far, in one atomic batch, or in several if there is more than 4 MiB. Returns
     /// whether there was anything. To be called about ten times a second, or after some 10,000 records.
     ///
     /// # Errors
@@ -236,7 +236,7 @@ impl History {
         // The records' own checksums travel along; here they are checked once, so that memory cannot spoil what was good.
         for item in items.iter().filter(|item| item.stub.is_none()) {
             if block::record_crc(item.rev, item.tombstone, &item.stored) != item.crc {
-                return Err(open::corrupt(&self.opts, format!("the checksum of record {:?} does not fit", item.rev)));
+                return Err(open::corrupt(&*self.backend, format!("the checksum of record {:?} does not fit", item.rev)));
             }
         }
         items.extend(new);
@@ -360,7 +360,7 @@ impl History {
     /// Gives the backend the batches that it has not, whether their `apply` failed or it has lost them in a `reopen`.
     fn catch_up(&self, writer: &Writer) -> Result<()> {
         let stored = match self.backend.get(&Key::Summary.encode())? {
-            Some(value) => Summary::decode(&value).ok_or_else(|| open::corrupt(&self.opts, "the summary is damaged".into()))?.sequence,
+            Some(value) => Summary::decode(&value).ok_or_else(|| open::corrupt(&*self.backend, "the summary is damaged".into()))?.sequence,
             None => 0,
         };
         if stored == writer.sequence {
@@ -372,7 +372,7 @@ impl History {
         };
         if stored > writer.sequence || stored < synced {
             let what = format!("batch {stored} is the last one there, but {synced} was synced and {} written", writer.sequence);
-            return Err(open::corrupt(&self.opts, what));
+            return Err(open::corrupt(&*self.backend, what));
         }
         tracing::warn!(stored, newest = writer.sequence, "the backend has not got all batches, giving them to it again");
         missing.iter().try_for_each(|pending| self.apply(pending))
@@ -394,6 +394,6 @@ impl History {
     fn read(&self, first: Revision, meta: &Meta) -> Result<Block> {
         let cached = self.map().get(first).and_then(|line| line.block().cloned());
         let block = cached.map_or_else(|| self.fetch(first, meta, false), |block| Ok(Some(block)))?;
-        block.ok_or_else(|| open::corrupt(&self.opts, format!("block {first:?} was moved by somebody else")))
+        block.ok_or_else(|| open::corrupt(&*self.backend, format!("block {first:?} was moved by somebody else")))
     }
 }

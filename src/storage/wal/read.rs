@@ -48,7 +48,7 @@ impl Piece {
                 }
                 _ => {
                     let what = format!("entry {index} is not what was written here");
-                    return Err(Error::Corrupt { path: path(), offset: u64::from(slot.offset), what });
+                    return Err(Error::Corrupt { path: path(), offset: Some(u64::from(slot.offset)), what });
                 }
             }
         }

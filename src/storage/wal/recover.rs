@@ -158,7 +158,7 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
     let mut previous: Option<u64> = None;
     for sequence in sequences {
         let name = segment_name(sequence);
-        let corrupt = |offset, what| Error::Corrupt { path: disk.path(&name), offset, what };
+        let corrupt = |offset, what| Error::Corrupt { path: disk.path(&name), offset: Some(offset), what };
         if let Some(previous) = previous
             && previous.checked_add(1) != Some(sequence)
         {
@@ -180,7 +180,7 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
             Flaw::Gap { expected, found } => match &loaded.end {
                 Some((segment, _, scan)) if found > expected => Error::Corrupt {
                     path: disk.path(&segment.name()),
-                    offset: scan.end,
+                    offset: Some(scan.end),
                     what: format!("frame {expected} is not readable, but frame {found} begins the next segment"),
                 },
                 _ => corrupt(SEGMENT_HEADER_LEN as u64, format!("frame {found} stands where frame {expected} belongs")),
@@ -204,14 +204,18 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
         }
         if let Some(unused) = loaded.unused.first() {
             let path = disk.path(&unused.name());
-            return Err(Error::Corrupt { path, offset: SEGMENT_HEADER_LEN as u64, what: "no frames, but later segments have some".into() });
+            return Err(Error::Corrupt {
+                path,
+                offset: Some(SEGMENT_HEADER_LEN as u64),
+                what: "no frames, but later segments have some".into(),
+            });
         }
         loaded.segments.insert(sequence, segment.clone());
         loaded.end = Some((segment, bytes, scan));
     }
     if let Some((oldest, _)) = loaded.segments.first_key_value() {
         let path = disk.path(&segment_name(*oldest));
-        replay.complete().map_err(|what| Error::Corrupt { path, offset: SEGMENT_HEADER_LEN as u64, what })?;
+        replay.complete().map_err(|what| Error::Corrupt { path, offset: Some(SEGMENT_HEADER_LEN as u64), what })?;
     }
     (loaded.log, loaded.places, loaded.terms, loaded.cache) = (replay.log, replay.places, replay.terms, replay.cache);
     Ok(loaded)

@@ -22,6 +22,9 @@ const ZERO_CHUNK: usize = 1 << 20;
 /// How many zeros go into one write. The page cache keeps what one write brought in one folio, and counts and writes back
 /// the whole folio when a byte of it changes: with large ones, each small frame later would cost a megabyte.
 const ZERO_WRITE: usize = 4 << 10;
+/// On a disk that has no room for a whole segment, ones down to this part of it are made.
+const SCANT: u64 = 8;
+
 /// Segments made for one large entry have a multiple of this many bytes.
 const OVERSIZE_STEP: u64 = 4096;
 
@@ -43,7 +46,8 @@ enum Job {
     /// Recycle or remove the oldest dropped segment.
     Drop { segment: Segment, keep: bool },
     /// Make the next segment, out of a spare if there is one.
-    Prepare { sequence: u64, capacity: u64, spare: Option<String> },
+    /// If there is no space for it, a smaller one will do, down to `least`.
+    Prepare { sequence: u64, capacity: u64, least: u64, spare: Option<String> },
 }
 
 /// The body of the thread.
@@ -91,8 +95,13 @@ pub(super) fn run(shared: Arc<Shared>) {
                 }
                 Err(DropError::Sync(error)) => return shared.fail(error),
             },
-            Job::Prepare { sequence, capacity, spare } => {
-                let made = prepare(&shared, sequence, capacity, spare.as_deref());
+            Job::Prepare { sequence, capacity, least, spare } => {
+                let mut made = prepare(&shared, sequence, capacity, spare.as_deref());
+                let mut capacity = capacity;
+                while matches!(made, Err(NoSegment::NotNow(_))) && capacity / 2 >= least {
+                    capacity = (capacity / 2).next_multiple_of(OVERSIZE_STEP);
+                    made = prepare(&shared, sequence, capacity, None);
+                }
                 prepare_rests = settle(&shared, made);
             }
         }
@@ -114,7 +123,7 @@ fn prepare_job(state: &mut State, usual: u64) -> Option<Job> {
     state.next = None;
     let sequence = state.segments.last_key_value()?.0 + 1;
     let spare = state.spares.iter().position(|spare| spare.1 >= capacity).map(|at| state.spares.swap_remove(at).0);
-    Some(Job::Prepare { sequence, capacity, spare })
+    Some(Job::Prepare { sequence, capacity, least: state.wanted.max(usual / SCANT).max(OVERSIZE_STEP), spare })
 }
 
 /// Judges a failed operation of `what` on a file of the log. A sync that failed is never a matter of space.
