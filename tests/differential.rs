@@ -15,7 +15,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use common::generate::{Generator, KEYS, Known, LEASES, Op, STREAMS, has_open_delete, has_put};
@@ -152,25 +152,29 @@ impl Side {
 /// Waits until a stream has been sent everything up to `revision`. A watch that was canceled by a compaction keeps its
 /// id until the client cancels it too, which is answered once more; etcd speaks of no progress before that.
 async fn deliver(stream: &mut WatchStream, revision: i64) {
-    let canceled = |seen: &[WatchResponse], by_compaction: bool| -> Vec<i64> {
-        let all = seen.iter().filter(|a| a.canceled && !a.created && (a.compact_revision != 0) == by_compaction);
-        all.map(|a| a.watch_id).collect()
+    // In the order of the answers, for an id may be given to another watch once its cancel was answered.
+    let unanswered = |seen: &[WatchResponse]| -> BTreeSet<i64> {
+        let mut ids = BTreeSet::new();
+        for answer in seen.iter().filter(|a| a.canceled && !a.created) {
+            if answer.compact_revision != 0 {
+                ids.insert(answer.watch_id)
+            } else {
+                ids.remove(&answer.watch_id)
+            };
+        }
+        ids
     };
     let progress = |a: &WatchResponse| is_progress(a) && a.watch_id == -1 && a.header.as_ref().is_some_and(|h| h.revision >= revision);
-    let complete = |seen: &[WatchResponse]| {
-        let answered = canceled(seen, false);
-        seen.iter().any(progress) && canceled(seen, true).iter().all(|id| answered.contains(id))
-    };
-    let mut acknowledged = Vec::new();
+    let complete = |seen: &[WatchResponse]| seen.iter().any(progress) && unanswered(seen).is_empty();
+    let mut acknowledged = BTreeSet::new();
     for _ in 0..1000 {
         stream.send(RequestUnion::ProgressRequest(WatchProgressRequest {})).await;
         if stream.until(std::time::Duration::from_millis(20), complete).await {
             return;
         }
         assert!(stream.ended.is_none(), "the stream ended: {:?}", stream.ended);
-        for id in canceled(&stream.seen, true) {
-            if !acknowledged.contains(&id) {
-                acknowledged.push(id);
+        for id in unanswered(&stream.seen) {
+            if acknowledged.insert(id) {
                 stream.send(RequestUnion::CancelRequest(WatchCancelRequest { watch_id: id })).await;
             }
         }
