@@ -58,7 +58,9 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use quorate::proto::etcdserverpb::{DeleteRangeRequest, DeleteRangeResponse, RangeRequest, RangeResponse};
+use quorate::proto::etcdserverpb::{
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, RangeRequest, RangeResponse,
+};
 use rustix::process::Signal;
 
 use crate::args::{Args, Growth, USAGE};
@@ -66,12 +68,15 @@ use crate::embedded::Embedded;
 use crate::load::{Round, Settings};
 use crate::member::{Cluster, Program};
 use crate::report::{Finding, Measured, Report, Size, count, time, whole};
-use crate::requests::{DELETE_RANGE, PREFIX, PREFIX_END, RANGE};
+use crate::requests::{COMPACT, DELETE_RANGE, PREFIX, PREFIX_END, RANGE, key};
 use crate::rows::{EMBEDDED_ROWS, LIMITS, MEMORY, MEMORY_AND_START, Metric, NULL_ROWS, PAUSES, ROWS, Row, START};
 use crate::wire::{Channel, Result, block_on};
 
 /// After memory has been filled, until it is weighed: what is only there for the load may go.
 const MEMORY_SETTLE: Duration = Duration::from_secs(2);
+
+/// After half of the keys were deleted and compacted, until the disk is looked at: space is given back in the background.
+const DISK_SETTLE: Duration = Duration::from_secs(15);
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -304,13 +309,25 @@ impl Run {
                 restarted[side].extend(resident(cluster));
             }
         }
-        let [stopped, killed] = starts;
+        let mut disk: [[Vec<f64>; 2]; 2] = Default::default();
+        for (side, cluster) in clusters.iter().enumerate().filter(|(_, cluster)| cluster.is_own()) {
+            disk[0][side].extend(cluster.disk_bytes());
+            let half = DeleteRangeRequest { key: key(0).into(), range_end: key(keys / 2).into(), prev_kv: false };
+            let deleted = call::<DeleteRangeResponse>(cluster, DELETE_RANGE, &half)?;
+            let revision = deleted.header.ok_or("no header")?.revision;
+            call::<CompactionResponse>(cluster, COMPACT, &CompactionRequest { revision, physical: true })?;
+            std::thread::sleep(DISK_SETTLE);
+            disk[1][side].extend(cluster.disk_bytes());
+        }
+        let ([stopped, killed], [full, halved]) = (starts, disk);
         let keys = whole(keys);
         for (title, metric, sides, bound) in [
             (format!("{keys} keys"), Metric::Memory, loaded, Some(MEMORY)),
             (format!("{keys} keys, after a restart"), Metric::Memory, restarted, None),
             (format!("{keys} keys"), Metric::StartTime, stopped, Some(START)),
             (format!("{keys} keys, after a kill"), Metric::StartTime, killed, None),
+            (format!("{keys} keys"), Metric::Disk, full, None),
+            (format!("half of {keys} keys deleted and compacted"), Metric::Disk, halved, None),
         ] {
             // Members that somebody else runs are not restarted.
             if sides.iter().all(Vec::is_empty) {

@@ -12,6 +12,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -128,7 +129,7 @@ pub struct Cluster {
     pids: Vec<u32>,
     members: Vec<Member>,
     /// After the members, so that it goes when they are gone.
-    _dir: Option<DataDir>,
+    dir: Option<DataDir>,
     /// Set when the member runs in this process and is called directly.
     pub direct: Option<quorate::Client>,
 }
@@ -200,7 +201,7 @@ impl Cluster {
             members.push(Member { binary: program.binary.clone(), args, log: dir.path().join(format!("m{index}.log")), process: None });
         }
         let mut cluster =
-            Self { name: program.name.clone(), endpoints: clients.to_vec(), pids: Vec::new(), members, _dir: Some(dir), direct: None };
+            Self { name: program.name.clone(), endpoints: clients.to_vec(), pids: Vec::new(), members, dir: Some(dir), direct: None };
         cluster.run()?;
         Ok(cluster)
     }
@@ -208,14 +209,14 @@ impl Cluster {
     /// Takes members that somebody else runs, and the ids of their processes if they are to be weighed.
     pub fn join(name: &str, endpoints: &[String], pids: &[u32]) -> Result<Self> {
         let cluster =
-            Self { name: name.into(), endpoints: endpoints.into(), pids: pids.into(), members: Vec::new(), _dir: None, direct: None };
+            Self { name: name.into(), endpoints: endpoints.into(), pids: pids.into(), members: Vec::new(), dir: None, direct: None };
         cluster.first_read()?;
         Ok(cluster)
     }
 
     /// Takes a member that runs in this process.
     pub fn embedded(name: &str, client: quorate::Client) -> Self {
-        Self { name: name.into(), endpoints: Vec::new(), pids: Vec::new(), members: Vec::new(), _dir: None, direct: Some(client) }
+        Self { name: name.into(), endpoints: Vec::new(), pids: Vec::new(), members: Vec::new(), dir: None, direct: Some(client) }
     }
 
     /// Whether the harness started the members, and so may stop them.
@@ -263,6 +264,20 @@ impl Cluster {
             sum.written_bytes += usage.written_bytes;
         }
         (!self.pids.is_empty()).then_some(sum)
+    }
+
+    /// What the members' data directories take on disk; `None` when somebody else runs them.
+    pub fn disk_bytes(&self) -> Option<f64> {
+        fn below(dir: &Path) -> f64 {
+            // What goes away meanwhile takes nothing any more.
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            let sizes = entries.filter_map(|entry| {
+                let meta = entry.metadata().ok()?;
+                Some(if meta.is_dir() { below(&entry.path()) } else { meta.blocks() as f64 * 512.0 })
+            });
+            sizes.sum()
+        }
+        Some(below(self.dir.as_ref()?.path()))
     }
 
     /// The release that the first member reports.

@@ -56,7 +56,7 @@ fn value(round: &Round, metric: Metric) -> Option<f64> {
         Metric::Cpu => Some(round.per_operation(round.server?.cpu_us)),
         Metric::Written => Some(round.per_operation(round.server?.written_bytes)),
         Metric::Memory => Some(round.server?.rss_bytes),
-        Metric::StartTime | Metric::Pause => None,
+        Metric::Disk | Metric::StartTime | Metric::Pause => None,
     }
 }
 
@@ -445,7 +445,7 @@ fn show(metric: Metric, value: f64) -> String {
     match metric {
         Metric::Throughput => count(value),
         Metric::P50 | Metric::P99 | Metric::Cpu | Metric::StartTime => time(value),
-        Metric::Written | Metric::Memory => size(value),
+        Metric::Written | Metric::Memory | Metric::Disk => size(value),
         Metric::Pause => format!("{} x", three_digits(value)),
     }
 }

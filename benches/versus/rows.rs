@@ -55,6 +55,8 @@ pub enum Metric {
     /// Bytes written for one operation.
     Written,
     Memory,
+    /// What the data directory takes on disk.
+    Disk,
     StartTime,
     /// p99 during an event over p99 at rest, of the same server.
     Pause,
@@ -69,6 +71,7 @@ impl Metric {
             Self::Cpu => "server CPU per operation",
             Self::Written => "bytes written per operation",
             Self::Memory => "resident memory",
+            Self::Disk => "data directory",
             Self::StartTime => "start to first read",
             Self::Pause => "p99 over p99 at rest",
         }
@@ -83,6 +86,7 @@ impl Metric {
             Self::Cpu => "server_cpu_us_per_operation",
             Self::Written => "written_bytes_per_operation",
             Self::Memory => "resident_bytes",
+            Self::Disk => "disk_bytes",
             Self::StartTime => "start_us",
             Self::Pause => "pause_factor",
         }
