@@ -161,7 +161,7 @@ fn a_flipped_byte_is_found_or_harmless() {
     run(async {
         let mut rng = random();
         let (home, program) = (Home::new("flip"), subject());
-        let count = setting("QUORATE_FLIPS", 3, 40);
+        let count = setting("QUORATE_FLIPS", 3, 12);
         for killed in [false, true] {
             let how = if killed { "killed" } else { "closed" };
             let (data, expected) = template(&program, &home, how, &mut rng, killed).await;
