@@ -44,7 +44,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use ::sled::IVec;
 use bytes::Bytes;
@@ -52,6 +52,7 @@ use bytes::Bytes;
 use super::generation::{Generation, after, generation_name, make_dir, sled_batch, sync_dir};
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
+use crate::lock::{read, write};
 
 /// Bytes that a scan holds at a time between two calls of its visitor, and that a rewrite copies in one batch.
 const CHUNK_BYTES: usize = 512 * 1024;
@@ -122,11 +123,11 @@ impl Sled {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+        read(&self.state)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+        write(&self.state)
     }
 
     /// One chunk of a scan; the second value says whether the range may go on behind the last key.

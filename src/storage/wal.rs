@@ -79,13 +79,14 @@ pub use frame::{FORMAT_VERSION, Flaw, Record, Seen, SegmentScan, Tail, decode_se
 pub use read::{Entries, dump};
 
 use crate::error::{ApplyError, Error, Result};
+use crate::lock::lock;
 use bytes::Bytes;
 use disk::{Directory, Disk};
 use state::{Item, Meters, Shared, Sleep, State};
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -297,7 +298,7 @@ impl Wal {
     fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
         let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
         let thread = spawned.map_err(|e| Error::io("start the thread of the log in", self.shared.disk.path(""), e))?;
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        lock(&self.threads).push(thread);
         Ok(())
     }
 
@@ -520,7 +521,7 @@ impl Wal {
         let mut state = self.shared.lock();
         state.closing = true;
         self.shared.wake(state);
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *lock(&self.threads));
         // A callback may hold the last handle. Its thread cannot wait for itself, nor for the other one, which waits for it.
         let within = threads.iter().any(|thread| thread.thread().id() == std::thread::current().id());
         for thread in threads {
