@@ -79,6 +79,7 @@ pub mod proto;
 #[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
 mod raft;
 mod server;
+mod slow;
 // For the fuzz targets, which are a crate of their own; no part of the API.
 #[doc(hidden)]
 pub mod snapshot;

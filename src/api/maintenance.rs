@@ -99,13 +99,15 @@ impl Maintenance for Api {
         let (chunks, receiver) = mpsc::channel(SNAPSHOT_CHUNKS);
         let node = self.node.clone();
         self.node.spawn_blocking(move || {
+            let began = node.machine.now();
             let sent = backup(&node, start, &mut |blob| {
                 let response = SnapshotResponse { blob, version: STORAGE_VERSION.into(), ..SnapshotResponse::default() };
                 // A client that has gone away ends the backup.
                 chunks.blocking_send(Ok(response)).map_err(|_| Error::Stopped)
             });
-            if let Err(err) = sent {
-                let _ = chunks.blocking_send(Err(status(err)));
+            match sent {
+                Ok(()) => node.counters().snapshot.observe(node.machine.now().saturating_sub(began)),
+                Err(err) => _ = chunks.blocking_send(Err(status(err))),
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
