@@ -289,13 +289,16 @@ impl Member {
 
         let started = std::time::Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed());
-        let wal_options = WalOptions { clock: Some(clock.clone()), ..WalOptions::default() };
+        if config.unsafe_no_fsync {
+            tracing::warn!("unsafe-no-fsync: nothing waits for the disk, and a crash of the machine loses acknowledged writes");
+        }
+        let wal_options = WalOptions { clock: Some(clock.clone()), fsync: !config.unsafe_no_fsync, ..WalOptions::default() };
         let (wal, recovered) = Wal::open(dir.wal(), wal_options)?;
         let wal = Arc::new(wal);
         if let Some((file, offset)) = &recovered.torn {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
-        let backend: Arc<dyn Backend> = Arc::new(Sled::open(&dir.state())?);
+        let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
         let options = HistoryOptions { cache_bytes: config.value_cache_bytes };
         let mut attached = Vec::new();
         let (store, saved) = Store::open(backend.clone(), options, &mut |lease, key| attached.push((lease, key)))?;

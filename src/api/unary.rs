@@ -810,6 +810,30 @@ mod tests {
         assert_eq!((server.limits.connections(), server.limits.streams()), (0, 0));
     }
 
+    /// Series cost memory here and in whatever scrapes: what clients send must not make any.
+    #[tokio::test]
+    async fn no_request_makes_a_series() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let series = || -> Vec<String> {
+            let text = server.metrics.text();
+            text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
+        };
+        let before = series();
+        for number in 0..50 {
+            for path in [format!("/etcdserverpb.KV/Put{number}"), format!("/service{number}/Put"), format!("/{number}"), PUT.into()] {
+                let mut request = request(&path);
+                for name in ["client-api-version", "grpc-encoding", "user-agent", "authorization", "x-request-id"] {
+                    request = request.header(name, format!("{number}"));
+                }
+                post(&client, request, vec![message(&put("k", ""))]).await.unwrap();
+            }
+            let get = Request::get(format!("http://x/metrics/{number}?a={number}"));
+            assert_eq!(post(&client, get, vec![Bytes::new()]).await.unwrap().code, 404);
+        }
+        assert_eq!(series(), before);
+    }
+
     /// The prefix and the message may come in pieces of any size.
     #[tokio::test]
     async fn pieces() {

@@ -214,11 +214,13 @@ pub struct WalOptions {
     pub reserve_retry: Duration,
     /// Measures syncs; without it they are counted, but not measured.
     pub clock: Option<Clock>,
+    /// Whether the disk is waited for. If not, what was called durable outlives the process, and nothing more.
+    pub fsync: bool,
 }
 
 impl Default for WalOptions {
     fn default() -> Self {
-        Self { segment_bytes: SEGMENT_BYTES, cache_bytes: CACHE_BYTES, reserve_retry: Duration::from_secs(1), clock: None }
+        Self { segment_bytes: SEGMENT_BYTES, cache_bytes: CACHE_BYTES, reserve_retry: Duration::from_secs(1), clock: None, fsync: true }
     }
 }
 
@@ -271,7 +273,7 @@ impl Wal {
     /// [`Error::Corrupt`] if any file but for a torn tail is not what was written; then nothing has been changed.
     pub fn open(dir: impl AsRef<Path>, options: WalOptions) -> Result<(Wal, Recovered)> {
         let dir = dir.as_ref();
-        let disk = Directory::open(dir, true).map_err(|e| Error::io("open the log directory", dir, e))?;
+        let disk = Directory::open(dir, true, options.fsync).map_err(|e| Error::io("open the log directory", dir, e))?;
         Self::open_on(Arc::new(disk), options)
     }
 
