@@ -39,7 +39,7 @@
 //! |---|---|
 //! | `error`, `proto` | two error enums; etcd's messages |
 //! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
-//! | `config`, `lease`, `metrics` | what a member is told; leases, without a clock; what it tells |
+//! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
 //! | `snapshot` | the format of backups |
 //! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
