@@ -24,7 +24,9 @@ use tokio::sync::{oneshot, watch};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::metrics::Counters;
 use crate::mvcc::Store;
+use crate::raft::apply::Clock;
 use crate::storage::Backend;
 
 /// How long applied state waits in memory before it is written out.
@@ -50,6 +52,8 @@ const REWRITE_BYTES_MIN: u64 = 64 << 20;
 pub(crate) trait Events: Send + 'static {
     /// The state is on disk up to the entry that these bytes were committed with.
     fn durable(&self, applied: Bytes);
+    /// A compaction has been carried out.
+    fn compacted(&self);
     /// The storage has failed for good.
     fn failed(&self, err: Error);
 }
@@ -65,6 +69,7 @@ struct Shared {
     wants: Mutex<Wants>,
     woken: Condvar,
     full: AtomicBool,
+    rewriting: AtomicBool,
     compacted: watch::Sender<i64>,
 }
 
@@ -79,18 +84,29 @@ impl Background {
     ///
     /// # Errors
     /// `Io` when the system gives no thread.
-    pub fn start(store: Arc<Store>, backend: Arc<dyn Backend>, events: impl Events, name: &str) -> Result<Background> {
+    pub fn start(
+        store: Arc<Store>,
+        backend: Arc<dyn Backend>,
+        events: impl Events,
+        name: &str,
+        clock: Clock,
+        counters: Arc<Counters>,
+    ) -> Result<Background> {
         let compacted = watch::Sender::new(store.compaction_done());
-        let shared = Arc::new(Shared { wants: Mutex::default(), woken: Condvar::new(), full: AtomicBool::new(false), compacted });
+        let (full, rewriting) = (AtomicBool::new(false), AtomicBool::new(false));
+        let shared = Arc::new(Shared { wants: Mutex::default(), woken: Condvar::new(), full, rewriting, compacted });
         let worker = Worker {
             store,
             backend,
             events: Box::new(events),
             shared: shared.clone(),
+            clock,
+            counters,
             dirty: false,
             rewriting: Vec::new(),
             copying: false,
             rewritten: 0,
+            began: None,
             failed: false,
         };
         let thread = std::thread::Builder::new().name(format!("quorate-store-{name}")).spawn(move || worker.run());
@@ -101,6 +117,11 @@ impl Background {
     /// Whether the disk was full when the state was last written out.
     pub fn is_full(&self) -> bool {
         self.shared.full.load(Ordering::Relaxed)
+    }
+
+    /// Whether the storage is being rewritten.
+    pub fn is_rewriting(&self) -> bool {
+        self.shared.rewriting.load(Ordering::Relaxed)
     }
 
     /// Has the thread look around now: there is much to write, or a compaction to do.
@@ -151,6 +172,8 @@ struct Worker {
     backend: Arc<dyn Backend>,
     events: Box<dyn Events>,
     shared: Arc<Shared>,
+    clock: Clock,
+    counters: Arc<Counters>,
     /// Something was written since the last sync.
     dirty: bool,
     /// Who waits for the rewrite under way.
@@ -158,6 +181,8 @@ struct Worker {
     /// A rewrite is under way; and what the storage took on disk after the last one, in bytes.
     copying: bool,
     rewritten: u64,
+    /// When the rewrite under way began.
+    began: Option<Duration>,
     failed: bool,
 }
 
@@ -205,8 +230,12 @@ impl Worker {
             // The handle that failed takes no more; a new one may find space.
             self.backend.reopen()?;
         }
+        let mut began = (self.clock)();
         while self.store.history().write_out()? {
             self.dirty = true;
+            let now = (self.clock)();
+            self.counters.backend_commit.observe(now.saturating_sub(began));
+            began = now;
         }
         if sync && self.dirty {
             if let Some(applied) = self.store.history().sync()? {
@@ -234,6 +263,9 @@ impl Worker {
             tracing::error!(error = %err, "the storage has failed");
             self.events.failed(err.clone());
         }
+        // A rewrite under way is given up, now or before the next write.
+        self.began = None;
+        self.shared.rewriting.store(false, Ordering::Relaxed);
         for done in self.rewriting.drain(..) {
             let _ = done.send(Err(err.clone()));
         }
@@ -244,19 +276,21 @@ impl Worker {
     fn tidy(&mut self, ask_rewrite: bool) -> Result<bool> {
         let mut busy = false;
         for step in 0..COMPACT_STEPS {
-            if !self.store.compact_step()? {
-                break;
-            }
+            let Some(removed) = self.store.compact_step()? else { break };
+            self.counters.compacted_keys.add(removed as u64);
             busy = step + 1 == COMPACT_STEPS;
         }
-        self.shared
-            .compacted
-            .send_if_modified(|done| std::mem::replace(done, self.store.compaction_done()) != self.store.compaction_done());
+        let done = self.store.compaction_done();
+        if self.shared.compacted.send_if_modified(|before| std::mem::replace(before, done) != done) {
+            self.events.compacted();
+        }
         busy |= self.store.history().collect(STEP_BYTES)?;
         let stats = self.store.history().stats();
         let wasteful = stats.disk_bytes > stats.live_bytes / 2 * 5 + REWRITE_BYTES_MIN && stats.disk_bytes > self.rewritten / 5 * 7;
         if ask_rewrite || (wasteful && !busy) {
             self.backend.start_rewrite()?;
+            self.began.get_or_insert((self.clock)());
+            self.shared.rewriting.store(true, Ordering::Relaxed);
         }
         let more = self.backend.rewrite_step(STEP_BYTES)?;
         if !more && self.copying {
@@ -264,6 +298,10 @@ impl Worker {
         }
         self.copying = more;
         if !more {
+            if let Some(began) = self.began.take() {
+                self.counters.defragment.observe((self.clock)().saturating_sub(began));
+                self.shared.rewriting.store(false, Ordering::Relaxed);
+            }
             for done in self.rewriting.drain(..) {
                 let _ = done.send(Ok(()));
             }

@@ -87,7 +87,7 @@ pub struct Config {
     pub initial_cluster_state: ClusterState,
     /// Told apart by this, two clusters with the same members get different ids. Default: `etcd-cluster`.
     pub initial_cluster_token: String,
-    /// Refuse membership changes that would cost the quorum.
+    /// Refuse membership changes that would cost the quorum. Without effect while there is one member.
     pub strict_reconfig_check: bool,
     /// Ask for votes before standing for election, so that a returning member does not unseat a leader.
     pub pre_vote: bool,
@@ -96,9 +96,9 @@ pub struct Config {
     pub heartbeat_interval_ms: u64,
     /// Milliseconds without a heartbeat after which an election starts. Default: 1000.
     pub election_timeout_ms: u64,
-    /// Log entries between two snapshots. Default: 10,000.
+    /// Log entries between two snapshots. Without effect: the log is cut off as the state reaches the disk. Default: 10,000.
     pub snapshot_count: u64,
-    /// Log entries kept behind a snapshot for followers that lag. Default: 5,000.
+    /// Log entries kept behind a snapshot for followers that lag. Without effect while there are none. Default: 5,000.
     pub snapshot_catchup_entries: u64,
 
     /// Bytes that the data may take before writes are refused. 0: [`DEFAULT_QUOTA_BYTES`]; negative: no quota. See [`Config::quota`].
@@ -110,7 +110,7 @@ pub struct Config {
     /// Streams that one connection may have open. Default: no limit of its own.
     pub max_concurrent_streams: u32,
 
-    /// Clients that ping more often than this are disconnected. Default: 5 s.
+    /// Clients that ping more often than this are disconnected, in etcd; here none is. Default: 5 s.
     pub grpc_keepalive_min_time: Duration,
     /// How often an idle connection is pinged; zero: never. See [`Config::grpc_keepalive`]. Default: 2 h.
     pub grpc_keepalive_interval: Duration,
@@ -121,21 +121,22 @@ pub struct Config {
     pub auto_compaction_mode: AutoCompactionMode,
     /// How much history to keep: `5m`, or `5` for five hours, or a number of revisions; `0`: all. See [`Config::auto_compaction`].
     pub auto_compaction_retention: String,
-    /// Revisions that one step of a compaction handles. Default: 1,000.
+    /// Revisions that one step of a compaction handles. Without effect: steps are short as they are. Default: 1,000.
     pub compaction_batch_limit: usize,
-    /// Rest between two steps of a compaction. Default: 10 ms.
+    /// Rest between two steps of a compaction. Without effect, as above. Default: 10 ms.
     pub compaction_sleep_interval: Duration,
 
     /// How often an idle watch that asked for it is told the revision. Default: 10 min.
     pub watch_progress_notify_interval: Duration,
-    /// Log a warning when an entry takes longer than this to apply. Default: 100 ms.
+    /// Log a warning, one in a second at most, when an entry takes longer than this to apply. Default: 100 ms.
     pub warning_apply_duration: Duration,
-    /// Log a warning when a unary request takes longer than this. Default: 300 ms.
+    /// Log a warning, one in a second at most, when a unary request takes longer than this. Default: 300 ms.
     pub warning_unary_request_duration: Duration,
 
     /// Bytes of memory for values read from disk. Not one of etcd's settings. Default: 64 MiB.
     pub value_cache_bytes: usize,
-    /// Do not wait for the disk. A crash of the machine then loses acknowledged writes; for tests only.
+    /// Do not wait for the disk. A crash of the machine then loses acknowledged writes, or all of them; a crash of the process
+    /// does not. For tests only; the log warns of it at the start.
     pub unsafe_no_fsync: bool,
 }
 

@@ -39,7 +39,7 @@
 //! |---|---|
 //! | `error`, `proto` | two error enums; etcd's messages |
 //! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
-//! | `config`, `lease`, `metrics` | what a member is told; leases, without a clock; what it tells |
+//! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
 //! | `snapshot` | the format of backups |
 //! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
@@ -79,6 +79,7 @@ pub mod proto;
 #[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
 mod raft;
 mod server;
+mod slow;
 // For the fuzz targets, which are a crate of their own; no part of the API.
 #[doc(hidden)]
 pub mod snapshot;

@@ -341,6 +341,16 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    /// How long it has taken so far.
+    pub fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// The method's name.
+    pub fn method(&self) -> &'static str {
+        self.metrics.method
+    }
+
     /// A message of so many bytes has come.
     pub fn received(&self, bytes: usize) {
         self.metrics.received.inc();

@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::ClientWriteResult;
@@ -31,6 +31,7 @@ use crate::config::AutoCompaction;
 use crate::error::{ApplyError, Error, Result};
 use crate::lease::Renewal;
 use crate::lock::lock;
+use crate::metrics::Counters;
 use crate::mvcc::hash::KvHash;
 use crate::mvcc::range::{HOLD_BYTES, RangeResult, RangeScan};
 use crate::mvcc::watch::Session;
@@ -238,6 +239,10 @@ impl Node {
         &self.machine.store
     }
 
+    pub fn counters(&self) -> &Counters {
+        &self.machine.counters
+    }
+
     pub fn background(&self) -> &Background {
         &self.background
     }
@@ -322,7 +327,10 @@ impl Node {
             Ok(Ok(outcome)) => Ok(outcome?),
             // The member stopped before it knew the outcome.
             Ok(Err(_)) => Err(ApplyError::Stopped.into()),
-            Err(_) => Err(Error::Timeout),
+            Err(_) => {
+                self.counters().proposals_failed.inc();
+                Err(Error::Timeout)
+            }
         }
     }
 
@@ -358,6 +366,7 @@ impl Node {
                     break;
                 }
                 let (commands, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.command, waiting.answer)).unzip();
+                let machine = self.machine.clone();
                 let answer = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
                     drop(place);
                     match result {
@@ -369,6 +378,7 @@ impl Node {
                         }
                         Err(_) => {
                             // Not the leader (any more): nothing of the batch was appended.
+                            machine.counters.proposals_failed.add(answers.len() as u64);
                             for answer in answers {
                                 let _ = answer.send(Err(ApplyError::NoLeader));
                             }
@@ -432,7 +442,11 @@ impl Node {
                 self.read_barrier().await?;
             }
             self.check_running()?;
-            txn::txn(&mut self.store().begin(), &request, &|_| false)?
+            let mut reader = self.store().begin();
+            let response = txn::txn(&mut reader, &request, &|_| false);
+            reader.tally.end_txn();
+            reader.tally.count(self.counters());
+            response?
         } else {
             self.check_corrupt()?;
             if txn::may_put(&request) {
@@ -501,6 +515,7 @@ impl Node {
                         self.propose(Op::LeaseCheckpoint(checkpoint)).await?;
                     }
                     self.leases_changed.notify_one();
+                    self.counters().leases_renewed.inc();
                     return Ok(ttl);
                 }
                 // It is about to be revoked; what to answer is known once it was.
@@ -548,8 +563,14 @@ impl Node {
         let confirmed = tokio::time::timeout(self.request_timeout(), self.raft.ensure_linearizable(openraft::ReadPolicy::ReadIndex)).await;
         match confirmed {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) => Err(ApplyError::NoLeader.into()),
-            Err(_) => Err(Error::Timeout),
+            Ok(Err(_)) => {
+                self.counters().read_indexes_failed.inc();
+                Err(ApplyError::NoLeader.into())
+            }
+            Err(_) => {
+                self.counters().slow_read_indexes.inc();
+                Err(Error::Timeout)
+            }
         }
     }
 
@@ -565,6 +586,7 @@ impl Node {
 
     /// A Range whose barrier and checks are behind it.
     async fn range_from(&self, request: &RangeRequest) -> Result<RangeAnswer> {
+        self.counters().ranges.inc();
         let pin = self.store().pin(request.revision)?;
         let header = self.header_now();
         let keys_only = request.keys_only;
@@ -584,7 +606,10 @@ impl Node {
 
     pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
         let store = self.store().clone();
-        self.blocking(move || store.hash(revision)).await?
+        let began = self.machine.now();
+        let hash = self.blocking(move || store.hash(revision)).await?;
+        self.counters().hash_rev.observe(self.machine.now().saturating_sub(began));
+        hash
     }
 
     /// Begins a backup: a point of the log, held, and the small things as they are there.
@@ -629,7 +654,10 @@ impl Node {
                     return;
                 }
                 self.term.store(now.current_term, Ordering::Relaxed);
-                self.leader.store(now.current_leader.unwrap_or(0), Ordering::Relaxed);
+                let leader = now.current_leader.unwrap_or(0);
+                if leader != self.leader.swap(leader, Ordering::Relaxed) && leader != 0 {
+                    self.counters().leader_changes_seen.inc();
+                }
                 let membership = now.membership_config.membership();
                 let only = membership.voter_ids().eq([self.identity.member_id]);
                 let leader = now.state == openraft::ServerState::Leader;
@@ -683,7 +711,8 @@ impl Node {
             let revoked = expired.into_iter().map(|id| self.propose(Op::LeaseRevoke(LeaseRevokeRequest { id })));
             for result in futures_util::future::join_all(revoked).await {
                 match result {
-                    Ok(_) | Err(Error::Apply(ApplyError::LeaseNotFound)) => {}
+                    Ok(_) => self.counters().leases_expired.inc(),
+                    Err(Error::Apply(ApplyError::LeaseNotFound)) => {}
                     // The lessor offers it again.
                     Err(err) => tracing::warn!(error = %err, "revoking an expired lease"),
                 }
@@ -783,6 +812,8 @@ pub(crate) struct StorageEvents {
     pub health: watch::Sender<Health>,
     /// The log index up to which the state is durable, as it moves.
     pub durable: watch::Sender<u64>,
+    /// When a compaction was last carried out, as Unix time in seconds; 0: not since the start.
+    pub compacted_at: Arc<AtomicU64>,
 }
 
 impl background::Events for StorageEvents {
@@ -790,6 +821,11 @@ impl background::Events for StorageEvents {
         if let Some(index) = self.machine.set_durable(applied) {
             self.durable.send_replace(index);
         }
+    }
+
+    fn compacted(&self) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.compacted_at.store(now.as_secs(), Ordering::Relaxed);
     }
 
     fn failed(&self, err: Error) {

@@ -18,6 +18,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -85,6 +86,7 @@ struct Shared {
     node: Arc<Node>,
     api: Api,
     client_addrs: Vec<SocketAddr>,
+    metrics: Arc<Metrics>,
     stop: CancellationToken,
 }
 
@@ -138,6 +140,12 @@ impl Server {
     /// Where clients can connect: the addresses bound, with the ports that the system has picked where 0 was asked for.
     pub fn client_addrs(&self) -> &[SocketAddr] {
         &self.shared.client_addrs
+    }
+
+    /// This member's metrics, to be read, or taken into the host's own registry. They outlive the server; what they ask the
+    /// server for is then as that of a member that has just begun.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.shared.metrics
     }
 
     /// This member's id.
@@ -226,6 +234,7 @@ async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, fini
         node: member.node.clone(),
         api: listening.api.clone(),
         client_addrs: listening.addrs.clone(),
+        metrics: member.metrics.clone(),
         stop: stop.clone(),
     });
     tracing::info!(
@@ -260,6 +269,8 @@ struct Member {
     background: Arc<Background>,
     backend: Arc<dyn Backend>,
     wal: Arc<Wal>,
+    metrics: Arc<Metrics>,
+    compacted_at: Arc<AtomicU64>,
     // Held until everything else is closed.
     _dir: DataDir,
 }
@@ -278,26 +289,33 @@ impl Member {
 
         let started = std::time::Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed());
-        let wal_options = WalOptions { clock: Some(clock.clone()), ..WalOptions::default() };
+        if config.unsafe_no_fsync {
+            tracing::warn!("unsafe-no-fsync: nothing waits for the disk, and a crash of the machine loses acknowledged writes");
+        }
+        let wal_options = WalOptions { clock: Some(clock.clone()), fsync: !config.unsafe_no_fsync, ..WalOptions::default() };
         let (wal, recovered) = Wal::open(dir.wal(), wal_options)?;
         let wal = Arc::new(wal);
         if let Some((file, offset)) = &recovered.torn {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
-        let backend: Arc<dyn Backend> = Arc::new(Sled::open(&dir.state())?);
+        let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
         let options = HistoryOptions { cache_bytes: config.value_cache_bytes };
         let mut attached = Vec::new();
         let (store, saved) = Store::open(backend.clone(), options, &mut |lease, key| attached.push((lease, key)))?;
         let store = Arc::new(store);
         let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
-        let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock)?);
+        let metrics = Metrics::new(ETCD_VERSION, "3.7");
+        let counters = metrics.counters.clone();
+        let slow = config.warning_apply_duration;
+        let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock.clone(), slow, counters.clone())?);
         check_reach(&machine, &recovered.state, &backend.path())?;
 
         let health = watch::Sender::new(Health::Running);
         let durable = watch::Sender::new(0);
         let purge = durable.subscribe();
-        let events = StorageEvents { machine: machine.clone(), health: health.clone(), durable };
-        let background = Arc::new(Background::start(store, backend.clone(), events, &config.name)?);
+        let compacted_at = Arc::new(AtomicU64::new(0));
+        let events = StorageEvents { machine: machine.clone(), health: health.clone(), durable, compacted_at: compacted_at.clone() };
+        let background = Arc::new(Background::start(store, backend.clone(), events, &config.name, clock, counters)?);
 
         let raft_config = openraft::Config {
             cluster_name: format!("{:x}", identity.cluster_id),
@@ -337,7 +355,7 @@ impl Member {
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health);
         node.spawn_purge(purge);
-        let member = Member { node, background, backend, wal, _dir: dir };
+        let member = Member { node, background, backend, wal, metrics, compacted_at, _dir: dir };
         match member.node.ready().await {
             Ok(()) => Ok(member),
             Err(err) => {
@@ -365,10 +383,10 @@ impl Member {
         let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token() };
         let options = ServeOptions { max_concurrent_streams: config.max_concurrent_streams, keepalive: config.grpc_keepalive() };
         let limits = Limits::new(options);
-        let metrics = Metrics::new(ETCD_VERSION, "3.7");
-        metrics.set_source(Some(gauges(self.node.clone(), limits.clone())));
+        let metrics = self.metrics.clone();
+        metrics.set_source(Some(gauges(self.node.clone(), limits.clone(), self.compacted_at.clone())));
         let versions = Versions { server: ETCD_VERSION, cluster: STORAGE_VERSION, storage: STORAGE_VERSION };
-        let grpc = Arc::new(router(&api, &metrics)?);
+        let grpc = Arc::new(router(&api, config.warning_unary_request_duration, &metrics)?);
         let http = Arc::new(Http::new(self.node.clone(), metrics.clone(), versions));
         // With a port for HTTP alone, the client port speaks gRPC alone, as etcd's does.
         let client = App { grpc: Some(grpc), http: config.listen_client_http_urls.is_empty().then(|| http.clone()) };
@@ -442,13 +460,14 @@ impl Checks for Node {
 }
 
 /// What a scrape asks the other rooms for.
-fn gauges(node: Arc<Node>, limits: Arc<Limits>) -> Arc<dyn Fn() -> Gauges + Send + Sync> {
+fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) -> Arc<dyn Fn() -> Gauges + Send + Sync> {
     Arc::new(move || {
         let store = node.store();
         let history = store.history().stats();
         let wal = node.wal().metrics();
         let (revision, compact_revision) = store.revisions();
         let applied = node.machine.applied().log_id.map_or(0, |id| id.index);
+        let watches = node.machine.hub.figures();
         Gauges {
             member_id: node.identity.member_id,
             has_leader: node.leader() != 0,
@@ -459,10 +478,16 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>) -> Arc<dyn Fn() -> Gauges + Send
             quota_bytes: node.options.quota_bytes.unwrap_or(0),
             db_total_bytes: history.disk_bytes,
             db_in_use_bytes: history.live_bytes,
+            defrag_inflight: node.background().is_rewriting(),
+            open_reads: store.open_reads() as u64,
             revision,
             compact_revision,
             keys: store.keys() as u64,
-            watchers: node.machine.hub.watches() as u64,
+            compacted_at: compacted_at.load(Ordering::Relaxed),
+            watch_streams: watches.streams as u64,
+            watchers: watches.watches as u64,
+            slow_watchers: watches.slow as u64,
+            pending_events: watches.pending as u64,
             leases: lock(&node.machine.lessor).len() as u64,
             wal_fsync: Histogram { bounds: &SYNC_BUCKETS, counts: wal.fsync_buckets.to_vec(), sum: wal.fsync_seconds },
             wal_written_bytes: wal.written_bytes,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 /// From the ground up.
 const LAYERS: &[&[&str]] = &[
     &["error", "lock", "proto", "testing"],
-    &["storage", "config", "lease", "metrics"],
+    &["storage", "config", "lease", "metrics", "slow"],
     &["mvcc", "snapshot", "cli"],
     &["raft"],
     &["background"],

@@ -1,13 +1,16 @@
 //! The library as a host program uses it: servers in this process, called without a socket and over one.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use quorate::client::{EventKind, WatchMessage};
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
+use quorate::proto::etcdserverpb::kv_client::KvClient;
 use quorate::proto::etcdserverpb::request_op::Request;
-use quorate::proto::etcdserverpb::{Compare, PutRequest, RequestOp, TxnRequest, WatchCreateRequest};
+use quorate::proto::etcdserverpb::{Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest};
 use quorate::{ApplyError, Config, Error, Server};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// A configuration with a client port that the system picks, and no peer port.
 fn config(dir: &Path) -> Config {
@@ -149,4 +152,232 @@ async fn a_start_that_fails_leaves_nothing_behind() {
     assert!(err.to_string().contains(&taken.local_addr().unwrap().to_string()), "{err}");
     drop(taken);
     Server::start(config).await.unwrap().shutdown().await.unwrap();
+}
+
+/// What of a server's metrics has changed from one look to the next.
+struct Counts<'a> {
+    server: &'a Server,
+    last: BTreeMap<&'static str, f64>,
+}
+
+impl<'a> Counts<'a> {
+    const NAMES: [(&'static str, &'static str); 21] = [
+        ("puts", "etcd_mvcc_put_total"),
+        ("deletes", "etcd_mvcc_delete_total"),
+        ("ranges", "etcd_mvcc_range_total"),
+        ("txns", "etcd_mvcc_txn_total"),
+        ("put bytes", "etcd_debugging_mvcc_total_put_size_in_bytes"),
+        ("events", "etcd_debugging_mvcc_events_total"),
+        ("granted", "etcd_debugging_lease_granted_total"),
+        ("renewed", "etcd_debugging_lease_renewed_total"),
+        ("revoked", "etcd_debugging_lease_revoked_total"),
+        ("expired", "etcd_debugging_server_lease_expired_total"),
+        ("compacted", "etcd_debugging_mvcc_db_compaction_keys_total"),
+        ("hashes", "etcd_mvcc_hash_rev_duration_seconds_count"),
+        ("defrags", "etcd_disk_backend_defrag_duration_seconds_count"),
+        ("failed", "etcd_server_proposals_failed_total"),
+        ("slow", "etcd_server_slow_apply_total"),
+        ("leaders", "etcd_server_leader_changes_seen_total"),
+        ("streams", "etcd_debugging_mvcc_watch_stream_total"),
+        ("watchers", "etcd_debugging_mvcc_watcher_total"),
+        ("slow watchers", "etcd_debugging_mvcc_slow_watcher_total"),
+        ("pending", "etcd_debugging_mvcc_pending_events_total"),
+        ("reads", "etcd_mvcc_db_open_read_transactions"),
+    ];
+
+    fn of(server: &'a Server) -> Self {
+        let mut counts = Counts { server, last: BTreeMap::new() };
+        counts.changes();
+        counts
+    }
+
+    fn value(&self, name: &str) -> f64 {
+        let text = self.server.metrics().text();
+        let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        found.unwrap_or_else(|| panic!("{name} is not there")).parse().unwrap()
+    }
+
+    /// As `puts+1 put bytes+2`, in the order of the names.
+    fn changes(&mut self) -> String {
+        let mut changes = Vec::new();
+        for (short, name) in Self::NAMES {
+            let value = self.value(name);
+            let before = self.last.insert(short, value).unwrap_or(0.0);
+            if value != before {
+                changes.push(format!("{short}{:+}", value - before));
+            }
+        }
+        changes.join(" ")
+    }
+}
+
+fn put_op(key: &'static str, value: &'static str) -> Request {
+    Request::RequestPut(PutRequest { key: key.into(), value: value.into(), ..Default::default() })
+}
+
+fn get_op(key: &'static str) -> Request {
+    Request::RequestRange(RangeRequest { key: key.into(), ..Default::default() })
+}
+
+fn delete_op(key: &'static str) -> Request {
+    Request::RequestDeleteRange(DeleteRangeRequest { key: key.into(), ..Default::default() })
+}
+
+/// Whether `key` was changed after that revision.
+fn newer(key: &'static str, than: i64) -> Compare {
+    Compare {
+        result: CompareResult::Greater as i32,
+        target: CompareTarget::Mod as i32,
+        key: key.into(),
+        target_union: Some(TargetUnion::ModRevision(than)),
+        ..Default::default()
+    }
+}
+
+/// The changes are those that etcd 3.5.30 shows after the same requests.
+#[tokio::test]
+async fn operations_are_counted_as_etcd_counts_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.listen_client_urls.clear();
+    let server = Server::start(config).await.unwrap();
+    let client = server.client();
+    let mut counts = Counts::of(&server);
+    assert_eq!(counts.value("etcd_server_leader_changes_seen_total"), 1.0);
+
+    let put = |key: &'static str, value: &'static str| PutRequest { key: key.into(), value: value.into(), ..Default::default() };
+    client.put_with(put("a", "1")).await.unwrap();
+    assert_eq!(counts.changes(), "puts+1 put bytes+2");
+    client.put_with(PutRequest { prev_kv: true, ..put("a", "123") }).await.unwrap();
+    assert_eq!(counts.changes(), "puts+1 ranges+1 txns+1 put bytes+4");
+    client.put_with(PutRequest { ignore_value: true, ..put("a", "") }).await.unwrap();
+    assert_eq!(counts.changes(), "puts+1 ranges+1 txns+1 put bytes+4");
+    client.put_with(PutRequest { ignore_value: true, ..put("zz", "") }).await.unwrap_err();
+    assert_eq!(counts.changes(), "ranges+1");
+    client.put_with(PutRequest { lease: 77, ..put("a", "1") }).await.unwrap_err();
+    client.put_with(put("", "1")).await.unwrap_err();
+    assert_eq!(counts.changes(), "");
+    client.get("a").await.unwrap();
+    client.range(RangeRequest { key: "a".into(), range_end: "z".into(), serializable: true, ..Default::default() }).await.unwrap();
+    assert_eq!(counts.changes(), "ranges+2");
+    client.put_with(put("b", "1")).await.unwrap();
+    counts.changes();
+    client.delete_with(DeleteRangeRequest { key: "a".into(), range_end: "z".into(), ..Default::default() }).await.unwrap();
+    client.delete("nothing").await.unwrap();
+    assert_eq!(counts.changes(), "deletes+2");
+
+    client.put_with(put("a", "1")).await.unwrap();
+    counts.changes();
+    let (yes, no) = (|| newer("a", 0), || newer("a", 1000));
+    let txns: [(Vec<Compare>, Vec<Request>, Vec<Request>, &str); 13] = [
+        (vec![], vec![put_op("a", "1")], vec![], "puts+1 put bytes+2"),
+        (vec![], vec![put_op("a", "1"), put_op("b", "1")], vec![], "puts+2 txns+1 put bytes+4"),
+        (vec![], vec![put_op("a", "1"), get_op("a"), delete_op("b")], vec![], "puts+1 deletes+1 ranges+1 txns+1 put bytes+2"),
+        (vec![], vec![put_op("a", "1"), delete_op("none")], vec![], "puts+1 deletes+1 txns+1 put bytes+2"),
+        (vec![], vec![delete_op("none")], vec![], "deletes+1"),
+        (vec![], vec![get_op("a")], vec![], "ranges+1"),
+        (vec![], vec![get_op("a"), get_op("b")], vec![], "ranges+2 txns+1"),
+        (vec![], vec![], vec![], ""),
+        (vec![yes()], vec![put_op("a", "1")], vec![], "puts+1 ranges+1 put bytes+2"),
+        (vec![yes()], vec![get_op("a")], vec![], "ranges+2 txns+1"),
+        (vec![no()], vec![put_op("a", "1")], vec![get_op("a")], "ranges+2"),
+        (vec![yes(), yes()], vec![put_op("a", "1")], vec![], "puts+1 ranges+2 txns+1 put bytes+2"),
+        (vec![no(), yes()], vec![put_op("a", "1")], vec![], "ranges+1"),
+    ];
+    for (compare, success, failure, expected) in txns {
+        let ops = |requests: Vec<Request>| requests.into_iter().map(|request| RequestOp { request: Some(request) }).collect();
+        let txn = TxnRequest { compare, success: ops(success), failure: ops(failure) };
+        client.txn(txn.clone()).await.unwrap();
+        assert_eq!(counts.changes(), expected, "{txn:?}");
+    }
+
+    client.lease_grant(5, 100).await.unwrap();
+    client.lease_grant(5, 100).await.unwrap_err();
+    assert_eq!(counts.changes(), "granted+1");
+    for key in ["l1", "l2"] {
+        client.put_with(PutRequest { lease: 5, ..put(key, "1") }).await.unwrap();
+    }
+    client.lease_keep_alive(5).await.unwrap();
+    assert_eq!(counts.changes(), "puts+2 put bytes+6 renewed+1");
+    client.lease_revoke(5).await.unwrap();
+    client.lease_revoke(5).await.unwrap_err();
+    assert_eq!(counts.changes(), "deletes+2 txns+1 revoked+1");
+    client.lease_grant(6, 2).await.unwrap();
+    while counts.value("etcd_debugging_server_lease_expired_total") < 1.0 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(counts.changes(), "granted+1 revoked+1 expired+1");
+
+    let mut watchers = Vec::new();
+    for (key, range_end) in [("a", ""), ("a", "z")] {
+        watchers.push(client.watch(WatchCreateRequest { key: key.into(), range_end: range_end.into(), ..Default::default() }).unwrap());
+    }
+    assert_eq!(counts.changes(), "streams+2 watchers+2");
+    client.put_with(put("a", "1")).await.unwrap();
+    assert_eq!(counts.changes(), "puts+1 put bytes+2 pending+2");
+    for watcher in &mut watchers {
+        watcher.next().await.unwrap();
+    }
+    assert_eq!(counts.changes(), "events+2 pending-2");
+    let past = client.watch(WatchCreateRequest { key: "a".into(), start_revision: 2, ..Default::default() }).unwrap();
+    assert_eq!(counts.changes(), "streams+1 watchers+1 slow watchers+1");
+    drop((watchers, past));
+    assert_eq!(counts.changes(), "streams-3 watchers-3 slow watchers-1");
+
+    client.hash_kv(0).await.unwrap();
+    client.defragment().await.unwrap();
+    assert_eq!(counts.changes(), "hashes+1 defrags+1");
+    for _ in 0..10 {
+        client.put_with(put("c", "1")).await.unwrap();
+    }
+    client.compact(client.revision()).await.unwrap();
+    while counts.value("etcd_debugging_mvcc_db_compaction_last") == 0.0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // Of `c` all puts but the last, and what there was of the others.
+    assert!(counts.value("etcd_debugging_mvcc_db_compaction_keys_total") >= 9.0);
+    assert!(counts.value("etcd_disk_backend_commit_duration_seconds_count") > 0.0);
+    assert_eq!(counts.value("etcd_disk_defrag_inflight"), 0.0);
+    server.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_unix_socket_serves_grpc_and_http() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let mut config = config(&dir.path().join("data"));
+    config.listen_client_urls = vec![format!("unix://{}", path.display()).parse().unwrap()];
+    let server = Server::start(config).await.unwrap();
+    assert_eq!(server.client_addrs(), []);
+    let channel = tonic::transport::Endpoint::from_shared(format!("unix://{}", path.display())).unwrap().connect().await.unwrap();
+    let put = PutRequest { key: "a".into(), value: "1".into(), ..Default::default() };
+    assert_eq!(KvClient::new(channel).put(put).await.unwrap().into_inner().header.unwrap().revision, 2);
+    assert_eq!(server.client().get("a").await.unwrap().unwrap().value, "1");
+    let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.ends_with(r#"{"health":"true","reason":""}"#), "{answer}");
+    server.shutdown().await.unwrap();
+    assert!(!path.exists(), "the socket is taken away");
+}
+
+/// What a power cut would do to it cannot be seen from here; that it outlives the process's stop can.
+#[tokio::test]
+async fn without_fsync_a_member_still_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.unsafe_no_fsync = true;
+    for round in 0..2 {
+        let server = Server::start(config.clone()).await.unwrap();
+        assert_eq!(server.client().revision(), 1 + 100 * round);
+        for number in 0..100 {
+            server.client().put(format!("{number}"), "1").await.unwrap();
+        }
+        server.shutdown().await.unwrap();
+    }
+    config.unsafe_no_fsync = false;
+    let server = Server::start(config).await.unwrap();
+    assert_eq!(server.client().revision(), 201);
+    server.shutdown().await.unwrap();
 }

@@ -10,7 +10,6 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use futures_util::Stream;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::config::ETCD_VERSION;
@@ -96,19 +95,21 @@ impl Maintenance for Api {
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
         let start = self.node.start_backup().await.map_err(status)?;
-        let (chunks, receiver) = mpsc::channel(SNAPSHOT_CHUNKS);
+        let (chunks, mut receiver) = mpsc::channel(SNAPSHOT_CHUNKS);
         let node = self.node.clone();
         self.node.spawn_blocking(move || {
+            let began = node.machine.now();
             let sent = backup(&node, start, &mut |blob| {
                 let response = SnapshotResponse { blob, version: STORAGE_VERSION.into(), ..SnapshotResponse::default() };
                 // A client that has gone away ends the backup.
                 chunks.blocking_send(Ok(response)).map_err(|_| Error::Stopped)
             });
-            if let Err(err) = sent {
-                let _ = chunks.blocking_send(Err(status(err)));
+            match sent {
+                Ok(()) => node.counters().snapshot.observe(node.machine.now().saturating_sub(began)),
+                Err(err) => _ = chunks.blocking_send(Err(status(err))),
             }
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Ok(Response::new(Box::pin(futures_util::stream::poll_fn(move |cx| receiver.poll_recv(cx)))))
     }
 
     async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {

@@ -4,6 +4,7 @@
 //! too large to be held is streamed as one message: its length is known, its bytes are fetched as the client takes them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -33,8 +34,8 @@ const PIECE_BYTES: usize = 256 << 10;
 /// Number of `RangeResponse.kvs`.
 const KVS_FIELD: u32 = 2;
 
-/// The router of a client port.
-pub(crate) fn router(api: &Api, metrics: &Arc<Metrics>) -> crate::error::Result<Router> {
+/// The router of a client port. Unary requests that take longer than `slow` are logged.
+pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate::error::Result<Router> {
     const KV: &str = "etcdserverpb.KV";
     const LEASE: &str = "etcdserverpb.Lease";
     const CLUSTER: &str = "etcdserverpb.Cluster";
@@ -47,7 +48,7 @@ pub(crate) fn router(api: &Api, metrics: &Arc<Metrics>) -> crate::error::Result<
         };
     }
     let limit = api.node.options.max_request_bytes + MESSAGE_OVERHEAD;
-    let mut router = Router::new(limit, metrics.clone())
+    let mut router = Router::new(limit, slow, metrics.clone())
         .unary(KV, "Range", api, |api: Api, _, request: RangeRequest| async move { range_answer(api, request).await })
         .unary(KV, "Put", api, |api: Api, _, request: PutRequest| async move { api.node.put(request).await.map_err(status) })
         .unary(KV, "DeleteRange", api, |api: Api, _, request: DeleteRangeRequest| async move {

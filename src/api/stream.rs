@@ -24,9 +24,9 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::Instant;
+use tonic::codegen::Service as _;
 use tonic::service::Routes;
 use tonic::{Code, Status};
-use tower::Service as _;
 
 use super::serve::{Call, OpenStream, STREAM_STALL, Wire};
 use super::unary::{Failure, GRPC_STATUS, PREFIX, Streamed, deadline_exceeded, prefix, refuse, status_headers};

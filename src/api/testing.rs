@@ -28,6 +28,9 @@ use crate::proto::{EncodedKv, KeyValue};
 /// The largest message that the test server takes.
 pub const LIMIT: usize = 2 << 20;
 
+/// What takes longer is logged.
+pub const SLOW: Duration = Duration::from_millis(300);
+
 /// The state of the test server's handlers.
 #[derive(Default)]
 pub struct State {
@@ -147,7 +150,7 @@ pub struct TestServer {
 }
 
 pub fn app(state: &Arc<State>, metrics: &Arc<Metrics>) -> App {
-    let router = Router::new(LIMIT, metrics.clone())
+    let router = Router::new(LIMIT, SLOW, metrics.clone())
         .unary("etcdserverpb.KV", "Put", state, put)
         .unary("etcdserverpb.KV", "Range", state, range)
         .unary("etcdserverpb.KV", "Txn", state, txn)

@@ -53,6 +53,7 @@ use tonic::{Code, Status};
 use super::serve::{self, App, Call, OpenStream, Partial, REQUEST_TIMEOUT, Wire};
 use super::stream::{Guarded, Incoming, send_all, send_streamed, stream};
 use crate::metrics::{InFlight, MethodKind, MethodMetrics, Metrics};
+use crate::slow::Slow;
 
 /// What a message may be larger than the largest request: room for what surrounds it, as in etcd.
 pub(crate) const MESSAGE_OVERHEAD: usize = 512 << 10;
@@ -158,6 +159,7 @@ pub(crate) struct Router {
     routes: Option<Routes>,
     limit: usize,
     metrics: Arc<Metrics>,
+    slow: Arc<SlowRequests>,
 }
 
 enum Entry {
@@ -173,6 +175,7 @@ struct Handler<S, F, Req> {
     state: S,
     handle: F,
     metrics: Arc<MethodMetrics>,
+    slow: Arc<SlowRequests>,
     request: std::marker::PhantomData<fn() -> Req>,
 }
 
@@ -186,7 +189,7 @@ where
 {
     fn call(&self, mut exchange: Exchange) -> Call {
         let in_flight = self.metrics.start();
-        let (state, handle) = (self.state.clone(), self.handle.clone());
+        let (state, handle, slow) = (self.state.clone(), self.handle.clone(), self.slow.clone());
         Box::pin(async move {
             let outcome = async {
                 let message = exchange.receive(&in_flight).await?;
@@ -195,13 +198,40 @@ where
                 let outcome = exchange.until_gone(handle(state, metadata, request)).await?;
                 Ok(outcome?.into_answer()?)
             };
-            match outcome.await {
+            let outcome = outcome.await;
+            slow.look_at(&in_flight, &outcome);
+            match outcome {
                 Ok(answer) => exchange.answer(answer, in_flight).await,
                 Err(Failure::Status(status)) => exchange.fail(&status, in_flight),
                 // Nobody waits any more; the guard counts it.
                 Err(Failure::Gone) => {}
             }
         })
+    }
+}
+
+/// Tells the log of unary requests that took long.
+struct SlowRequests {
+    slow: Slow,
+    /// Where the time begins by which lines are spaced.
+    epoch: Instant,
+}
+
+impl SlowRequests {
+    /// Looks at a request when its outcome is there; how long the client takes to take it is the client's business.
+    fn look_at<T>(&self, in_flight: &InFlight, outcome: &Result<T, Failure>) {
+        let took = in_flight.elapsed();
+        if self.slow.is_slow(took)
+            && let Some(untold) = self.slow.tell(self.epoch.elapsed())
+        {
+            let outcome = match outcome {
+                Ok(_) => Code::Ok,
+                Err(Failure::Status(status)) => status.code(),
+                Err(Failure::Gone) => Code::Cancelled,
+            };
+            // Not what was asked for: keys may be nobody else's business.
+            tracing::warn!(method = in_flight.method(), ?took, ?outcome, untold, "a request took long");
+        }
     }
 }
 
@@ -230,8 +260,10 @@ fn undecodable(err: prost::DecodeError) -> Status {
 
 impl Router {
     /// A router without methods. `limit` is the largest message taken, in bytes: `max_request_bytes` and [`MESSAGE_OVERHEAD`].
-    pub fn new(limit: usize, metrics: Arc<Metrics>) -> Self {
-        Router { methods: BTreeMap::new(), services: BTreeSet::new(), routes: None, limit, metrics }
+    /// Unary requests that take longer than `slow` are logged.
+    pub fn new(limit: usize, slow: Duration, metrics: Arc<Metrics>) -> Self {
+        let slow = Arc::new(SlowRequests { slow: Slow::new(slow), epoch: Instant::now() });
+        Router { methods: BTreeMap::new(), services: BTreeSet::new(), routes: None, limit, metrics, slow }
     }
 
     /// Adds a unary method.
@@ -239,7 +271,7 @@ impl Router {
     /// `state` is cloned for each call; an `Arc`, or a few of them. The handler is dropped at any `await` if the client goes away.
     ///
     /// ```text
-    /// let router = Router::new(limit, metrics)
+    /// let router = Router::new(limit, slow, metrics)
     ///     .unary("etcdserverpb.KV", "Put", &api, |api: Api, _, request: PutRequest| async move { api.put(request).await });
     /// ```
     pub fn unary<S, F, Req, Fut, Resp>(self, service: &'static str, method: &'static str, state: &S, handle: F) -> Self
@@ -251,7 +283,7 @@ impl Router {
         Resp: IntoAnswer,
     {
         let metrics = self.metrics.method(service, method, MethodKind::Unary);
-        let handler = Handler { state: state.clone(), handle, metrics, request: std::marker::PhantomData };
+        let handler = Handler { state: state.clone(), handle, metrics, slow: self.slow.clone(), request: std::marker::PhantomData };
         self.add(service, method, Entry::Unary(Box::new(handler)))
     }
 
@@ -776,6 +808,30 @@ mod tests {
         }
         server.serving.stop(Duration::from_secs(60)).await;
         assert_eq!((server.limits.connections(), server.limits.streams()), (0, 0));
+    }
+
+    /// Series cost memory here and in whatever scrapes: what clients send must not make any.
+    #[tokio::test]
+    async fn no_request_makes_a_series() {
+        let server = TestServer::start().await;
+        let client = server.connect().await;
+        let series = || -> Vec<String> {
+            let text = server.metrics.text();
+            text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
+        };
+        let before = series();
+        for number in 0..50 {
+            for path in [format!("/etcdserverpb.KV/Put{number}"), format!("/service{number}/Put"), format!("/{number}"), PUT.into()] {
+                let mut request = request(&path);
+                for name in ["client-api-version", "grpc-encoding", "user-agent", "authorization", "x-request-id"] {
+                    request = request.header(name, format!("{number}"));
+                }
+                post(&client, request, vec![message(&put("k", ""))]).await.unwrap();
+            }
+            let get = Request::get(format!("http://x/metrics/{number}?a={number}"));
+            assert_eq!(post(&client, get, vec![Bytes::new()]).await.unwrap().code, 404);
+        }
+        assert_eq!(series(), before);
     }
 
     /// The prefix and the message may come in pieces of any size.

@@ -54,6 +54,7 @@ pub(crate) mod watch;
 use hash::{HashScan, KvHash};
 use index::{Found, KeyIndex, Meta};
 use tree::{Bound, Edit, Tree};
+use txn::Tally;
 
 /// Keys that one step of a long read or of a compaction looks at before it lets go of the lock: some tens of
 /// microseconds. A longer walk takes more steps; nobody else waits for longer than one. Tests take many small steps.
@@ -300,6 +301,11 @@ impl Store {
         }
     }
 
+    /// Reads that hold a revision now.
+    pub fn open_reads(&self) -> usize {
+        lock(&self.pins).values().sum()
+    }
+
     fn state(&self) -> RwLockReadGuard<'_, State> {
         read(&self.state)
     }
@@ -346,7 +352,7 @@ impl Store {
     pub fn begin(&self) -> Writer<'_> {
         let state = write(&self.state);
         let main = state.revision + 1;
-        Writer { store: self, state, main, sub: 0, events: Vec::new(), leases: Vec::new() }
+        Writer { store: self, state, main, sub: 0, events: Vec::new(), leases: Vec::new(), tally: Tally::default() }
     }
 
     /// Writes the compaction mark of a request to compact at `at`; the work itself is [`compact_step`](Self::compact_step)'s.
@@ -369,12 +375,12 @@ impl Store {
         (compacted >= 0).then(|| (META_COMPACTED.to_vec(), Bytes::copy_from_slice(&compacted.to_be_bytes())))
     }
 
-    /// One bounded step of the compaction that was asked for last. Returns false when there is nothing to do now: all is
-    /// done, or a [`Pin`] holds the rest.
+    /// One bounded step of the compaction that was asked for last. Returns how many records it took away; none when there
+    /// is nothing to do now: all is done, or a [`Pin`] holds the rest.
     ///
     /// # Errors
     /// A record that cannot be read.
-    pub fn compact_step(&self) -> Result<bool> {
+    pub fn compact_step(&self) -> Result<Option<usize>> {
         let mut compaction = lock(&self.compaction);
         let mut pass = match compaction.pass.take() {
             Some(pass) => pass,
@@ -383,7 +389,7 @@ impl Store {
                 let pinned = lock(&self.pins).keys().next().copied();
                 let upto = pinned.map_or(wanted, |pinned| pinned.min(wanted));
                 if upto <= compaction.done {
-                    return Ok(false);
+                    return Ok(None);
                 }
                 // After a restart the history below may be gone in part, and so is what was remembered.
                 let whole = upto == wanted && upto > 0 && upto > self.restored;
@@ -395,7 +401,7 @@ impl Store {
             if hash.step(self, STEP_KEYS)? {
                 pass.hash = Some(hash);
                 compaction.pass = Some(pass);
-                return Ok(true);
+                return Ok(Some(0));
             }
             self.remember(hash);
         }
@@ -415,8 +421,8 @@ impl Store {
                 }
             }
         }
+        let mut dead = Vec::new();
         if !candidates.is_empty() {
-            let mut dead = Vec::new();
             let mut state = write(&self.state);
             for key in &candidates {
                 state.index.update(key, |entry| {
@@ -431,7 +437,7 @@ impl Store {
             Some(from) => compaction.pass = Some(Pass { upto, hash: None, from }),
             None => compaction.done = upto,
         }
-        Ok(true)
+        Ok(Some(dead.len()))
     }
 
     /// The revision up to which compaction has been carried out.
@@ -510,6 +516,8 @@ pub(crate) struct Writer<'a> {
     sub: u32,
     events: Vec<Event>,
     leases: Vec<(Bytes, i64, i64)>,
+    /// What it has done so far, also if it is refused in the end.
+    pub tally: Tally,
 }
 
 impl Writer<'_> {
@@ -540,6 +548,8 @@ impl Writer<'_> {
         }
         self.record(key, revision, Some(Meta { created, version, lease }), Record { bytes: kv.to_bytes(), tombstone: false });
         self.events.push(Event { key: key.clone(), revision, delete: false, kv });
+        self.tally.puts += 1;
+        self.tally.put_bytes += (key.len() + value.len()) as u64;
     }
 
     /// Deletes a key that is there; does nothing to one that is not.

@@ -423,7 +423,7 @@ impl Script {
             },
             "compact" => match self.store.compact(number(words.next())) {
                 Ok(()) => {
-                    while self.store.compact_step().unwrap() {}
+                    while self.store.compact_step().unwrap().is_some() {}
                     Vec::new()
                 }
                 Err(err) => refused(err),
@@ -503,7 +503,7 @@ impl Script {
                 self.streams.remove(stream).unwrap();
                 Vec::new()
             }
-            "watches" => vec![format!("{} open", self.hub.watches())],
+            "watches" => vec![format!("{} open", self.hub.figures().watches)],
             "shared" => {
                 let polled = std::mem::take(&mut self.polled);
                 let line = |(revision, parts): (i64, Vec<(Arc<Batch>, Bytes)>)| {

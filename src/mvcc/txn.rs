@@ -25,6 +25,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::error::{ApplyError, Result};
+use crate::metrics::Counters;
 use crate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::proto::etcdserverpb::request_op::Request;
 use crate::proto::etcdserverpb::response_op::Response;
@@ -46,6 +47,55 @@ pub(crate) const NESTING_MAX: usize = 32;
 /// Bytes of pairs that the answer to one Txn or DeleteRange may have. They are held in memory until it is sent, and unlike
 /// those of a Range cannot be fetched a second time; a request that asks for more is refused before it has changed anything.
 pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// What requests have done, as etcd counts it: a Txn's operations like those that stand alone, a compare as a Range, a
+/// DeleteRange as one, however many keys it deletes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub puts: u64,
+    pub deletes: u64,
+    pub ranges: u64,
+    pub txns: u64,
+    /// Keys and values of the puts, in bytes.
+    pub put_bytes: u64,
+    /// Where the transaction under way began: puts, deletes and ranges before it.
+    before: u64,
+}
+
+impl Tally {
+    /// Ends what etcd takes for one transaction of its store. Only one that did more than one thing counts as such: a Put
+    /// that returns the previous pair, but not a Txn of one Put.
+    pub fn end_txn(&mut self) {
+        let done = self.puts + self.deletes + self.ranges;
+        self.txns += u64::from(done - self.before > 1);
+        self.before = done;
+    }
+
+    /// Adds what another request has done.
+    pub fn add(&mut self, other: &Tally) {
+        self.puts += other.puts;
+        self.deletes += other.deletes;
+        self.ranges += other.ranges;
+        self.txns += other.txns;
+        self.put_bytes += other.put_bytes;
+        self.before = self.puts + self.deletes + self.ranges;
+    }
+
+    /// Counts it all.
+    pub fn count(&self, counters: &Counters) {
+        for (counter, count) in [
+            (&counters.puts, self.puts),
+            (&counters.deletes, self.deletes),
+            (&counters.ranges, self.ranges),
+            (&counters.txns, self.txns),
+            (&counters.put_bytes, self.put_bytes),
+        ] {
+            if count > 0 {
+                counter.add(count);
+            }
+        }
+    }
+}
 
 /// Checks what can be checked of a Put without the state.
 pub(crate) fn check_put(put: &PutRequest) -> Result<(), ApplyError> {
@@ -171,6 +221,7 @@ pub(crate) fn put(writer: &mut Writer<'_>, request: &PutRequest, lease_exists: &
         return Err(ApplyError::LeaseNotFound.into());
     }
     if (request.ignore_value || request.ignore_lease) && writer.current(&request.key).is_none() {
+        writer.tally.ranges += 1;
         return Err(ApplyError::KeyNotFound.into());
     }
     do_put(writer, request)
@@ -179,6 +230,7 @@ pub(crate) fn put(writer: &mut Writer<'_>, request: &PutRequest, lease_exists: &
 /// Puts; what `ignore_value` and `ignore_lease` need has been seen to be there.
 fn do_put(writer: &mut Writer<'_>, request: &PutRequest) -> Result<PutResponse> {
     let before = writer.current(&request.key);
+    writer.tally.ranges += u64::from(request.prev_kv || request.ignore_value || request.ignore_lease);
     let prev = match before {
         Some(found) if request.prev_kv || request.ignore_value => Some(writer.fetch(found)?),
         _ => None,
@@ -206,8 +258,10 @@ pub(crate) fn delete_range(writer: &mut Writer<'_>, request: &DeleteRangeRequest
 /// Deletes, alone or in a Txn.
 fn do_delete_range(writer: &mut Writer<'_>, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse> {
     let found = writer.find(&KeyRange::new(&request.key, &request.range_end));
+    writer.tally.deletes += 1;
     let mut prev_kvs = Vec::new();
     if request.prev_kv {
+        writer.tally.ranges += 1;
         prev_kvs.reserve(found.len());
         for (_, found) in &found {
             prev_kvs.push(writer.fetch(*found)?);
@@ -221,7 +275,8 @@ fn do_delete_range(writer: &mut Writer<'_>, request: &DeleteRangeRequest) -> Res
 }
 
 /// Carries out a Range within a Txn.
-fn range_in(writer: &Writer<'_>, request: &RangeRequest) -> Result<RangeResponse> {
+fn range_in(writer: &mut Writer<'_>, request: &RangeRequest) -> Result<RangeResponse> {
+    writer.tally.ranges += 1;
     let newest = writer.at();
     // A revision below 0 means the newest, and one below the compaction was refused before the first write.
     let at = if request.revision <= 0 { newest } else { request.revision };
@@ -238,6 +293,10 @@ pub(crate) fn txn(writer: &mut Writer<'_>, request: &TxnRequest, lease_exists: &
         check_puts(writer, request, &mut path.iter(), &mut Vec::new(), lease_exists)?;
     }
     check_ranges(writer, request, &mut path.iter())?;
+    if !is_read_only(request) {
+        // etcd compares in a transaction of its own when it is going to write.
+        writer.tally.end_txn();
+    }
     measure(writer, request, &mut path.iter(), &mut ANSWER_BYTES_MAX.clone())?;
     let mut response = execute(writer, request, &mut path.iter())?;
     response.header = header(writer.at());
@@ -245,9 +304,10 @@ pub(crate) fn txn(writer: &mut Writer<'_>, request: &TxnRequest, lease_exists: &
 }
 
 /// Evaluates the compares of the Txn and of those nested in the branches taken, in the order in which they are met.
-fn compare(writer: &Writer<'_>, txn: &TxnRequest, path: &mut Vec<bool>) -> Result<()> {
+fn compare(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut Vec<bool>) -> Result<()> {
     let mut holds = true;
     for one in &txn.compare {
+        writer.tally.ranges += 1;
         if !compare_one(writer, one)? {
             holds = false;
             break;
@@ -327,7 +387,7 @@ fn ordering(compare: &Compare, ordering: std::cmp::Ordering) -> bool {
 /// Checks the puts of the branches taken: the key that `ignore_*` relies on, and the lease. `deleted` collects the ranges
 /// that are gone by then.
 fn check_puts(
-    writer: &Writer<'_>,
+    writer: &mut Writer<'_>,
     txn: &TxnRequest,
     path: &mut std::slice::Iter<'_, bool>,
     deleted: &mut Vec<KeyRange>,
@@ -337,6 +397,7 @@ fn check_puts(
         match &op.request {
             Some(Request::RequestPut(put)) => {
                 if put.ignore_value || put.ignore_lease {
+                    writer.tally.ranges += 1;
                     let gone = deleted.iter().any(|range| range.contains(&put.key));
                     if gone || writer.current(&put.key).is_none() {
                         return Err(ApplyError::KeyNotFound);

@@ -36,6 +36,7 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 
 use crate::error::{ApplyError, Error, Result};
 use crate::lock::lock;
+use crate::metrics::Counters;
 use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::WatchCreateRequest;
 use crate::proto::etcdserverpb::watch_create_request::FilterType;
@@ -191,6 +192,18 @@ type Groups = BTreeMap<Filters, Group>;
 pub(crate) struct WatchHub {
     inner: Mutex<Inner>,
     limits: Limits,
+    counters: Arc<Counters>,
+}
+
+/// What watches there are, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WatchFigures {
+    pub streams: usize,
+    pub watches: usize,
+    /// Watches that are catching up.
+    pub slow: usize,
+    /// Events that wait to be sent.
+    pub pending: usize,
 }
 
 struct Inner {
@@ -199,25 +212,37 @@ struct Inner {
     /// The revision published last.
     published: i64,
     watches: usize,
+    sessions: BTreeMap<u64, Arc<Queue>>,
     next_session: u64,
 }
 
 impl WatchHub {
-    /// A hub for a store whose newest revision is `revision`.
-    pub fn new(revision: i64) -> Self {
-        let inner = Inner { keys: BTreeMap::new(), spans: Intervals::new(), published: revision, watches: 0, next_session: 0 };
-        WatchHub { inner: Mutex::new(inner), limits: LIMITS }
+    /// A hub for a store whose newest revision is `revision`. The events that it sends are counted.
+    pub fn new(revision: i64, counters: Arc<Counters>) -> Self {
+        let (keys, spans, sessions) = (BTreeMap::new(), Intervals::new(), BTreeMap::new());
+        let inner = Inner { keys, spans, published: revision, watches: 0, sessions, next_session: 0 };
+        WatchHub { inner: Mutex::new(inner), limits: LIMITS, counters }
     }
 
     /// A hub with bounds that a test can reach.
     #[cfg(any(test, fuzzing))]
     pub fn with_limits(revision: i64, limits: Limits) -> Self {
-        WatchHub { limits, ..WatchHub::new(revision) }
+        WatchHub { limits, ..WatchHub::new(revision, Arc::default()) }
     }
 
-    /// Number of watches that are open.
-    pub fn watches(&self) -> usize {
-        lock(&self.inner).watches
+    /// What watches there are. It looks at each stream, so it is for now and then.
+    pub fn figures(&self) -> WatchFigures {
+        let (watches, queues) = {
+            let inner = lock(&self.inner);
+            (inner.watches, inner.sessions.values().cloned().collect::<Vec<_>>())
+        };
+        let mut figures = WatchFigures { streams: queues.len(), watches, ..WatchFigures::default() };
+        for queue in queues {
+            let state = lock(&queue.state);
+            figures.slow += state.behind.len();
+            figures.pending += state.load.events;
+        }
+        figures
     }
 
     /// Tells the watchers of a commit. Commits are published in the order of their revisions, all of them.
@@ -359,7 +384,21 @@ struct QueueState {
     ready: VecDeque<i64>,
     /// Watches that are catching up, each with the revision it has to read next.
     behind: BTreeMap<i64, i64>,
+    load: Load,
+}
+
+/// What waits in a queue.
+#[derive(Default)]
+struct Load {
     bytes: usize,
+    events: usize,
+}
+
+impl Load {
+    fn take(&mut self, batches: &[Arc<Batch>]) {
+        self.bytes -= batches.iter().map(|batch| batch.cost()).sum::<usize>();
+        self.events -= batches.iter().map(|batch| batch.events.len()).sum::<usize>();
+    }
 }
 
 #[derive(Default)]
@@ -377,9 +416,9 @@ impl Queue {
         if batch.revision < slot.next || state.behind.contains_key(&id) {
             return;
         }
-        if state.bytes + cost > self.limits.queue_bytes {
+        if state.load.bytes + cost > self.limits.queue_bytes {
             let from = slot.waiting.first().map_or(batch.revision, |first| first.revision);
-            state.bytes -= slot.waiting.drain(..).map(|batch| batch.cost()).sum::<usize>();
+            state.load.take(&std::mem::take(&mut slot.waiting));
             state.ready.retain(|&ready| ready != id);
             state.behind.insert(id, from);
         } else {
@@ -387,7 +426,8 @@ impl Queue {
                 state.ready.push_back(id);
             }
             slot.waiting.push(batch.clone());
-            state.bytes += cost;
+            state.load.bytes += cost;
+            state.load.events += batch.events.len();
         }
         self.waker.wake();
     }
@@ -407,7 +447,7 @@ impl Queue {
             let fits = fits.count();
             let rest = slot.waiting.split_off(fits);
             let batches = std::mem::replace(&mut slot.waiting, rest);
-            state.bytes -= batches.iter().map(|batch| batch.cost()).sum::<usize>();
+            state.load.take(&batches);
             if !slot.waiting.is_empty() {
                 state.ready.push_back(id);
             }
@@ -484,17 +524,20 @@ impl Drop for Session {
         for (id, watcher) in &self.watchers {
             self.hub.remove(&watcher.range, watcher.filters, &self.queue, *id);
         }
+        lock(&self.hub.inner).sessions.remove(&self.queue.session);
     }
 }
 
 impl Session {
     pub fn new(hub: Arc<WatchHub>, store: Arc<Store>) -> Self {
-        let session = {
+        let queue = {
             let mut inner = lock(&hub.inner);
             inner.next_session += 1;
-            inner.next_session
+            let session = inner.next_session;
+            let queue = Arc::new(Queue { session, limits: hub.limits, state: Mutex::default(), waker: AtomicWaker::new() });
+            inner.sessions.insert(session, queue.clone());
+            queue
         };
-        let queue = Arc::new(Queue { session, limits: hub.limits, state: Mutex::default(), waker: AtomicWaker::new() });
         Session { hub, store, queue, watchers: BTreeMap::new(), next_id: 0, answers: VecDeque::new(), progress: false, turn: false }
     }
 
@@ -612,7 +655,7 @@ impl Session {
         let mut state = lock(&self.queue.state);
         state.behind.remove(&id);
         if let Some(slot) = state.slots.remove(&id) {
-            state.bytes -= slot.waiting.iter().map(|batch| batch.cost()).sum::<usize>();
+            state.load.take(&slot.waiting);
         }
         state.ready.retain(|&ready| ready != id);
     }
@@ -685,6 +728,7 @@ impl Session {
     fn answer(&mut self, id: i64, batches: Vec<Arc<Batch>>, revision: i64) -> Result<()> {
         let Some(watcher) = self.watchers.get_mut(&id) else { return Ok(()) };
         watcher.busy = true;
+        self.hub.counters.events.add(batches.iter().map(|batch| batch.events.len() as u64).sum());
         let last = batches.last().map_or(0, |batch| batch.revision);
         let head = || WatchAnswer { revision: revision.max(last), watch_id: id, prev_kv: watcher.prev_kv, ..WatchAnswer::default() };
         if watcher.fragment {

@@ -30,13 +30,16 @@ use prost::Message;
 use crate::error::{ApplyError, Error, Result};
 use crate::lease::{Lease, Lessor};
 use crate::lock::lock;
+use crate::metrics::Counters;
+use crate::mvcc::txn::{self, Tally};
 use crate::mvcc::watch::WatchHub;
-use crate::mvcc::{Committed, Saved, Store, Writer, txn};
+use crate::mvcc::{Committed, Saved, Store, Writer};
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, LeaseGrantResponse, LeaseRevokeResponse, ResponseHeader,
 };
 use crate::proto::internal::{self, command};
+use crate::slow::Slow;
 
 use super::{
     LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id, log_id_to_proto, stored_membership_from_proto,
@@ -61,10 +64,12 @@ pub(crate) struct Machine {
     pub store: Arc<Store>,
     pub hub: Arc<WatchHub>,
     pub lessor: Mutex<Lessor>,
+    pub counters: Arc<Counters>,
     alarms: Mutex<BTreeSet<(i32, u64)>>,
     /// Members whose NOSPACE alarm was raised by the space quota, and is taken back by it.
     by_quota: Mutex<BTreeSet<u64>>,
     clock: Clock,
+    slow: Slow,
     /// What has been applied, and what of it is on disk.
     applied: Mutex<Position>,
     durable: Mutex<Position>,
@@ -80,11 +85,20 @@ pub(crate) struct Position {
 impl Machine {
     /// Takes over what the storage held.
     ///
-    /// `attached` are the keys with leases, as [`Store::open`] told them.
+    /// `attached` are the keys with leases, as [`Store::open`] told them. An entry that takes longer than `slow` to apply is
+    /// logged.
     ///
     /// # Errors
     /// `Corrupt` when something stored cannot be read, or when the history does not reach as far as was recorded.
-    pub fn new(store: Arc<Store>, saved: Saved, attached: Vec<(i64, Bytes)>, mut lessor: Lessor, clock: Clock) -> Result<Machine> {
+    pub fn new(
+        store: Arc<Store>,
+        saved: Saved,
+        attached: Vec<(i64, Bytes)>,
+        mut lessor: Lessor,
+        clock: Clock,
+        slow: Duration,
+        counters: Arc<Counters>,
+    ) -> Result<Machine> {
         let damaged = |what: String| store.history().damaged(what);
         let mut position = Position::default();
         if let Some(bytes) = saved.applied {
@@ -120,14 +134,16 @@ impl Machine {
                 tracing::warn!(lease, "a key is attached to a lease that does not exist");
             }
         }
-        let hub = Arc::new(WatchHub::new(store.revision()));
+        let hub = Arc::new(WatchHub::new(store.revision(), counters.clone()));
         Ok(Machine {
             store,
             hub,
             lessor: Mutex::new(lessor),
+            counters,
             alarms: Mutex::new(alarms),
             by_quota: Mutex::new(by_quota),
             clock,
+            slow: Slow::new(slow),
             applied: Mutex::new(position.clone()),
             durable: Mutex::new(position),
         })
@@ -196,19 +212,21 @@ impl Machine {
         (self.clock)()
     }
 
-    /// Applies one command.
-    fn apply(&self, command: &internal::Command) -> Result<Outcome> {
+    /// Applies one command, and adds what it did to the tally.
+    fn apply(&self, command: &internal::Command, tally: &mut Tally) -> Result<Outcome> {
         let applied = match &command.op {
-            Some(command::Op::Put(request)) => self.write(|writer, leases| txn::put(writer, request, leases)).map(Reply::Put),
-            Some(command::Op::DeleteRange(request)) => self.write(|writer, _| txn::delete_range(writer, request)).map(Reply::DeleteRange),
-            Some(command::Op::Txn(request)) => self.write(|writer, leases| txn::txn(writer, request, leases)).map(Reply::Txn),
+            Some(command::Op::Put(request)) => self.write(tally, |writer, leases| txn::put(writer, request, leases)).map(Reply::Put),
+            Some(command::Op::DeleteRange(request)) => {
+                self.write(tally, |writer, _| txn::delete_range(writer, request)).map(Reply::DeleteRange)
+            }
+            Some(command::Op::Txn(request)) => self.write(tally, |writer, leases| txn::txn(writer, request, leases)).map(Reply::Txn),
             Some(command::Op::Compaction(request)) => self
                 .store
                 .compact(request.revision)
                 .map(|()| Reply::Compaction(CompactionResponse { header: self.header() }))
                 .map_err(Error::from),
             Some(command::Op::LeaseGrant(request)) => self.grant(request.id, request.ttl),
-            Some(command::Op::LeaseRevoke(request)) => self.revoke(request.id),
+            Some(command::Op::LeaseRevoke(request)) => self.revoke(request.id, tally),
             Some(command::Op::LeaseCheckpoint(checkpoint)) => {
                 if let Some(lease) = lock(&self.lessor).set_checkpoint(checkpoint.id, checkpoint.remaining_ttl) {
                     self.save_lease(&lease);
@@ -230,10 +248,13 @@ impl Machine {
     }
 
     /// Runs a request that writes, and tells leases and watchers what it wrote.
-    fn write<T>(&self, request: impl FnOnce(&mut Writer<'_>, &dyn Fn(i64) -> bool) -> Result<T>) -> Result<T> {
+    fn write<T>(&self, tally: &mut Tally, request: impl FnOnce(&mut Writer<'_>, &dyn Fn(i64) -> bool) -> Result<T>) -> Result<T> {
         let mut writer = self.store.begin();
+        let response = request(&mut writer, &|id| lock(&self.lessor).contains(id));
+        writer.tally.end_txn();
+        tally.add(&writer.tally);
         // A refusal drops the writer before it has written anything.
-        let response = request(&mut writer, &|id| lock(&self.lessor).contains(id))?;
+        let response = response?;
         if let Some(committed) = writer.finish() {
             self.publish(&committed);
         }
@@ -264,16 +285,19 @@ impl Machine {
         if let Some(lease) = lease {
             self.save_lease(&lease);
         }
+        self.counters.leases_granted.inc();
         Ok(Reply::LeaseGrant(LeaseGrantResponse { header: self.header(), id, ttl, error: String::new() }))
     }
 
-    fn revoke(&self, id: i64) -> Result<Reply> {
+    fn revoke(&self, id: i64, tally: &mut Tally) -> Result<Reply> {
         let keys = lock(&self.lessor).revoke(id)?;
+        self.counters.leases_revoked.inc();
         self.store.history().put_meta(&lease_name(id), None);
-        self.write(|writer, _| {
+        self.write(tally, |writer, _| {
             for key in &keys {
                 writer.delete(key);
             }
+            writer.tally.deletes += keys.len() as u64;
             Ok(())
         })?;
         Ok(Reply::LeaseRevoke(LeaseRevokeResponse { header: self.header() }))
@@ -401,14 +425,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let machine = &self.machine;
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
+            let began = machine.now();
             let mut outcomes = Vec::new();
             match &entry.payload {
                 EntryPayload::Blank => {}
                 EntryPayload::Normal(proposal) => {
                     outcomes.reserve(proposal.commands.len());
+                    let mut tally = Tally::default();
                     for command in proposal.commands.iter() {
-                        outcomes.push(machine.apply(command).map_err(to_io)?);
+                        outcomes.push(machine.apply(command, &mut tally).map_err(to_io)?);
                     }
+                    tally.count(&machine.counters);
                 }
                 EntryPayload::Membership(membership) => {
                     let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
@@ -420,6 +447,15 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let applied = internal::Applied { log_id: Some(log_id_to_proto(entry.log_id)), revision: machine.store.revision() };
             machine.store.history().commit(applied.encode_to_vec().into());
             lock(&machine.applied).log_id = Some(entry.log_id);
+            let now = machine.now();
+            let took = now.saturating_sub(began);
+            if machine.slow.is_slow(took) {
+                machine.counters.slow_apply.inc();
+                if let Some(untold) = machine.slow.tell(now) {
+                    let (index, commands) = (entry.log_id.index, outcomes.len());
+                    tracing::warn!(index, commands, ?took, untold, "an entry took long to apply");
+                }
+            }
             if let Some(responder) = responder {
                 responder.send(outcomes);
             }

@@ -117,6 +117,8 @@ pub(super) struct Generation {
     /// Batches handed to sled, and how many of them are known to be on disk.
     applied: AtomicU64,
     synced: AtomicU64,
+    /// Whether [`sync`](Self::sync) waits for the disk.
+    fsync: bool,
     /// Everything in the directory but `db`, in bytes, as it was when opened.
     other_bytes: u64,
 }
@@ -131,13 +133,13 @@ struct Handle {
 
 impl Generation {
     /// Makes an empty generation and syncs it. Whatever is in its place is removed.
-    pub(super) fn create(dir: &Path, number: u64) -> Result<Generation> {
+    pub(super) fn create(dir: &Path, number: u64, fsync: bool) -> Result<Generation> {
         let path = dir.join(generation_name(number));
         if path.exists() {
             fs::remove_dir_all(&path).map_err(|e| Error::io("remove the leftover generation", &path, e))?;
         }
         let made = make_dir(&path).and_then(|()| {
-            let generation = Generation::start(&path, number)?;
+            let generation = Generation::start(&path, number, fsync)?;
             let handle = generation.handle()?;
             guarded(&path, "create", || handle.trim.fill())?;
             generation.applied.fetch_add(1, Ordering::SeqCst);
@@ -154,7 +156,7 @@ impl Generation {
     }
 
     /// Opens the generation that `CURRENT` names.
-    pub(super) fn open(dir: &Path, number: u64) -> Result<Generation> {
+    pub(super) fn open(dir: &Path, number: u64, fsync: bool) -> Result<Generation> {
         let path = dir.join(generation_name(number));
         let mark = path.join(DAMAGED);
         if let Ok(what) = fs::read_to_string(&mark) {
@@ -169,14 +171,14 @@ impl Generation {
         }
         // Recovery overwrites the segments that it finds unused, so what it reads must be on disk first.
         sync_file(&path.join("db"))?;
-        let generation = Generation::start(&path, number)?;
+        let generation = Generation::start(&path, number, fsync)?;
         generation.applied.fetch_add(1, Ordering::SeqCst);
         generation.sync()?;
         sync_dir(&path)?;
         Ok(generation)
     }
 
-    fn start(path: &Path, number: u64) -> Result<Generation> {
+    fn start(path: &Path, number: u64, fsync: bool) -> Result<Generation> {
         let db_path = path.join("db");
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -222,6 +224,7 @@ impl Generation {
             failed: OnceLock::new(),
             applied: AtomicU64::new(0),
             synced: AtomicU64::new(0),
+            fsync,
             other_bytes,
         })
     }
@@ -333,8 +336,10 @@ impl Generation {
             return Ok(());
         }
         self.flush()?;
-        // After a failure the kernel takes the lost pages for clean: a second try would prove nothing, so there is none.
-        self.file.sync_data().map_err(|e| self.fail(Error::io("sync", self.path.join("db"), e)))?;
+        if self.fsync {
+            // After a failure the kernel takes the lost pages for clean: a second try would prove nothing, so there is none.
+            self.file.sync_data().map_err(|e| self.fail(Error::io("sync", self.path.join("db"), e)))?;
+        }
         self.synced.fetch_max(applied, Ordering::SeqCst);
         Ok(())
     }

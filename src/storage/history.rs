@@ -67,6 +67,7 @@ use self::tail::Tail;
 use super::keys::Key;
 use super::{Backend, Batch, Record, Revision};
 use crate::error::Result;
+use crate::lock::{lock, read, write};
 
 mod block;
 mod map;
@@ -521,11 +522,11 @@ impl History {
     }
 
     fn map(&self) -> RwLockReadGuard<'_, BlockMap> {
-        self.map.read().unwrap_or_else(PoisonError::into_inner)
+        read(&self.map)
     }
 
     fn map_mut(&self) -> RwLockWriteGuard<'_, BlockMap> {
-        self.map.write().unwrap_or_else(PoisonError::into_inner)
+        write(&self.map)
     }
 
     /// Panics with the values when an invariant does not hold. Reads every block: for tests and debug builds. No other
@@ -613,11 +614,6 @@ fn successor(rev: Revision) -> Revision {
         Some(sub) => Revision { sub, ..rev },
         None => Revision { main: rev.main.saturating_add(1), sub: 0 },
     }
-}
-
-/// A lock whose holder panicked still guards whole values here: all changes under a lock are small and do not panic half-way.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Lets one thread at a time to a value, for long and across blocking calls, without a lock being held meanwhile: the value

@@ -17,12 +17,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Bound;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use bytes::Bytes;
 
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Entries that a scan holds at a time between two calls of its visitor.
 const CHUNK_ENTRIES: usize = 64;
@@ -137,7 +138,7 @@ impl Mem {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 }
 

@@ -44,7 +44,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use ::sled::IVec;
 use bytes::Bytes;
@@ -52,6 +52,7 @@ use bytes::Bytes;
 use super::generation::{Generation, after, generation_name, make_dir, sled_batch, sync_dir};
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
+use crate::lock::{read, write};
 
 /// Bytes that a scan holds at a time between two calls of its visitor, and that a rewrite copies in one batch.
 const CHUNK_BYTES: usize = 512 * 1024;
@@ -67,6 +68,7 @@ const CURRENT: &str = "CURRENT";
 /// ```
 pub struct Sled {
     dir: PathBuf,
+    fsync: bool,
     /// Read: get, scan, flush and fsync. Written: changes of content and of generation, for as long as readers must wait.
     state: RwLock<State>,
 }
@@ -93,6 +95,15 @@ impl Sled {
     /// `Corrupt` names the file when `CURRENT`, or the generation it names, is missing or damaged; nothing has been changed
     /// then except by sled's own recovery. `Format` for a `CURRENT` of a newer release. `Locked` when another handle is open.
     pub fn open(dir: &Path) -> Result<Sled> {
+        Self::open_with(dir, true)
+    }
+
+    /// Opens the store as [`open`](Self::open) does. Without `fsync` a batch that was synced outlives the process, but not
+    /// a power cut; the small files that are written once are synced all the same.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(dir: &Path, fsync: bool) -> Result<Sled> {
         make_dir(dir)?;
         let number = match read_current(dir)? {
             Some(number) => number,
@@ -112,21 +123,21 @@ impl Sled {
             }
         }
         let live = if number == 0 {
-            let live = Generation::create(dir, 1)?;
+            let live = Generation::create(dir, 1, fsync)?;
             write_current(dir, 1)?;
             live
         } else {
-            Generation::open(dir, number)?
+            Generation::open(dir, number, fsync)?
         };
-        Ok(Sled { dir: dir.to_owned(), state: RwLock::new(State { live: Ok(live), rewrite: None, given_up: None }) })
+        Ok(Sled { dir: dir.to_owned(), fsync, state: RwLock::new(State { live: Ok(live), rewrite: None, given_up: None }) })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+        read(&self.state)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+        write(&self.state)
     }
 
     /// One chunk of a scan; the second value says whether the range may go on behind the last key.
@@ -276,7 +287,7 @@ impl Backend for Sled {
         // Readers get the error, rather than wait, for as long as this takes.
         drop(old);
         let number = read_current(&self.dir)?.unwrap_or(0);
-        let opened = Generation::open(&self.dir, number)?;
+        let opened = Generation::open(&self.dir, number, self.fsync)?;
         self.write().live = Ok(opened);
         Ok(())
     }
@@ -296,7 +307,7 @@ impl Backend for Sled {
             }
             state.live()?.number + 1
         };
-        let to = Generation::create(&self.dir, number)?;
+        let to = Generation::create(&self.dir, number, self.fsync)?;
         let mut state = self.write();
         if state.rewrite.is_none() {
             state.given_up = None;

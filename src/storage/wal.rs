@@ -79,13 +79,14 @@ pub use frame::{FORMAT_VERSION, Flaw, Record, Seen, SegmentScan, Tail, decode_se
 pub use read::{Entries, dump};
 
 use crate::error::{ApplyError, Error, Result};
+use crate::lock::lock;
 use bytes::Bytes;
 use disk::{Directory, Disk};
 use state::{Item, Meters, Shared, Sleep, State};
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -213,11 +214,13 @@ pub struct WalOptions {
     pub reserve_retry: Duration,
     /// Measures syncs; without it they are counted, but not measured.
     pub clock: Option<Clock>,
+    /// Whether the disk is waited for. If not, what was called durable outlives the process, and nothing more.
+    pub fsync: bool,
 }
 
 impl Default for WalOptions {
     fn default() -> Self {
-        Self { segment_bytes: SEGMENT_BYTES, cache_bytes: CACHE_BYTES, reserve_retry: Duration::from_secs(1), clock: None }
+        Self { segment_bytes: SEGMENT_BYTES, cache_bytes: CACHE_BYTES, reserve_retry: Duration::from_secs(1), clock: None, fsync: true }
     }
 }
 
@@ -270,7 +273,7 @@ impl Wal {
     /// [`Error::Corrupt`] if any file but for a torn tail is not what was written; then nothing has been changed.
     pub fn open(dir: impl AsRef<Path>, options: WalOptions) -> Result<(Wal, Recovered)> {
         let dir = dir.as_ref();
-        let disk = Directory::open(dir, true).map_err(|e| Error::io("open the log directory", dir, e))?;
+        let disk = Directory::open(dir, true, options.fsync).map_err(|e| Error::io("open the log directory", dir, e))?;
         Self::open_on(Arc::new(disk), options)
     }
 
@@ -297,7 +300,7 @@ impl Wal {
     fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
         let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
         let thread = spawned.map_err(|e| Error::io("start the thread of the log in", self.shared.disk.path(""), e))?;
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        lock(&self.threads).push(thread);
         Ok(())
     }
 
@@ -520,7 +523,7 @@ impl Wal {
         let mut state = self.shared.lock();
         state.closing = true;
         self.shared.wake(state);
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *lock(&self.threads));
         // A callback may hold the last handle. Its thread cannot wait for itself, nor for the other one, which waits for it.
         let within = threads.iter().any(|thread| thread.thread().id() == std::thread::current().id());
         for thread in threads {

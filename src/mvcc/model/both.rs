@@ -331,7 +331,7 @@ impl Both {
     }
 
     fn compact_step(&self) -> bool {
-        self.store.compact_step().expect("the history can be read")
+        self.store.compact_step().expect("the history can be read").is_some()
     }
 
     fn collect_blocks(&mut self, source: &mut Source<'_>) {

@@ -43,11 +43,13 @@ pub(super) trait DiskFile: Send + Sync {
 /// The real directory.
 pub(super) struct Directory {
     path: PathBuf,
+    /// Whether syncs are carried out. If not, the kernel writes when it likes, and a power cut may leave anything.
+    fsync: bool,
 }
 
 impl Directory {
     /// Opens the directory; with `create`, makes it (mode 0700) if it is missing, durably.
-    pub(super) fn open(path: &Path, create: bool) -> io::Result<Self> {
+    pub(super) fn open(path: &Path, create: bool, fsync: bool) -> io::Result<Self> {
         if create {
             let missing: Vec<&Path> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
             for dir in missing.into_iter().rev() {
@@ -56,7 +58,11 @@ impl Directory {
                 File::open(parent)?.sync_all()?;
             }
         }
-        Ok(Self { path: path.to_owned() })
+        Ok(Self { path: path.to_owned(), fsync })
+    }
+
+    fn file(&self, file: File) -> Arc<dyn DiskFile> {
+        Arc::new(RealFile { file, fsync: self.fsync })
     }
 }
 
@@ -81,11 +87,11 @@ impl Disk for Directory {
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(self.path.join(name))?;
-        Ok(Arc::new(file))
+        Ok(self.file(file))
     }
 
     fn open(&self, name: &str, writable: bool) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(OpenOptions::new().read(true).write(writable).open(self.path.join(name))?))
+        Ok(self.file(OpenOptions::new().read(true).write(writable).open(self.path.join(name))?))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -97,41 +103,46 @@ impl Disk for Directory {
     }
 
     fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        if self.fsync { File::open(&self.path)?.sync_all() } else { Ok(()) }
     }
 }
 
-impl DiskFile for File {
+struct RealFile {
+    file: File,
+    fsync: bool,
+}
+
+impl DiskFile for RealFile {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.read_exact_at(buf, offset)
+        self.file.read_exact_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.write_all_at(buf, offset)
+        self.file.write_all_at(buf, offset)
     }
 
     #[cfg(any(target_os = "linux", target_os = "android"))]
     fn reserve(&self, len: u64) -> io::Result<()> {
         use rustix::io::Errno;
-        match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, len) {
+        match rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), 0, len) {
             Ok(()) => Ok(()),
             // EOPNOTSUPP and ENOTSUP are one number on Linux.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.set_len(len),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.file.set_len(len),
             Err(errno) => Err(errno.into()),
         }
     }
 
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     fn reserve(&self, len: u64) -> io::Result<()> {
-        self.set_len(len)
+        self.file.set_len(len)
     }
 
     // fdatasync: the data and what is needed to find it again, the length included, but no time stamps.
     fn sync(&self) -> io::Result<()> {
-        self.sync_data()
+        if self.fsync { self.file.sync_data() } else { Ok(()) }
     }
 }

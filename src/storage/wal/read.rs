@@ -139,7 +139,7 @@ pub struct Entries {
 /// ```
 pub fn dump(dir: impl AsRef<Path>) -> Result<(Recovered, Entries)> {
     let dir = dir.as_ref();
-    let disk = Directory::open(dir, false).map_err(|e| Error::io("open the log directory", dir, e))?;
+    let disk = Directory::open(dir, false, true).map_err(|e| Error::io("open the log directory", dir, e))?;
     let loaded = recover::load(&disk, 0, false)?;
     let (next, end) = (loaded.log.first, loaded.log.next());
     let recovered = Recovered { state: loaded.log, torn: loaded.torn };

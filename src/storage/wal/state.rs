@@ -4,10 +4,11 @@ use super::disk::{Disk, DiskFile};
 use super::index::{Cache, Places, Terms};
 use super::{Done, FRAME_OVERHEAD, FSYNC_BUCKETS_SECONDS, LogEntry, LogId, LogState, MAX_QUEUED_BYTES, WalOptions, frame};
 use crate::error::{ApplyError, Error, Result};
+use crate::lock::lock;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// The counters behind [`WalMetrics`].
 #[derive(Default)]
@@ -142,7 +143,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // Every change of the state is complete before the lock is let go, so a panic elsewhere leaves nothing half done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Lets the lock go and wakes the log's thread if it sleeps.
