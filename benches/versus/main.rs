@@ -149,7 +149,7 @@ impl Run {
         let given = &self.args.sides[side];
         match &given.binary {
             Some(binary) if given.endpoints.is_empty() => {
-                let text = machine::version(binary)?.replace("etcd Version:", "etcd");
+                let text = machine::version(binary)?.replace(" Version:", "");
                 Ok(text.split_whitespace().collect::<Vec<_>>().join(" "))
             }
             _ => Ok(format!("{} {}", ["A", "B"][side], Cluster::join("", &given.endpoints, &[])?.version()?)),

@@ -6,8 +6,9 @@
 //!
 //! Whatever was started ends with the harness: on drop, and on SIGINT and SIGTERM too (see [`end_with_signals`]).
 //!
-//! Caveats: `write_bytes` counts pages that became dirty, so what a program overwrites before the kernel writes it out counts once. Both
-//! times have a grain of 10 ms.
+//! Caveats: what a server has written is what its disk has written, with all that was waiting: a machine that does anything else meanwhile
+//! counts too much. (The kernel's count for a process, `write_bytes`, is taken only for servers that the harness has not started: it adds a
+//! whole folio of the page cache, up to a megabyte, when one byte of it becomes dirty.) Both times have a grain of 10 ms.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,6 +25,7 @@ use quorate::proto::etcdserverpb::{StatusRequest, StatusResponse};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use crate::machine::device_written;
 use crate::requests::{RANGE, STATUS, Stamp};
 use crate::wire::{Channel, Result, block_on};
 
@@ -262,6 +264,9 @@ impl Cluster {
             sum.cpu_us += usage.cpu_us;
             sum.rss_bytes += usage.rss_bytes;
             sum.written_bytes += usage.written_bytes;
+        }
+        if let Some(written) = self.dir.as_ref().and_then(|dir| device_written(dir.path())) {
+            sum.written_bytes = written;
         }
         (!self.pids.is_empty()).then_some(sum)
     }
