@@ -84,6 +84,10 @@ mod server;
 pub mod snapshot;
 #[doc(hidden)]
 pub mod storage;
+// For the micro-benchmarks, likewise.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 #[cfg(test)]
 mod testing;
 
