@@ -85,6 +85,10 @@ mod slow;
 pub mod snapshot;
 #[doc(hidden)]
 pub mod storage;
+// For the micro-benchmarks, likewise.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 #[cfg(test)]
 mod testing;
 

@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["api"],
     &["client"],
     &["server"],
-    &["lib", "main", "logging"],
+    &["lib", "main", "logging", "internals"],
 ];
 
 #[test]

@@ -137,7 +137,7 @@ impl<M: IntoAnswer> IntoAnswer for Either<M> {
 }
 
 /// A message with its prefix, in one buffer of exactly that size.
-fn frame(message: &impl prost::Message) -> Result<Bytes, Status> {
+pub(crate) fn frame(message: &impl prost::Message) -> Result<Bytes, Status> {
     let len = message.encoded_len();
     let mut buf = BytesMut::with_capacity(PREFIX + len);
     buf.put_slice(&prefix(len)?);

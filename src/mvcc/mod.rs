@@ -485,7 +485,7 @@ impl Store {
 }
 
 /// Adds a write to a key's entry, or begins one.
-fn write_entry(entry: Option<&mut KeyIndex>, revision: Revision, meta: Option<Meta>) -> (Edit<KeyIndex>, ()) {
+pub(crate) fn write_entry(entry: Option<&mut KeyIndex>, revision: Revision, meta: Option<Meta>) -> (Edit<KeyIndex>, ()) {
     match entry {
         Some(entry) => {
             entry.push(revision, meta);
