@@ -45,8 +45,9 @@ pub const DEFAULT_QUOTA_BYTES: u64 = 2 * 1024 * 1024 * 1024;
 /// Longest election timeout, in milliseconds. Beyond it [`Config::validate`] refuses: a cluster would be headless for a minute.
 pub const ELECTION_TIMEOUT_MS_MAX: u64 = 50_000;
 
-/// Largest `max_request_bytes`: 1 GiB. Beyond it [`Config::validate`] refuses; a request is held in memory and in the log as a whole.
-pub const REQUEST_BYTES_MAX: usize = 1024 * 1024 * 1024;
+/// Largest `max_request_bytes`. Beyond it [`Config::validate`] refuses: a request is one entry of the log, which takes 32 MiB with what
+/// frames it.
+pub const REQUEST_BYTES_MAX: usize = 31 << 20;
 
 /// Shortest interval between progress notifications of an idle watch. Below it [`Config::validate`] refuses.
 pub const WATCH_PROGRESS_INTERVAL_MIN: Duration = Duration::from_millis(100);

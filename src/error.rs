@@ -139,7 +139,7 @@ apply_errors! {
     /// A Txn or a DeleteRange whose answer would not fit in memory; etcd has no such limit and may die of it.
     ResponseTooLarge = RESOURCE_EXHAUSTED, "etcdserver: response is too large";
     /// More requests wait than the member takes.
-    TooManyRequests = RESOURCE_EXHAUSTED, "etcdserver: too many requests";
+    TooManyRequests = UNKNOWN, "etcdserver: too many requests";
     /// No lease of that id.
     LeaseNotFound = NOT_FOUND, "etcdserver: requested lease not found";
     /// No member of that id.

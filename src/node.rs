@@ -14,14 +14,14 @@
 //! Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
 //! if so configured. The storage is the [background writer's](crate::background) business.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::ClientWriteResult;
 use prost::Message;
-use tokio::sync::{Notify, Semaphore, oneshot, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -55,8 +55,12 @@ const IN_FLIGHT: usize = 2;
 /// Requests that wait to be proposed. Beyond it they are refused with `too many requests`.
 const QUEUE_MAX: usize = 20_000;
 
-/// Bytes of requests that wait to be proposed; beyond it, as above.
+/// Bytes of requests that wait to be proposed. What is beyond waits for its turn, as long as any request may wait, and is then refused
+/// as above. No less than the largest request.
 const QUEUE_BYTES_MAX: usize = 32 << 20;
+
+/// How long a request waits, while the storage is behind, before it looks again.
+const BEHIND_RETRY: Duration = Duration::from_millis(5);
 
 /// Commands, and their bytes, in one entry of the log. What is beyond waits for the next entry.
 const BATCH_MAX: usize = 1024;
@@ -109,7 +113,12 @@ pub(crate) enum Health {
 
 struct Waiting {
     command: internal::Command,
+    /// The command's own.
+    bytes: usize,
     answer: oneshot::Sender<Outcome>,
+    /// Its share of [`QUEUE_BYTES_MAX`], until it is proposed.
+    #[allow(dead_code, reason = "kept for its drop")]
+    room: OwnedSemaphorePermit,
 }
 
 #[derive(Default)]
@@ -127,6 +136,10 @@ pub(crate) struct Node {
     wal: Arc<Wal>,
     background: Arc<Background>,
     queue: Mutex<Queue>,
+    /// What of [`QUEUE_BYTES_MAX`] is not taken.
+    queue_room: Arc<Semaphore>,
+    /// Bytes of commands handed to Raft and not answered yet.
+    in_flight_bytes: Arc<AtomicUsize>,
     queued: Notify,
     health: watch::Sender<Health>,
     term: AtomicU64,
@@ -177,6 +190,8 @@ impl Node {
             wal,
             background,
             queue: Mutex::default(),
+            queue_room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            in_flight_bytes: Arc::default(),
             queued: Notify::new(),
             health,
             term: AtomicU64::new(0),
@@ -307,17 +322,25 @@ impl Node {
         if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
         }
-        if self.wal.space_low() && self.wal.room_bytes() < LOG_RESERVE_BYTES + bytes as u64 {
-            return Err(ApplyError::NoSpace.into());
-        }
+        let room = match self.queue_room.clone().try_acquire_many_owned(bytes as u32) {
+            Ok(room) if !self.store().history().is_behind() => room,
+            _ => self.wait_for_room(bytes).await?,
+        };
         let (answer, wait) = oneshot::channel();
         let wake = {
             let mut queue = lock(&self.queue);
-            if queue.waiting.len() >= QUEUE_MAX || queue.bytes + bytes > QUEUE_BYTES_MAX || self.store().history().is_behind() {
+            if self.wal.space_low() {
+                // What is queued and under way will be written before this: an append that finds no room would be the member's end.
+                let before = queue.bytes + self.in_flight_bytes.load(Ordering::Relaxed) + bytes;
+                if self.wal.room_bytes() < LOG_RESERVE_BYTES + 2 * before as u64 {
+                    return Err(ApplyError::NoSpace.into());
+                }
+            }
+            if queue.waiting.len() >= QUEUE_MAX {
                 return Err(ApplyError::TooManyRequests.into());
             }
             queue.bytes += bytes;
-            queue.waiting.push(Waiting { command, answer });
+            queue.waiting.push(Waiting { command, bytes, answer, room });
             queue.waiting.len() == 1
         };
         if wake {
@@ -334,25 +357,42 @@ impl Node {
         }
     }
 
-    /// Takes what is queued, as much as makes one entry.
-    fn take_batch(&self) -> Vec<Waiting> {
+    /// Waits until the queue has room for a request, and the storage has kept up.
+    ///
+    /// # Errors
+    /// `too many requests` when it does not come to that in time.
+    async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
+        let waited = tokio::time::timeout(self.request_timeout(), async {
+            while self.store().history().is_behind() {
+                tokio::time::sleep(BEHIND_RETRY).await;
+            }
+            self.queue_room.clone().acquire_many_owned(bytes as u32).await
+        });
+        match waited.await {
+            Ok(Ok(room)) => Ok(room),
+            Ok(Err(_)) => Err(Error::Stopped),
+            Err(_) => Err(ApplyError::TooManyRequests.into()),
+        }
+    }
+
+    /// Takes what is queued, as much as makes one entry; and its bytes.
+    fn take_batch(&self) -> (Vec<Waiting>, usize) {
         let mut queue = lock(&self.queue);
-        let mut bytes = 0;
-        let mut count = 0;
+        let (mut bytes, mut count) = (0, 0);
         for waiting in queue.waiting.iter().take(BATCH_MAX) {
-            bytes += waiting.command.encoded_len();
-            if count > 0 && bytes > BATCH_BYTES_MAX {
+            if count > 0 && bytes + waiting.bytes > BATCH_BYTES_MAX {
                 break;
             }
+            bytes += waiting.bytes;
             count += 1;
         }
+        self.in_flight_bytes.fetch_add(bytes, Ordering::Relaxed);
         if count == queue.waiting.len() {
-            return std::mem::take(&mut *queue).waiting;
+            return (std::mem::take(&mut *queue).waiting, bytes);
         }
         let rest = queue.waiting.split_off(count);
-        let batch = std::mem::replace(&mut queue.waiting, rest);
-        queue.bytes = queue.waiting.iter().map(|waiting| waiting.command.encoded_len()).sum();
-        batch
+        queue.bytes -= bytes;
+        (std::mem::replace(&mut queue.waiting, rest), bytes)
     }
 
     async fn propose_batches(self: Arc<Self>) {
@@ -361,13 +401,15 @@ impl Node {
             self.queued.notified().await;
             loop {
                 let Ok(place) = in_flight.clone().acquire_owned().await else { return };
-                let batch = self.take_batch();
+                let (batch, bytes) = self.take_batch();
                 if batch.is_empty() {
                     break;
                 }
+                let in_flight_bytes = self.in_flight_bytes.clone();
                 let (commands, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.command, waiting.answer)).unzip();
                 let machine = self.machine.clone();
                 let answer = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
+                    in_flight_bytes.fetch_sub(bytes, Ordering::Relaxed);
                     drop(place);
                     match result {
                         Ok(response) => {

@@ -38,7 +38,7 @@ use bytes::Bytes;
 use crate::error::{ApplyError, Error, Result};
 use crate::lock::{lock, read, write};
 use crate::proto::{EncodedKv, KeyValue};
-use crate::storage::history::{History, HistoryOptions};
+use crate::storage::history::{History, HistoryOptions, Reader};
 use crate::storage::{Backend, Record, Revision};
 
 pub(crate) mod hash;
@@ -313,6 +313,11 @@ impl Store {
     /// The record at a revision that the index gave. A record that is not there is a fault of the store, not an answer.
     fn fetch(&self, revision: Revision) -> Result<Record> {
         self.history.get(revision)?.ok_or_else(|| self.history.missing(revision))
+    }
+
+    /// The record that a reader of this store finds.
+    fn fetch_with(&self, reader: &mut Reader<'_>, revision: Revision) -> Result<Record> {
+        reader.get(revision)?.ok_or_else(|| self.history.missing(revision))
     }
 
     /// The key as it stood at `at` (0: now), for one key and without a pin.

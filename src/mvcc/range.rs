@@ -22,18 +22,33 @@ use crate::error::{ApplyError, Result};
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::proto::{EncodedKv, KeyValue};
-use crate::storage::Revision;
+use crate::storage::{Record, Revision};
 
 use super::index::{Found, Meta};
 use super::tree::Bound;
+use super::txn::{Budget, READ_COST};
 use super::{KeyRange, Pin, STEP_KEYS, State, Store, Writer};
 
 /// Bytes of values that one Range holds on to before it is answered; beyond it they are fetched a second time as the
 /// answer is written out.
 pub(crate) const HOLD_BYTES: usize = 8 << 20;
 
+/// Bytes of values that a sort by value holds on to.
+const SORT_HOLD_BYTES: usize = 64 << 20;
+
+/// What it keeps of each value beyond that.
+const SORT_PREFIX_BYTES: usize = 64;
+
 /// Keys that fit one step of a walk that is done on the spot; see [`STEP_KEYS`].
 pub(crate) const INLINE_KEYS: usize = STEP_KEYS;
+
+/// What is read from the backend, and fetched in all, on the spot. A Range that needs more goes on where it keeps nobody waiting. One
+/// read takes some 0.1 ms, and 10 ms for a value of a megabyte.
+const INLINE_READS: usize = 2;
+const INLINE_BYTES: usize = 1 << 20;
+
+/// Records that are looked at on the spot to filter or sort by them.
+const INLINE_CHOICE: usize = 64;
 
 /// Checks what can be checked of a Range without the store.
 pub(crate) fn check(request: &RangeRequest) -> Result<(), ApplyError> {
@@ -91,6 +106,14 @@ pub(crate) struct RangeScan {
     cursor: Option<Vec<u8>>,
     hits: Vec<Hit>,
     count: i64,
+    /// The walk has not come to its end yet.
+    walking: bool,
+    /// Filtered, sorted and cut; and whether the limit cut anything off.
+    chosen: bool,
+    more: bool,
+    /// How many of the hits have been fetched, and what their answers take, in bytes.
+    fetched: usize,
+    held: usize,
 }
 
 /// What a Range found.
@@ -133,11 +156,16 @@ impl RangeScan {
             cursor: None,
             hits: Vec::new(),
             count: 0,
+            walking: true,
+            chosen: false,
+            more: false,
+            fetched: 0,
+            held: 0,
         }
     }
 
     /// Whether the whole range has to be looked at before the first key can be answered.
-    fn selects(&self) -> bool {
+    pub(super) fn selects(&self) -> bool {
         (self.sort.is_some() && !self.sort_what_fits) || self.filter != Filter::default()
     }
 
@@ -217,41 +245,99 @@ impl RangeScan {
         match target {
             SortTarget::Key if descending => self.hits.reverse(),
             SortTarget::Key => {}
-            SortTarget::Value => {
-                let mut values = Vec::with_capacity(self.hits.len());
-                for hit in self.hits.drain(..) {
-                    values.push((decode(store, hit.revision)?.value, hit));
-                }
-                values.sort_by(|a, b| if descending { b.0.cmp(&a.0) } else { a.0.cmp(&b.0) });
-                self.hits.extend(values.into_iter().map(|(_, hit)| hit));
-            }
+            SortTarget::Value => self.sort_by_value(descending, store)?,
             _ if descending => self.hits.sort_by_key(|hit| std::cmp::Reverse(number(hit))),
             _ => self.hits.sort_by_key(number),
         }
         Ok(())
     }
 
-    /// Fetches what is not there yet, holding no more than was agreed.
-    fn fetch(&mut self, store: &Store) -> Result<bool> {
+    /// Sorts by value, holding [`SORT_HOLD_BYTES`] of values at most: beyond them the first bytes of each, and where these are
+    /// alike the values are fetched anew for each comparison, which is slow, but ends.
+    fn sort_by_value(&mut self, descending: bool, store: &Store) -> Result<()> {
         let mut held = 0;
-        for hit in &mut self.hits {
+        let mut values = Vec::with_capacity(self.hits.len());
+        for hit in self.hits.drain(..) {
+            let value = decode(store, hit.revision)?.value;
+            let whole = held + value.len() <= SORT_HOLD_BYTES;
+            // Copied when cut: a slice would hold the whole.
+            let known = if whole { value } else { Bytes::copy_from_slice(value.get(..SORT_PREFIX_BYTES).unwrap_or(&value)) };
+            held += known.len();
+            values.push((known, whole, hit));
+        }
+        let mut failed = None;
+        let mut whole = |(value, whole, hit): &(Bytes, bool, Hit)| match if *whole {
+            Ok(value.clone())
+        } else {
+            decode(store, hit.revision).map(|kv| kv.value)
+        } {
+            Ok(value) => value,
+            Err(err) => {
+                failed.get_or_insert(err);
+                Bytes::new()
+            }
+        };
+        values.sort_by(|a, b| {
+            let common = a.0.len().min(b.0.len());
+            let alike = !(a.1 && b.1) && a.0[..common] == b.0[..common];
+            let order = if alike { whole(a).cmp(&whole(b)) } else { a.0.cmp(&b.0) };
+            if descending { order.reverse() } else { order }
+        });
+        self.hits.extend(values.into_iter().map(|(.., hit)| hit));
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Fetches what is not there yet, holding no more than was agreed. On the spot it does so as long as little has to be waited
+    /// for, and returns false when more is left.
+    fn fetch(&mut self, store: &Store, on_the_spot: bool) -> Result<bool> {
+        let mut reader = store.history().reader();
+        let (mut reads, mut bytes) = (0, 0);
+        while let Some(hit) = self.hits.get_mut(self.fetched) {
             let kv = match hit.kv.take() {
                 Some(kv) => kv,
-                None => answer(store, hit.revision, self.keys_only)?,
+                None => {
+                    let record = match reader.at_hand(hit.revision) {
+                        Some(record) => record,
+                        None if on_the_spot && reads == INLINE_READS => return Ok(false),
+                        None => {
+                            reads += 1;
+                            store.fetch_with(&mut reader, hit.revision)?
+                        }
+                    };
+                    answer_of(store, hit.revision, record, self.keys_only)?
+                }
             };
             hit.len = kv.encoded_len();
-            held += hit.len;
-            if held <= self.hold_bytes {
+            bytes += hit.len;
+            self.held += hit.len;
+            if self.held <= self.hold_bytes {
                 hit.kv = Some(kv);
             }
+            self.fetched += 1;
+            if on_the_spot && bytes > INLINE_BYTES {
+                return Ok(self.fetched == self.hits.len());
+            }
         }
-        Ok(held <= self.hold_bytes)
+        Ok(true)
+    }
+
+    fn result(self) -> RangeResult {
+        RangeResult { held: self.held <= self.hold_bytes, hits: self.hits, more: self.more, count: self.count }
     }
 
     fn finish(mut self, store: &Store) -> Result<RangeResult> {
-        let more = self.choose(store)?;
-        let held = self.fetch(store)?;
-        Ok(RangeResult { hits: self.hits, more, count: self.count, held })
+        if !self.chosen {
+            self.more = self.choose(store)?;
+            self.chosen = true;
+        }
+        self.fetch(store, false)?;
+        Ok(self.result())
+    }
+
+    /// Whether choosing means to read many records first.
+    fn is_long_choice(&self) -> bool {
+        let by_value = matches!(self.sort, Some((SortTarget::Value, _)));
+        self.hits.len() > INLINE_CHOICE && (by_value || (self.selects() && self.hits.iter().any(|hit| hit.meta.is_none())))
     }
 
     /// Runs within a request that writes, in one go: nobody can pass in between anyway.
@@ -260,29 +346,67 @@ impl RangeScan {
         self.finish(writer.store)
     }
 
+    /// What the answer would hold, and what it costs to find out, taken from a Txn's bounds.
+    pub(super) fn measure_in(mut self, writer: &Writer<'_>, budget: &mut Budget) -> Result<()> {
+        self.walk(&writer.state, writer.at(), usize::MAX);
+        let unknown = self.hits.iter().filter(|hit| hit.meta.is_none()).count();
+        let by_value = matches!(self.sort, Some((SortTarget::Value, _)));
+        // Looked at here and once more when it is answered.
+        budget.work(
+            2 * READ_COST
+                * if by_value {
+                    self.hits.len()
+                } else if self.selects() {
+                    unknown
+                } else {
+                    0
+                },
+        )?;
+        self.choose(writer.store)?;
+        for hit in self.hits {
+            let len = match hit.kv {
+                Some(kv) => kv.encoded_len(),
+                None => {
+                    budget.work(2 * READ_COST)?;
+                    answer(writer.store, hit.revision, self.keys_only)?.encoded_len()
+                }
+            };
+            // Beside its bytes a pair takes some memory of its own.
+            budget.answer(len + std::mem::size_of::<Hit>())?;
+        }
+        Ok(())
+    }
+
     /// The first step, on the spot. `Ok` is the whole answer; `Err` gives the scan back when it is longer than that, to
     /// be [continued](Self::run) where it keeps nobody waiting.
     #[allow(clippy::result_large_err, reason = "the scan goes on where it is, not up a chain of callers")]
     pub fn start(mut self, store: &Store) -> Result<Result<RangeResult>, Self> {
-        let more = {
+        self.walking = {
             let state = store.state();
             self.walk(&state, state.revision, INLINE_KEYS)
         };
-        if more { Err(self) } else { Ok(self.finish(store)) }
+        if self.walking || self.is_long_choice() {
+            return Err(self);
+        }
+        match self.choose(store) {
+            Ok(more) => (self.more, self.chosen) = (more, true),
+            Err(err) => return Ok(Err(err)),
+        }
+        match self.fetch(store, true) {
+            Ok(true) => Ok(Ok(self.result())),
+            Ok(false) => Err(self),
+            Err(err) => Ok(Err(err)),
+        }
     }
 
     /// The remaining steps, letting go of the lock between them.
     pub fn run(mut self, pin: &Pin) -> Result<RangeResult> {
         let store = pin.store();
-        loop {
-            let more = {
-                let state = store.state();
-                self.walk(&state, state.revision, STEP_KEYS)
-            };
-            if !more {
-                return self.finish(store);
-            }
+        while self.walking {
+            let state = store.state();
+            self.walking = self.walk(&state, state.revision, STEP_KEYS);
         }
+        self.finish(store)
     }
 }
 
@@ -293,10 +417,16 @@ fn decode(store: &Store, revision: Revision) -> Result<KeyValue> {
 
 /// The answer for the key whose record stands at `revision`.
 pub(crate) fn answer(store: &Store, revision: Revision, keys_only: bool) -> Result<EncodedKv> {
+    answer_of(store, revision, store.fetch(revision)?, keys_only)
+}
+
+fn answer_of(store: &Store, revision: Revision, record: Record, keys_only: bool) -> Result<EncodedKv> {
+    let kv = EncodedKv::from_encoded(record.bytes);
     if keys_only {
-        Ok(EncodedKv::encode(&KeyValue { value: Bytes::new(), ..decode(store, revision)? }))
+        let kv = kv.decode().map_err(|_| store.history().missing(revision))?;
+        Ok(EncodedKv::encode(&KeyValue { value: Bytes::new(), ..kv }))
     } else {
-        Ok(EncodedKv::from_encoded(store.fetch(revision)?.bytes))
+        Ok(kv)
     }
 }
 

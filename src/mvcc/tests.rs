@@ -621,3 +621,81 @@ fn a_watch_beside_a_writer_misses_nothing() {
     assert_eq!(told[&0], all);
     assert_eq!(told[&1], all.into_iter().filter(|revision| (revision - 2) % 8 == 3).collect::<Vec<_>>());
 }
+
+/// A store with this many keys, `k000000` and on.
+fn filled(keys: usize) -> Arc<Store> {
+    let store = open(&Arc::new(Mem::new()));
+    for some in (0..keys).collect::<Vec<_>>().chunks(1000) {
+        let mut writer = store.begin();
+        for number in some {
+            writer.put(&format!("k{number:06}").into(), &format!("v{}", number % 7).into(), 0);
+        }
+        writer.finish();
+        store.history().commit(Bytes::new());
+    }
+    store
+}
+
+fn in_txn(request: Request) -> RequestOp {
+    RequestOp { request: Some(request) }
+}
+
+fn all_keys() -> RangeRequest {
+    RangeRequest { key: "k".into(), range_end: "l".into(), ..RangeRequest::default() }
+}
+
+/// Txns whose work or whose answers multiply are refused before they have done much, whatever they are made of.
+#[test]
+fn a_txn_is_bounded() {
+    let store = filled(20_000);
+    let refused = |txn: &TxnRequest| match super::txn::txn(&mut store.begin(), txn, &|_| true) {
+        Err(crate::Error::Apply(refused)) => refused,
+        other => panic!("{other:?}"),
+    };
+    let every = Compare { key: "k".into(), range_end: "l".into(), target: 1, result: 1, ..Compare::default() };
+    let compares = TxnRequest { compare: vec![every; 60], ..TxnRequest::default() };
+    let nested = TxnRequest { success: vec![in_txn(Request::RequestTxn(compares.clone())); 60], ..TxnRequest::default() };
+    assert!(super::txn::txn(&mut store.begin(), &compares, &|_| true).unwrap().succeeded);
+    assert_eq!(refused(&nested), ApplyError::TooManyOps);
+    // Names alone are an answer, too.
+    let names = RangeRequest { keys_only: true, ..all_keys() };
+    let txn = TxnRequest { success: vec![in_txn(Request::RequestRange(names)); 100], ..TxnRequest::default() };
+    assert_eq!(refused(&txn), ApplyError::ResponseTooLarge);
+    // A count costs nothing, and an answer of a few pairs is not weighed.
+    let count = RangeRequest { count_only: true, ..all_keys() };
+    let few = RangeRequest { limit: 2, ..all_keys() };
+    let ops = (0..100).map(|number| in_txn(Request::RequestRange(if number < 90 { count.clone() } else { few.clone() })));
+    let response = super::txn::txn(&mut store.begin(), &TxnRequest { success: ops.collect(), ..TxnRequest::default() }, &|_| true).unwrap();
+    assert!(response.responses.iter().all(|one| matches!(&one.response, Some(Response::ResponseRange(range)) if range.count == 20_000)));
+}
+
+/// What the limit leaves of a sorted range is what is weighed, not what comes first by key.
+#[test]
+fn a_txn_weighs_what_it_answers() {
+    let store = filled(100);
+    let mut writer = store.begin();
+    writer.put(&"k999999".into(), &vec![b'z'; 1 << 20].into(), 0);
+    writer.finish();
+    let largest = RangeRequest { limit: 1, sort_order: 2, sort_target: 4, ..all_keys() };
+    let txn = |times| TxnRequest { success: vec![in_txn(Request::RequestRange(largest.clone())); times], ..TxnRequest::default() };
+    assert!(super::txn::txn(&mut store.begin(), &txn(40), &|_| true).is_ok());
+    assert_eq!(super::txn::txn(&mut store.begin(), &txn(70), &|_| true).unwrap_err().to_string(), ApplyError::ResponseTooLarge.to_string());
+}
+
+proptest! {
+    /// The set of keys that a Txn deletes, beside a plain list of ranges.
+    #[test]
+    fn key_sets(spans in proptest::collection::vec((0u8..20, 0u8..24), 0..12), singles in proptest::collection::vec(0u8..24, 0..4)) {
+        let bytes: Vec<[u8; 1]> = (0..32).map(|byte| [byte]).collect();
+        let end = |end: u8| (end < 23).then(|| &bytes[usize::from(end)][..]);
+        let mut set = super::txn::KeySet::default();
+        for (start, last) in &spans {
+            set.add_span(&bytes[usize::from(*start)], end(*last));
+        }
+        set.keys.extend(singles.iter().map(|key| &bytes[usize::from(*key)][..]));
+        for key in 0..30u8 {
+            let expected = singles.contains(&key) || spans.iter().any(|(start, last)| *start <= key && (*last >= 23 || key < *last));
+            prop_assert_eq!(set.contains(&[key]), expected, "{}", key);
+        }
+    }
+}

@@ -19,10 +19,9 @@
 //!   a key that is gone, and with `ignore_value` or `ignore_lease` there is nothing to take over: `key not found`.
 //! - Responses within a Txn have a header with the revision alone, as in etcd.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use prost::Message;
 
 use crate::error::{ApplyError, Result};
 use crate::metrics::Counters;
@@ -48,6 +47,43 @@ pub(crate) const NESTING_MAX: usize = 32;
 /// those of a Range cannot be fetched a second time; a request that asks for more is refused before it has changed anything.
 pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 20;
 
+/// Pairs that an answer may have without being measured beforehand: each is as large as a request at most.
+const PAIRS_UNMEASURED: usize = 32;
+
+/// What evaluating one Txn may cost in all: a key that is looked at counts 1, a record that is read [`READ_COST`]. About a
+/// second of work; a Txn that needs more is refused as having too many operations before it has changed anything. Its place in
+/// the log makes every member refuse it alike.
+const WORK_MAX: usize = 8 << 20;
+
+/// What a record that is read counts, beside the key that was looked at.
+pub(super) const READ_COST: usize = 8;
+
+/// What is left of the bounds on one Txn.
+pub(super) struct Budget {
+    work: usize,
+    bytes: usize,
+}
+
+impl Budget {
+    fn new() -> Budget {
+        Budget { work: WORK_MAX, bytes: ANSWER_BYTES_MAX }
+    }
+
+    /// Takes work from what is left.
+    pub(super) fn work(&mut self, work: usize) -> Result<()> {
+        let left = self.work.checked_sub(work);
+        // What was too much has been done all the same, up to the bound.
+        self.work = left.unwrap_or(0);
+        left.map(drop).ok_or_else(|| ApplyError::TooManyOps.into())
+    }
+
+    /// Takes bytes of the answer from what is left.
+    pub(super) fn answer(&mut self, bytes: usize) -> Result<()> {
+        self.bytes = self.bytes.checked_sub(bytes).ok_or(ApplyError::ResponseTooLarge)?;
+        Ok(())
+    }
+}
+
 /// What requests have done, as etcd counts it: a Txn's operations like those that stand alone, a compare as a Range, a
 /// DeleteRange as one, however many keys it deletes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +94,8 @@ pub(crate) struct Tally {
     pub txns: u64,
     /// Keys and values of the puts, in bytes.
     pub put_bytes: u64,
+    /// What evaluating Txns has cost; see [`WORK_MAX`].
+    pub work: u64,
     /// Where the transaction under way began: puts, deletes and ranges before it.
     before: u64,
 }
@@ -78,6 +116,7 @@ impl Tally {
         self.ranges += other.ranges;
         self.txns += other.txns;
         self.put_bytes += other.put_bytes;
+        self.work += other.work;
         self.before = self.puts + self.deletes + self.ranges;
     }
 
@@ -140,17 +179,58 @@ fn check_ops(txn: &TxnRequest, max_ops: usize, depth: usize) -> Result<(), Apply
     })
 }
 
-/// Keys that a list of operations puts, and ranges that it deletes.
+/// A set of keys: single ones, and spans, of which no two touch. To add one and to ask for one takes logarithmic time,
+/// however a request has arranged them.
+#[derive(Default)]
+pub(super) struct KeySet<'a> {
+    pub(super) keys: BTreeSet<&'a [u8]>,
+    /// First key, and the end, exclusive; none: to the last key there is.
+    spans: BTreeMap<&'a [u8], Option<&'a [u8]>>,
+}
+
+impl<'a> KeySet<'a> {
+    pub(super) fn add_span(&mut self, mut start: &'a [u8], mut end: Option<&'a [u8]>) {
+        if end.is_some_and(|end| end <= start) {
+            return;
+        }
+        let later = |a: Option<&'a [u8]>, b: Option<&'a [u8]>| Some(a?.max(b?));
+        if let Some((&first, &last)) = self.spans.range(..=start).next_back()
+            && last.is_none_or(|last| last >= start)
+        {
+            (start, end) = (first, later(end, last));
+        }
+        while let Some((&first, &last)) = self.spans.range(start..).next()
+            && end.is_none_or(|end| first <= end)
+        {
+            self.spans.remove(first);
+            end = later(end, last);
+        }
+        self.spans.insert(start, end);
+    }
+
+    fn extend(&mut self, other: KeySet<'a>) {
+        self.keys.extend(other.keys);
+        for (start, end) in other.spans {
+            self.add_span(start, end);
+        }
+    }
+
+    pub(super) fn contains(&self, key: &[u8]) -> bool {
+        let within = |(_, end): (&&[u8], &Option<&[u8]>)| end.is_none_or(|end| key < end);
+        self.keys.contains(key) || self.spans.range(..=key).next_back().is_some_and(within)
+    }
+}
+
+/// Keys that a list of operations puts, and those that it deletes.
 #[derive(Default)]
 struct Writes<'a> {
     puts: BTreeSet<&'a Bytes>,
-    /// First key and end, exclusive; no end for a single key.
-    deletes: Vec<(&'a Bytes, &'a Bytes)>,
+    deleted: KeySet<'a>,
 }
 
 impl Writes<'_> {
     fn deletes(&self, key: &Bytes) -> bool {
-        self.deletes.iter().any(|&(start, end)| if end.is_empty() { start == key } else { start <= key && key < end })
+        self.deleted.contains(key)
     }
 }
 
@@ -160,7 +240,11 @@ fn writes(ops: &[RequestOp]) -> Result<Writes<'_>, ApplyError> {
     let mut all = Writes::default();
     for op in ops {
         if let Some(Request::RequestDeleteRange(delete)) = &op.request {
-            all.deletes.push((&delete.key, &delete.range_end));
+            match &delete.range_end[..] {
+                b"" => _ = all.deleted.keys.insert(&delete.key),
+                // An end of one zero byte is to etcd, here alone, what it says: no key is below it. See the module's head.
+                end => all.deleted.add_span(&delete.key, Some(end)),
+            }
         }
     }
     for op in ops {
@@ -179,8 +263,8 @@ fn writes(ops: &[RequestOp]) -> Result<Writes<'_>, ApplyError> {
         }
         all.puts.extend(then.puts);
         all.puts.extend(otherwise.puts);
-        all.deletes.extend(then.deletes);
-        all.deletes.extend(otherwise.deletes);
+        all.deleted.extend(then.deleted);
+        all.deleted.extend(otherwise.deleted);
     }
     for op in ops {
         if let Some(Request::RequestPut(put)) = &op.request
@@ -250,7 +334,11 @@ fn do_put(writer: &mut Writer<'_>, request: &PutRequest) -> Result<PutResponse> 
 /// Carries out a DeleteRange that stands alone.
 pub(crate) fn delete_range(writer: &mut Writer<'_>, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse> {
     if request.prev_kv {
-        measure_range(writer, &KeyRange::new(&request.key, &request.range_end), usize::MAX, writer.at(), &mut ANSWER_BYTES_MAX.clone())?;
+        let mut budget = Budget::new();
+        let (range, at) = (KeyRange::new(&request.key, &request.range_end), writer.at());
+        if count_range(writer, &range, usize::MAX, at, &mut budget)? > PAIRS_UNMEASURED {
+            measure_range(writer, &range, at, &mut budget)?;
+        }
     }
     do_delete_range(writer, request)
 }
@@ -287,28 +375,42 @@ fn range_in(writer: &mut Writer<'_>, request: &RangeRequest) -> Result<RangeResp
 
 /// Carries out a Txn: compares, checks the branches it takes, and only then executes them.
 pub(crate) fn txn(writer: &mut Writer<'_>, request: &TxnRequest, lease_exists: &dyn Fn(i64) -> bool) -> Result<TxnResponse> {
+    let mut budget = Budget::new();
+    let response = txn_within(writer, request, lease_exists, &mut budget);
+    writer.tally.work += (WORK_MAX - budget.work) as u64;
+    response
+}
+
+fn txn_within(
+    writer: &mut Writer<'_>,
+    request: &TxnRequest,
+    lease_exists: &dyn Fn(i64) -> bool,
+    budget: &mut Budget,
+) -> Result<TxnResponse> {
     let mut path = Vec::new();
-    compare(writer, request, &mut path)?;
+    compare(writer, request, &mut path, budget)?;
     if !is_read_only(request) {
-        check_puts(writer, request, &mut path.iter(), &mut Vec::new(), lease_exists)?;
+        check_puts(writer, request, &mut path.iter(), &mut KeySet::default(), lease_exists)?;
     }
     check_ranges(writer, request, &mut path.iter())?;
     if !is_read_only(request) {
         // etcd compares in a transaction of its own when it is going to write.
         writer.tally.end_txn();
     }
-    measure(writer, request, &mut path.iter(), &mut ANSWER_BYTES_MAX.clone())?;
+    if count(writer, request, &mut path.iter(), budget)? > PAIRS_UNMEASURED {
+        measure(writer, request, &mut path.iter(), budget)?;
+    }
     let mut response = execute(writer, request, &mut path.iter())?;
     response.header = header(writer.at());
     Ok(response)
 }
 
 /// Evaluates the compares of the Txn and of those nested in the branches taken, in the order in which they are met.
-fn compare(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut Vec<bool>) -> Result<()> {
+fn compare(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut Vec<bool>, budget: &mut Budget) -> Result<()> {
     let mut holds = true;
     for one in &txn.compare {
         writer.tally.ranges += 1;
-        if !compare_one(writer, one)? {
+        if !compare_one(writer, one, budget)? {
             holds = false;
             break;
         }
@@ -316,7 +418,7 @@ fn compare(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut Vec<bool>) -> R
     path.push(holds);
     for op in branch(txn, holds) {
         if let Some(Request::RequestTxn(nested)) = &op.request {
-            compare(writer, nested, path)?;
+            compare(writer, nested, path, budget)?;
         }
     }
     Ok(())
@@ -327,33 +429,47 @@ fn branch(txn: &TxnRequest, holds: bool) -> &[RequestOp] {
 }
 
 /// Whether a compare holds: for every key of its range, or for what a missing key is taken to be.
-fn compare_one(writer: &Writer<'_>, compare: &Compare) -> Result<bool> {
+fn compare_one(writer: &Writer<'_>, compare: &Compare, budget: &mut Budget) -> Result<bool> {
     let target = CompareTarget::try_from(compare.target);
-    let range = KeyRange::new(&compare.key, &compare.range_end);
-    let found = match &range {
-        KeyRange::Key(key) => writer.current(key).map(|found| (Bytes::new(), found)).into_iter().collect(),
-        range => writer.find(range),
-    };
-    if found.is_empty() {
-        // No value is like that of a key that does not exist; its numbers are all 0.
-        return Ok(target != Ok(CompareTarget::Value) && holds(compare, target, Meta { created: 0, version: 0, lease: 0 }, 0));
-    }
-    for (_, found) in found {
-        let holds = if target == Ok(CompareTarget::Value) {
-            let kv = writer.fetch(found)?.decode().map_err(|_| writer.damaged(&compare.key))?;
-            let wanted = match &compare.target_union {
-                Some(TargetUnion::Value(value)) => value.as_ref(),
-                _ => b"",
-            };
-            ordering(compare, kv.value.as_ref().cmp(wanted))
-        } else {
-            found.meta.is_some_and(|meta| holds(compare, target, meta, found.revision.main))
+    let mut check = |found: Found| {
+        if target != Ok(CompareTarget::Value) {
+            return Ok(found.meta.is_some_and(|meta| holds(compare, target, meta, found.revision.main)));
+        }
+        budget.work(READ_COST)?;
+        let kv = writer.fetch(found)?.decode().map_err(|_| writer.damaged(&compare.key))?;
+        let wanted = match &compare.target_union {
+            Some(TargetUnion::Value(value)) => value.as_ref(),
+            _ => b"",
         };
-        if !holds {
-            return Ok(false);
+        Ok(ordering(compare, kv.value.as_ref().cmp(wanted)))
+    };
+    let range = KeyRange::new(&compare.key, &compare.range_end);
+    let (start, end) = match &range {
+        KeyRange::Key(key) => match writer.current(key) {
+            Some(found) => return check(found),
+            None => (key, Bound::Before(key)),
+        },
+        KeyRange::Span(start, end) => (start, Bound::Before(end)),
+        KeyRange::From(start) => (start, Bound::Unbounded),
+    };
+    let (mut looked_at, mut is_empty, mut all_hold) = (0, true, true);
+    for (_, entry) in writer.state.index.range(start, end) {
+        looked_at += 1;
+        if looked_at > WORK_MAX {
+            break;
+        }
+        if let Some(found) = entry.current() {
+            is_empty = false;
+            all_hold = check(found)?;
+            if !all_hold {
+                break;
+            }
         }
     }
-    Ok(true)
+    budget.work(looked_at)?;
+    // No value is like that of a key that does not exist; its numbers are all 0.
+    let missing = Meta { created: 0, version: 0, lease: 0 };
+    Ok(if is_empty { target != Ok(CompareTarget::Value) && holds(compare, target, missing, 0) } else { all_hold })
 }
 
 /// Compares a number of a key with the one given; a union of another kind than the target counts as 0.
@@ -386,11 +502,11 @@ fn ordering(compare: &Compare, ordering: std::cmp::Ordering) -> bool {
 
 /// Checks the puts of the branches taken: the key that `ignore_*` relies on, and the lease. `deleted` collects the ranges
 /// that are gone by then.
-fn check_puts(
+fn check_puts<'a>(
     writer: &mut Writer<'_>,
-    txn: &TxnRequest,
+    txn: &'a TxnRequest,
     path: &mut std::slice::Iter<'_, bool>,
-    deleted: &mut Vec<KeyRange>,
+    deleted: &mut KeySet<'a>,
     lease_exists: &dyn Fn(i64) -> bool,
 ) -> Result<(), ApplyError> {
     for op in branch(txn, path.next().copied().unwrap_or(false)) {
@@ -398,8 +514,7 @@ fn check_puts(
             Some(Request::RequestPut(put)) => {
                 if put.ignore_value || put.ignore_lease {
                     writer.tally.ranges += 1;
-                    let gone = deleted.iter().any(|range| range.contains(&put.key));
-                    if gone || writer.current(&put.key).is_none() {
+                    if deleted.contains(&put.key) || writer.current(&put.key).is_none() {
                         return Err(ApplyError::KeyNotFound);
                     }
                 }
@@ -407,7 +522,11 @@ fn check_puts(
                     return Err(ApplyError::LeaseNotFound);
                 }
             }
-            Some(Request::RequestDeleteRange(delete)) => deleted.push(KeyRange::new(&delete.key, &delete.range_end)),
+            Some(Request::RequestDeleteRange(delete)) => match &delete.range_end[..] {
+                b"" => _ = deleted.keys.insert(&delete.key),
+                b"\0" => deleted.add_span(&delete.key, None),
+                end => deleted.add_span(&delete.key, Some(end)),
+            },
             Some(Request::RequestTxn(nested)) => check_puts(writer, nested, path, deleted, lease_exists)?,
             Some(Request::RequestRange(_)) | None => {}
         }
@@ -427,51 +546,75 @@ fn check_ranges(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::It
     Ok(())
 }
 
-/// Adds up what the answers of the branches taken will hold, as the state is before the Txn, and refuses too much. What the
-/// Txn itself writes is left out: it came in one request, and is small against the bound.
-fn measure(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, bool>, left: &mut usize) -> Result<()> {
+/// How many pairs the answers of the branches taken can have, as the state is before the Txn. What the Txn itself writes is left
+/// out, here and below: it came in one request, and is small against the bound.
+fn count(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, bool>, budget: &mut Budget) -> Result<usize> {
+    let mut pairs = 0;
     for op in branch(txn, path.next().copied().unwrap_or(false)) {
-        match &op.request {
-            Some(Request::RequestRange(range)) if !range.count_only && !range.keys_only => {
+        pairs += match &op.request {
+            Some(Request::RequestRange(range)) if !range.count_only => {
                 let at = if range.revision <= 0 { writer.at() } else { range.revision };
                 let limit = usize::try_from(range.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
-                measure_range(writer, &KeyRange::new(&range.key, &range.range_end), limit, at, left)?;
+                // A sort or a filter looks at the whole range, whatever the limit.
+                let looks = if RangeScan::new(range, at, 0).selects() { usize::MAX } else { limit };
+                count_range(writer, &KeyRange::new(&range.key, &range.range_end), looks, at, budget)?.min(limit)
             }
             Some(Request::RequestDeleteRange(delete)) if delete.prev_kv => {
-                measure_range(writer, &KeyRange::new(&delete.key, &delete.range_end), usize::MAX, writer.at(), left)?;
+                count_range(writer, &KeyRange::new(&delete.key, &delete.range_end), usize::MAX, writer.at(), budget)?
+            }
+            Some(Request::RequestPut(put)) => usize::from(put.prev_kv),
+            Some(Request::RequestTxn(nested)) => count(writer, nested, path, budget)?,
+            _ => 0,
+        };
+    }
+    Ok(pairs)
+}
+
+/// Counts the keys of a range as they were at a revision, up to `limit`. Each key that has ever been there is work.
+fn count_range(writer: &Writer<'_>, range: &KeyRange, limit: usize, at: i64, budget: &mut Budget) -> Result<usize> {
+    let (start, end) = match range {
+        // What a single key costs is the operation's own share.
+        KeyRange::Key(_) => return Ok(1),
+        KeyRange::Span(start, end) => (start, Bound::Before(end)),
+        KeyRange::From(start) => (start, Bound::Unbounded),
+    };
+    let mut looked_at = 0;
+    let found = writer.state.index.range(start, end).take(WORK_MAX).inspect(|_| looked_at += 1).filter(|(_, entry)| entry.at(at).is_some());
+    let count = found.take(limit).count();
+    // Once here, once when it is measured, once when it is answered.
+    budget.work(3 * looked_at)?;
+    Ok(count)
+}
+
+/// Adds up what the answers of the branches taken will hold, and refuses too much.
+fn measure(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, bool>, budget: &mut Budget) -> Result<()> {
+    for op in branch(txn, path.next().copied().unwrap_or(false)) {
+        match &op.request {
+            Some(Request::RequestRange(range)) if !range.count_only => {
+                let at = if range.revision <= 0 { writer.at() } else { range.revision };
+                RangeScan::new(range, at, 0).measure_in(writer, budget)?;
+            }
+            Some(Request::RequestDeleteRange(delete)) if delete.prev_kv => {
+                measure_range(writer, &KeyRange::new(&delete.key, &delete.range_end), writer.at(), budget)?;
             }
             Some(Request::RequestPut(put)) if put.prev_kv => {
-                measure_range(writer, &KeyRange::Key(put.key.clone()), 1, writer.at(), left)?;
+                measure_range(writer, &KeyRange::Key(put.key.clone()), writer.at(), budget)?;
             }
-            Some(Request::RequestTxn(nested)) => measure(writer, nested, path, left)?,
+            Some(Request::RequestTxn(nested)) => measure(writer, nested, path, budget)?,
             _ => {}
         }
     }
     Ok(())
 }
 
-/// Takes the size of each pair of a range from what is `left`, up to `limit` pairs.
-fn measure_range(writer: &Writer<'_>, range: &KeyRange, limit: usize, at: i64, left: &mut usize) -> Result<()> {
-    let (start, end) = match range {
-        KeyRange::Key(key) => {
-            if let Some(found) = writer.state.index.get(key).and_then(|entry| entry.at(at)) {
-                take(left, writer.fetch(found)?.encoded_len())?;
-            }
-            return Ok(());
-        }
-        KeyRange::Span(start, end) => (start, Bound::Before(end)),
-        KeyRange::From(start) => (start, Bound::Unbounded),
+/// Takes the size of each pair of a range from what is left.
+fn measure_range(writer: &Writer<'_>, range: &KeyRange, at: i64, budget: &mut Budget) -> Result<()> {
+    let request = match range {
+        KeyRange::Key(key) => RangeRequest { key: key.clone(), ..RangeRequest::default() },
+        KeyRange::Span(start, end) => RangeRequest { key: start.clone(), range_end: end.clone(), ..RangeRequest::default() },
+        KeyRange::From(start) => RangeRequest { key: start.clone(), range_end: Bytes::from_static(b"\0"), ..RangeRequest::default() },
     };
-    let found = writer.state.index.range(start, end).filter_map(|(_, entry)| entry.at(at));
-    for found in found.take(limit) {
-        take(left, writer.fetch(found)?.encoded_len())?;
-    }
-    Ok(())
-}
-
-fn take(left: &mut usize, bytes: usize) -> Result<()> {
-    *left = left.checked_sub(bytes).ok_or(ApplyError::ResponseTooLarge)?;
-    Ok(())
+    RangeScan::new(&request, at, 0).measure_in(writer, budget)
 }
 
 fn execute(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse> {

@@ -34,9 +34,11 @@ use crate::metrics::Counters;
 use crate::mvcc::txn::{self, Tally};
 use crate::mvcc::watch::WatchHub;
 use crate::mvcc::{Committed, Saved, Store, Writer};
+use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, LeaseGrantResponse, LeaseRevokeResponse, ResponseHeader,
+    TxnResponse,
 };
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
@@ -55,6 +57,13 @@ const META_VERSION: &[u8] = b"cluster/version";
 
 /// The command id of an alarm that the space quota raises, and no client.
 pub(crate) const BY_QUOTA: u64 = 1;
+
+/// Bytes of pairs that the answers to one entry's commands may have, all together, before a further command that reads is refused
+/// with `too many requests`: without a trace, so that its client may try again. The last one may go beyond it by its own bound.
+const ENTRY_ANSWER_BYTES_MAX: usize = 128 << 20;
+
+/// As above, for what evaluating the Txns of one entry may cost; see `Tally::work`.
+const ENTRY_WORK_MAX: u64 = 16 << 20;
 
 /// Monotonic time since the server's start. Handed in, so that nothing below the node reads a clock.
 pub(crate) type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -268,7 +277,8 @@ impl Machine {
                 if *left != 0 {
                     lessor.detach(*left, key);
                 }
-                if *joined != 0 && lessor.attach(*joined, key.clone()).is_err() {
+                // A copy: the key is a part of the request, or of a whole entry, which it would keep in memory for as long as it is attached.
+                if *joined != 0 && lessor.attach(*joined, Bytes::copy_from_slice(key)).is_err() {
                     tracing::error!(lease = *joined, "a key was attached to a lease that does not exist");
                 }
             }
@@ -379,6 +389,38 @@ fn lease_name(id: i64) -> Vec<u8> {
     name
 }
 
+/// Whether a command answers with what it has read, or reads much to find its answer.
+fn reads(command: &internal::Command) -> bool {
+    match &command.op {
+        Some(command::Op::Txn(_)) => true,
+        Some(command::Op::DeleteRange(request)) => request.prev_kv,
+        Some(command::Op::Put(request)) => request.prev_kv,
+        _ => false,
+    }
+}
+
+/// Bytes of the pairs in an answer.
+fn pairs_bytes(reply: &Reply) -> usize {
+    use crate::proto::etcdserverpb::response_op::Response;
+    let sum = |kvs: &[EncodedKv]| kvs.iter().map(EncodedKv::encoded_len).sum::<usize>();
+    let prev = |kv: &Option<EncodedKv>| kv.as_ref().map_or(0, EncodedKv::encoded_len);
+    fn txn(response: &TxnResponse, of: &dyn Fn(&Response) -> usize) -> usize {
+        let responses = response.responses.iter().filter_map(|op| op.response.as_ref());
+        responses.map(|one| if let Response::ResponseTxn(nested) = one { txn(nested, of) } else { of(one) }).sum()
+    }
+    match reply {
+        Reply::Put(response) => prev(&response.prev_kv),
+        Reply::DeleteRange(response) => sum(&response.prev_kvs),
+        Reply::Txn(response) => txn(response, &|one| match one {
+            Response::ResponseRange(response) => sum(&response.kvs),
+            Response::ResponsePut(response) => prev(&response.prev_kv),
+            Response::ResponseDeleteRange(response) => sum(&response.prev_kvs),
+            Response::ResponseTxn(_) => 0,
+        }),
+        _ => 0,
+    }
+}
+
 /// The machine as openraft drives it.
 #[derive(Clone)]
 pub(crate) struct StateMachine {
@@ -430,10 +472,21 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             match &entry.payload {
                 EntryPayload::Blank => {}
                 EntryPayload::Normal(proposal) => {
-                    outcomes.reserve(proposal.commands.len());
+                    outcomes.reserve(if responder.is_some() { proposal.commands.len() } else { 0 });
                     let mut tally = Tally::default();
+                    // Counted whether anybody waits for the answers or not: outcomes are the same at every member, and at every replay.
+                    let mut answered = 0;
                     for command in proposal.commands.iter() {
-                        outcomes.push(machine.apply(command, &mut tally).map_err(to_io)?);
+                        let full = answered > ENTRY_ANSWER_BYTES_MAX || tally.work > ENTRY_WORK_MAX;
+                        let outcome = if full && reads(command) {
+                            Err(ApplyError::TooManyRequests)
+                        } else {
+                            machine.apply(command, &mut tally).map_err(to_io)?
+                        };
+                        answered += outcome.as_ref().map_or(0, pairs_bytes);
+                        if responder.is_some() {
+                            outcomes.push(outcome);
+                        }
                     }
                     tally.count(&machine.counters);
                 }
@@ -452,7 +505,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             if machine.slow.is_slow(took) {
                 machine.counters.slow_apply.inc();
                 if let Some(untold) = machine.slow.tell(now) {
-                    let (index, commands) = (entry.log_id.index, outcomes.len());
+                    let (index, commands) =
+                        (entry.log_id.index, if let EntryPayload::Normal(proposal) = &entry.payload { proposal.commands.len() } else { 0 });
                     tracing::warn!(index, commands, ?took, untold, "an entry took long to apply");
                 }
             }

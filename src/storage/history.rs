@@ -63,6 +63,7 @@ use bytes::Bytes;
 
 use self::block::{Block, Held, Stub, Summary, Totals};
 use self::map::{BlockMap, Line, Meta};
+pub use self::reader::Reader;
 use self::tail::Tail;
 use super::keys::Key;
 use super::{Backend, Batch, Record, Revision};
@@ -72,6 +73,7 @@ use crate::lock::{lock, read, write};
 mod block;
 mod map;
 mod open;
+mod reader;
 mod tail;
 #[cfg(test)]
 mod tests;

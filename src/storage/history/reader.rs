@@ -1,0 +1,58 @@
+//! Reading many records: a [`Reader`] remembers the block of the last one, since neighbours in the index are often neighbours in the
+//! history. It tells what is at hand from what the backend has to be asked for, so that a thread that must not wait need not.
+
+use super::block::Held;
+use super::*;
+
+/// Reads records that are not dead. What it remembers is one block.
+pub struct Reader<'a> {
+    history: &'a History,
+    /// First and last revision of a block, and the block. It may have been replaced since: what was live in it then is the same now.
+    open: Option<(Revision, Revision, Block)>,
+}
+
+impl History {
+    /// A reader for a few or many records.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader { history: self, open: None }
+    }
+}
+
+impl Reader<'_> {
+    /// The record of a revision, if it is in memory. `None` says nothing about whether there is one.
+    pub fn at_hand(&mut self, rev: Revision) -> Option<Record> {
+        if let Some((first, last, block)) = &self.open
+            && *first <= rev
+            && rev <= *last
+            && let Some(record) = whole(block, rev)
+        {
+            return Some(record);
+        }
+        if let Some(record) = self.history.tail().get(rev) {
+            return Some(record.clone());
+        }
+        let block = self.history.map().find(rev)?.1.block()?.clone();
+        let record = whole(&block, rev)?;
+        self.open = Some((block.entry(0).rev, block.entry(block.count() - 1).rev, block));
+        Some(record)
+    }
+
+    /// The record of a revision, as [`History::get`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn get(&mut self, rev: Revision) -> Result<Option<Record>> {
+        match self.at_hand(rev) {
+            Some(record) => Ok(Some(record)),
+            None => self.history.get(rev),
+        }
+    }
+}
+
+/// A record that stands in the block as a whole.
+fn whole(block: &Block, rev: Revision) -> Option<Record> {
+    match block.held(block.find(rev)?) {
+        Held::Whole(record) => Some(record),
+        Held::Large { .. } => None,
+    }
+}
