@@ -111,11 +111,16 @@ impl DataDir {
     }
 }
 
+/// Makes a directory, with those above it; each new one is there for good, also after a power cut.
 fn make_dir(dir: &Path) -> Result<()> {
-    match fs::DirBuilder::new().recursive(true).mode(0o700).create(dir) {
-        Ok(()) => Ok(()),
-        Err(err) => Err(Error::io("making directory", dir, err)),
+    let fault = |err| Error::io("making directory", dir, err);
+    let missing: Vec<_> = dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(fault)?;
+    for made in missing {
+        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(parent).and_then(|parent| parent.sync_all()).map_err(fault)?;
     }
+    Ok(())
 }
 
 /// Puts a file in place at once and for good: old content or new, also after a power cut.
