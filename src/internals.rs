@@ -156,7 +156,7 @@ impl Member {
         }
         let applied = Applied { log_id: Some(log_id_to_proto(log_id(1, self.index))), revision };
         store.history().commit(applied.encode_to_vec().into());
-        while store.compact_step()? {}
+        while store.compact_step()?.is_some() {}
         while store.history().write_out()? {}
         while store.history().collect(STEP_BYTES)? {}
         store.history().sync()?;
