@@ -93,7 +93,7 @@ impl Member {
     pub fn new() -> Result<Member> {
         let (store, saved) = Store::open(Arc::new(Mem::new()), HistoryOptions::default(), &mut |_, _| ())?;
         let lessor = Lessor::new(LessorOptions::default());
-        let machine = Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO))?;
+        let machine = Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO), Duration::MAX, Arc::default())?;
         Ok(Member { state: StateMachine { machine: Arc::new(machine) }, index: 0 })
     }
 
@@ -191,7 +191,7 @@ impl Watchers {
     pub fn new(count: usize, request: &WatchCreateRequest, kv: &KeyValue) -> Result<Watchers> {
         let member = Member::new()?;
         let store = member.store();
-        let hub = Arc::new(WatchHub::new(store.revision()));
+        let hub = Arc::new(WatchHub::new(store.revision(), Arc::default()));
         let mut sessions: Vec<Session> = (0..count).map(|_| Session::new(hub.clone(), store.clone())).collect();
         for session in &mut sessions {
             session.create(request);
