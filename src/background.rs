@@ -9,10 +9,25 @@
 //! apply -> tail (memory) --write_out--> storage --sync--> durable up to entry 900 -> the log before 900 may go
 //! ```
 //!
+//! # Compaction
+//! It goes in rounds of about [`COMPACT_TIME`], and what a round has marked dead is written out before the next one, so that
+//! neither the memory for it grows nor the batch. It needs no log entry to follow: also an idle store gets its space back. A
+//! compaction counts as [carried out](Background::compacted) when its deaths have been given to the storage.
+//!
 //! # When the disk is full
 //! Writing out fails, and the tail stays in memory; [`Background::is_full`] tells the node, which then refuses requests
 //! that need space and goes on with those that free it. Every [`FULL_RETRY`] the storage is opened anew and the write is
 //! tried again; once it succeeds, all is as before. Any other failure is final: the member stops.
+//!
+//! Compaction goes on meanwhile, in memory, up to [`DEATHS_HIGH`]: what dies in the tail need never be written. The batch that
+//! failed stays as it is, at most some MiB: it is published, with its number and its place in the digest, and a part of what
+//! follows may be in it. A compaction that finds anything is carried out only when that batch and its own deaths fit.
+//!
+//! # When a rewrite fails
+//! The live files go on unharmed, so it is no reason to refuse or to stop anything, be it for want of space (a rewrite needs
+//! room for a second copy) or of file descriptors. Who asked for it gets the error, and it is not begun again by itself before
+//! [`REWRITE_REST`] has passed. Only damage that the copy comes upon is final, as wherever damage is met; and when the live
+//! files themselves have failed, the next write says so.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -38,8 +53,16 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 /// How long to wait before trying a full disk again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
 
-/// Steps of compaction between two writes: about 20 ms of work.
+/// Steps of compaction between two writes, and the time after which no further one is begun: a step is bounded in keys and
+/// bytes, but a disk may be slow to read them. 64 steps mark at most 65,536 deaths, about as many as one batch takes.
 const COMPACT_STEPS: usize = 64;
+const COMPACT_TIME: Duration = Duration::from_millis(20);
+
+/// Deaths that may wait in memory while the disk is full, some 64 MiB; beyond it compaction waits too.
+const DEATHS_HIGH: usize = 1 << 20;
+
+/// How long after a rewrite that failed, or that had filled the disk, none is begun unless somebody asks for one.
+const REWRITE_REST: Duration = Duration::from_secs(10 * 60);
 
 /// Bytes that one step of tidying up may rewrite.
 const STEP_BYTES: usize = 1 << 20;
@@ -107,6 +130,8 @@ impl Background {
             copying: false,
             rewritten: 0,
             began: None,
+            rest_until: Duration::ZERO,
+            unwritten: false,
             failed: false,
         };
         let thread = std::thread::Builder::new().name(format!("quorate-store-{name}")).spawn(move || worker.run());
@@ -144,7 +169,7 @@ impl Background {
         wait.await.unwrap_or(Err(Error::Stopped))
     }
 
-    /// The revision up to which compactions have been carried out, as it moves.
+    /// The revision up to which compactions have been carried out and written out, as it moves.
     pub fn compacted(&self) -> watch::Receiver<i64> {
         self.shared.compacted.subscribe()
     }
@@ -183,6 +208,10 @@ struct Worker {
     rewritten: u64,
     /// When the rewrite under way began.
     began: Option<Duration>,
+    /// Until then no rewrite is begun unasked.
+    rest_until: Duration,
+    /// Compaction has marked deaths that the storage has not got yet.
+    unwritten: bool,
     failed: bool,
 }
 
@@ -190,13 +219,20 @@ impl Worker {
     fn run(mut self) {
         let mut since_sync = Duration::ZERO;
         let mut busy = false;
+        let mut tried = Duration::ZERO;
         loop {
-            let wait = if self.shared.full.load(Ordering::Relaxed) { FULL_RETRY } else { WRITE_INTERVAL };
+            let full = self.shared.full.load(Ordering::Relaxed);
+            let wait = if full { FULL_RETRY } else { WRITE_INTERVAL };
             let (stop, defragments) = self.wait(if busy { Duration::ZERO } else { wait });
             since_sync += wait;
             let ask_rewrite = !defragments.is_empty();
             self.rewriting.extend(defragments);
             let must_sync = stop || ask_rewrite || since_sync >= SYNC_INTERVAL;
+            busy = !self.failed && !stop && self.compact().unwrap_or_else(|err| self.fault(err));
+            // A full disk is not tried again after each round of compaction.
+            if full && !stop && !ask_rewrite && (self.clock)().saturating_sub(tried) < FULL_RETRY {
+                continue;
+            }
             let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
             if must_sync {
                 since_sync = Duration::ZERO;
@@ -204,13 +240,24 @@ impl Worker {
             if stop {
                 return;
             }
-            busy = match written {
-                Ok(()) => match self.tidy(ask_rewrite) {
-                    Ok(busy) => busy,
-                    Err(err) => self.fault(err),
-                },
-                Err(err) => self.fault(err),
-            };
+            let tidied = written.and_then(|()| {
+                self.unwritten &= self.store.history().deaths_waiting() > 0;
+                self.tidy(ask_rewrite, busy)
+            });
+            busy |= tidied.unwrap_or_else(|err| self.fault(err));
+            self.tell_compacted();
+            tried = (self.clock)();
+        }
+    }
+
+    /// Tells how far compaction has come, once the storage has got what it marked.
+    fn tell_compacted(&self) {
+        if self.unwritten {
+            return;
+        }
+        let done = self.store.compaction_done();
+        if self.shared.compacted.send_if_modified(|before| std::mem::replace(before, done) != done) {
+            self.events.compacted();
         }
     }
 
@@ -264,30 +311,62 @@ impl Worker {
             self.events.failed(err.clone());
         }
         // A rewrite under way is given up, now or before the next write.
-        self.began = None;
-        self.shared.rewriting.store(false, Ordering::Relaxed);
-        for done in self.rewriting.drain(..) {
-            let _ = done.send(Err(err.clone()));
+        if self.copying {
+            // It may be what has filled the disk.
+            self.rest_until = (self.clock)() + REWRITE_REST;
         }
+        self.end_rewrite(&Err(err));
         false
     }
 
-    /// Compacts, collects and rewrites, a bounded piece of each. Returns whether there is more to do at once.
-    fn tidy(&mut self, ask_rewrite: bool) -> Result<bool> {
-        let mut busy = false;
-        for step in 0..COMPACT_STEPS {
-            let Some(removed) = self.store.compact_step()? else { break };
+    /// Answers those who wait for the rewrite under way.
+    fn end_rewrite(&mut self, outcome: &Result<()>) {
+        self.copying = false;
+        self.began = None;
+        self.shared.rewriting.store(false, Ordering::Relaxed);
+        for done in self.rewriting.drain(..) {
+            let _ = done.send(outcome.clone());
+        }
+    }
+
+    /// A round of compaction, in memory. Returns whether there is more to do at once.
+    fn compact(&mut self) -> Result<bool> {
+        if self.store.history().deaths_waiting() >= DEATHS_HIGH {
+            return Ok(false);
+        }
+        let began = (self.clock)();
+        for _ in 0..COMPACT_STEPS {
+            let Some(removed) = self.store.compact_step()? else { return Ok(false) };
             self.counters.compacted_keys.add(removed as u64);
-            busy = step + 1 == COMPACT_STEPS;
+            self.unwritten |= removed > 0;
+            if (self.clock)().saturating_sub(began) >= COMPACT_TIME {
+                break;
+            }
         }
-        let done = self.store.compaction_done();
-        if self.shared.compacted.send_if_modified(|before| std::mem::replace(before, done) != done) {
-            self.events.compacted();
-        }
-        busy |= self.store.history().collect(STEP_BYTES)?;
+        Ok(true)
+    }
+
+    /// Collects and rewrites, a bounded piece of each. Returns whether there is more to do at once.
+    fn tidy(&mut self, ask_rewrite: bool, busy: bool) -> Result<bool> {
+        let more = self.store.history().collect(STEP_BYTES)?;
         let stats = self.store.history().stats();
         let wasteful = stats.disk_bytes > stats.live_bytes / 2 * 5 + REWRITE_BYTES_MIN && stats.disk_bytes > self.rewritten / 5 * 7;
-        if ask_rewrite || (wasteful && !busy) {
+        let rested = (self.clock)() >= self.rest_until;
+        match self.rewrite(ask_rewrite || (wasteful && rested && !busy && !more)) {
+            Ok(copying) => Ok(more || copying),
+            Err(err @ Error::Corrupt { .. }) => Err(err),
+            Err(err) => {
+                tracing::warn!(error = %err, rest = ?REWRITE_REST, "rewriting the storage failed; it goes on as it is");
+                self.rest_until = (self.clock)() + REWRITE_REST;
+                self.end_rewrite(&Err(err));
+                Ok(more)
+            }
+        }
+    }
+
+    /// Begins a rewrite, or goes on with the one under way. Returns whether there is more to copy.
+    fn rewrite(&mut self, begin: bool) -> Result<bool> {
+        if begin {
             self.backend.start_rewrite()?;
             self.began.get_or_insert((self.clock)());
             self.shared.rewriting.store(true, Ordering::Relaxed);
@@ -298,14 +377,14 @@ impl Worker {
         }
         self.copying = more;
         if !more {
-            if let Some(began) = self.began.take() {
+            if let Some(began) = self.began {
                 self.counters.defragment.observe((self.clock)().saturating_sub(began));
-                self.shared.rewriting.store(false, Ordering::Relaxed);
             }
-            for done in self.rewriting.drain(..) {
-                let _ = done.send(Ok(()));
-            }
+            self.end_rewrite(&Ok(()));
         }
-        Ok(busy || more)
+        Ok(more)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,31 +71,35 @@ impl HashScan {
         HashScan { upto, compacted, keep: Keep::LiveAndLast, next: Revision::default(), crc: crc32c::crc32c(SEED) }
     }
 
-    /// Looks at `max` records. Returns whether more are left.
-    pub fn step(&mut self, store: &Store, max: usize) -> Result<bool> {
-        let mut looked_at = 0;
-        let mut more = false;
+    /// Looks at `max` records, or at fewer when they come to `max_bytes`. Returns whether more are left. After an error the step
+    /// can be taken again.
+    pub fn step(&mut self, store: &Store, max: usize, max_bytes: usize) -> Result<bool> {
+        let (mut looked_at, mut bytes) = (0, 0);
+        let mut more = None;
+        let mut crc = self.crc;
         let from = self.next;
         let end = Revision { main: self.upto.saturating_add(1).max(0), sub: 0 };
         store.history.scan(from, end, &mut |revision, record| {
-            if looked_at == max {
-                self.next = revision;
-                more = true;
+            if looked_at == max || bytes >= max_bytes {
+                more = Some(revision);
                 return Ok(false);
             }
             looked_at += 1;
+            bytes += record.bytes.len();
             if revision.main > self.compacted || self.keeps(store, revision, record)? {
                 let mut key = [0u8; 18];
                 key[..8].copy_from_slice(&revision.main.to_be_bytes());
                 key[8] = b'_';
                 key[9..17].copy_from_slice(&i64::from(revision.sub).to_be_bytes());
                 key[17] = b't';
-                self.crc = crc32c::crc32c_append(self.crc, &key[..if record.tombstone { 18 } else { 17 }]);
-                self.crc = crc32c::crc32c_append(self.crc, &record.bytes);
+                crc = crc32c::crc32c_append(crc, &key[..if record.tombstone { 18 } else { 17 }]);
+                crc = crc32c::crc32c_append(crc, &record.bytes);
             }
             Ok(true)
         })?;
-        Ok(more)
+        self.crc = crc;
+        self.next = more.unwrap_or(from);
+        Ok(more.is_some())
     }
 
     fn keeps(&self, store: &Store, revision: Revision, record: &Record) -> Result<bool> {
@@ -137,7 +141,7 @@ impl Store {
         let compacted = compacted.min(upto);
         let keep = if self.any_live(upto) { Keep::Live } else { Keep::Left };
         let mut scan = HashScan { upto, compacted, keep, next: Revision::default(), crc: crc32c::crc32c(SEED) };
-        while scan.step(self, usize::MAX)? {}
+        while scan.step(self, usize::MAX, usize::MAX)? {}
         Ok(scan.finish(newest))
     }
 

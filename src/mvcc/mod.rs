@@ -60,6 +60,9 @@ use txn::Tally;
 /// microseconds. A longer walk takes more steps; nobody else waits for longer than one. Tests take many small steps.
 pub(crate) const STEP_KEYS: usize = if cfg!(any(test, fuzzing)) { 3 } else { 1024 };
 
+/// Bytes of records that one step of a compaction's hash reads, or one record more.
+const STEP_BYTES: usize = if cfg!(any(test, fuzzing)) { 100 } else { 1 << 20 };
+
 /// Name of the stored compaction mark: the revision that was asked for, as 8 bytes, big-endian. All that lies below it
 /// is out of reach at once, and goes physically when the background gets to it, also after a restart.
 const META_COMPACTED: &[u8] = b"mvcc/compacted";
@@ -143,8 +146,11 @@ struct Pass {
     upto: i64,
     /// The hash to remember, until it is computed: first, for it is over what the pass takes away.
     hash: Option<HashScan>,
-    /// The key to go on from.
-    from: Vec<u8>,
+    /// The key to go on from, until all have been looked at.
+    from: Option<Vec<u8>>,
+    /// What has left the index and has yet to be marked in the history. One key may have millions of revisions; they are handed
+    /// over in steps, so that they can be written out in between. Those that a crash loses are found again after the restart.
+    dying: Vec<Revision>,
 }
 
 /// The revisioned store. See the module's head.
@@ -399,24 +405,48 @@ impl Store {
                 // After a restart the history below may be gone in part, and so is what was remembered.
                 let whole = upto == wanted && upto > 0 && upto > self.restored;
                 let hash = whole.then(|| HashScan::of_compaction(upto, compaction.done.max(self.restored)));
-                Pass { upto, hash, from: Vec::new() }
+                Pass { upto, hash, from: Some(Vec::new()), dying: Vec::new() }
             }
         };
-        if let Some(mut hash) = pass.hash.take() {
-            if hash.step(self, STEP_KEYS)? {
-                pass.hash = Some(hash);
-                compaction.pass = Some(pass);
-                return Ok(Some(0));
-            }
-            self.remember(hash);
+        let step = self.pass_step(&mut pass);
+        // Also after an error: what has left the index must not be forgotten.
+        if pass.hash.is_none() && pass.from.is_none() && pass.dying.is_empty() {
+            compaction.done = pass.upto;
+        } else {
+            compaction.pass = Some(pass);
         }
-        let (upto, from) = (pass.upto, pass.from);
+        step.map(Some)
+    }
+
+    /// One step of a pass: of the hash, or of the walk over the keys, or of handing over what the walk has found.
+    fn pass_step(&self, pass: &mut Pass) -> Result<usize> {
+        if let Some(hash) = &mut pass.hash {
+            if !hash.step(self, STEP_KEYS, STEP_BYTES)?
+                && let Some(hash) = pass.hash.take()
+            {
+                self.remember(hash);
+            }
+            return Ok(0);
+        }
+        if pass.dying.is_empty()
+            && let Some(from) = pass.from.take()
+        {
+            pass.from = self.drop_superseded(&from, pass.upto, &mut pass.dying);
+        }
+        let rest = pass.dying.len().saturating_sub(STEP_KEYS);
+        let dying = pass.dying.split_off(rest);
+        self.history.mark_dead(&dying);
+        Ok(dying.len())
+    }
+
+    /// Takes out of the index what a compaction at `upto` leaves nothing to read of, from a key on. Returns the key to go on from.
+    fn drop_superseded(&self, from: &[u8], upto: i64, dying: &mut Vec<Revision>) -> Option<Vec<u8>> {
         // A look with the lock shared, and the lock alone only for the keys that have something to drop.
         let mut candidates: Vec<Vec<u8>> = Vec::new();
         let mut next = None;
         {
             let state = self.state();
-            for (looked_at, (key, entry)) in state.index.range(&from, Bound::Unbounded).enumerate() {
+            for (looked_at, (key, entry)) in state.index.range(from, Bound::Unbounded).enumerate() {
                 if looked_at == STEP_KEYS {
                     next = Some(key.to_vec());
                     break;
@@ -426,23 +456,16 @@ impl Store {
                 }
             }
         }
-        let mut dead = Vec::new();
         if !candidates.is_empty() {
             let mut state = write(&self.state);
             for key in &candidates {
                 state.index.update(key, |entry| {
-                    let gone = entry.is_some_and(|entry| !entry.compact(upto, &mut dead));
+                    let gone = entry.is_some_and(|entry| !entry.compact(upto, dying));
                     (if gone { Edit::Remove } else { Edit::Keep }, ())
                 });
             }
-            drop(state);
-            self.history.mark_dead(&dead);
         }
-        match next {
-            Some(from) => compaction.pass = Some(Pass { upto, hash: None, from }),
-            None => compaction.done = upto,
-        }
-        Ok(Some(dead.len()))
+        next
     }
 
     /// The revision up to which compaction has been carried out.
@@ -459,6 +482,7 @@ impl Store {
     /// Checks the invariants of the module's head against a scan of the whole history. For tests and debugging: it holds
     /// the state's lock throughout.
     pub fn check(&self) -> Result<(), String> {
+        let compaction = lock(&self.compaction);
         let state = self.state();
         if state.compacted > state.revision {
             return Err(format!("compacted {} above revision {}", state.compacted, state.revision));
@@ -480,6 +504,12 @@ impl Store {
             Ok(true)
         });
         scanned.map_err(|err| err.to_string())?;
+        // A compaction under way has taken these out of the index first.
+        for revision in compaction.pass.iter().flat_map(|pass| &pass.dying) {
+            if stored.remove(revision).is_none() {
+                return Err(format!("revision {revision:?} is to be marked dead, and is not there"));
+            }
+        }
         if indexed != stored {
             let only: Vec<_> = indexed.iter().filter(|entry| stored.get(entry.0) != Some(entry.1)).take(3).collect();
             let other: Vec<_> = stored.iter().filter(|entry| indexed.get(entry.0) != Some(entry.1)).take(3).collect();

@@ -563,6 +563,67 @@ fn watch_scripts() {
     run_scripts("watch");
 }
 
+// ---- Compaction in steps
+
+fn put_many(store: &Store, times: usize) {
+    for number in 0..times {
+        let mut writer = store.begin();
+        writer.put(&Bytes::from_static(b"key"), &format!("{number:060}").into(), 0);
+        writer.finish().unwrap();
+        store.history().commit(Bytes::new());
+    }
+}
+
+/// All that dies stands under one key, and is marked a few at a time all the same; what a crash takes back is found again.
+#[test]
+fn one_key_with_many_revisions_is_compacted_in_steps() {
+    let mem = Arc::new(Mem::new());
+    let mut store = open(&mem);
+    put_many(&store, 100);
+    store.compact(store.revision()).unwrap();
+    store.history().commit(Bytes::new());
+    store.history().sync().unwrap();
+    for restart in [true, false] {
+        let mut removed = 0;
+        while let Some(now) = store.compact_step().unwrap() {
+            assert!(now <= STEP_KEYS, "{now} at once");
+            removed += now;
+            store.check().unwrap();
+            store.history().write_out().unwrap();
+            if restart && removed > 50 {
+                break;
+            }
+        }
+        assert_eq!(store.compaction_pending(), restart);
+        if restart {
+            mem.crash(mem.unsynced() / 2);
+            store = open(&mem);
+            assert!(store.compaction_pending());
+            store.check().unwrap();
+        }
+    }
+    assert_eq!((store.history().stats().live_records, store.history().deaths_waiting()), (1, 0));
+}
+
+/// Records may be large: then a step of the hash looks at fewer of them, and the hash is the same.
+#[test]
+fn a_step_of_the_hash_is_bounded_in_bytes() {
+    let store = open(&Arc::new(Mem::new()));
+    put_many(&store, 20);
+    let hash = |max_bytes| {
+        let mut scan = hash::HashScan::of_compaction(store.revision(), -1);
+        let mut steps = 1;
+        while scan.step(&store, usize::MAX, max_bytes).unwrap() {
+            steps += 1;
+        }
+        store.remember(scan);
+        (steps, lock(&store.hashes).pop_back().unwrap())
+    };
+    let (steps, whole) = hash(usize::MAX);
+    assert_eq!(steps, 1);
+    assert_eq!(hash(1), (20, whole));
+}
+
 // ---- Beside the model
 
 proptest! {

@@ -15,7 +15,9 @@
 //!   overlay, which stay there until a sync: a backend that fails, or comes back from a `reopen` without its last batches,
 //!   gets them once more, in order, known by the sequence number in the summary that it still has. Readers notice nothing.
 //! - A record dies by [`mark_dead`](History::mark_dead): in the tail it is never written; in a block a bit is set beside the
-//!   block. A block without a live record goes at once. One that is less than half alive is rewritten, together with small
+//!   block. Deaths need no log entry: those that are marked between two entries go out with the next batch, which then repeats
+//!   what the last `commit` was given, so that a compaction comes to its end on a store to which nobody writes. A crash may
+//!   take them back; whoever marks them does so again after a restart. A block without a live record goes at once. One that is less than half alive is rewritten, together with small
 //!   neighbours, by [`collect`](History::collect).
 //!
 //! # How full blocks are, and how often a record is written
@@ -93,7 +95,8 @@ pub const META_BYTES_MAX: usize = super::VALUE_BYTES_MAX / 2;
 /// Largest name of [`History::put_meta`], in bytes; a larger one is a bug, and panics.
 pub const META_NAME_BYTES_MAX: usize = super::KEY_BYTES_MAX - 1;
 
-/// Bytes of the tail from which on [`History::is_behind`] says so. Nothing is refused beyond it: whoever proposes holds back.
+/// Bytes of the tail, deaths left out, from which on [`History::is_behind`] says so. Nothing is refused beyond it: whoever
+/// proposes holds back.
 pub const TAIL_BYTES_HIGH: usize = 64 * 1024 * 1024;
 
 /// Records that a scan copies out of the tail under one lock. A longer scan comes back for more.
@@ -110,9 +113,12 @@ struct Limits {
     /// Bytes of batches that the backend has not synced yet, and that are kept to be given to it once more. Beyond it
     /// the next batch waits for a sync first.
     unsynced_bytes: usize,
+    /// See [`TAIL_BYTES_HIGH`].
+    behind_bytes: usize,
 }
 
-const LIMITS: Limits = Limits { cut_bytes: 256 * 1024, batch_bytes: 4 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024 };
+const LIMITS: Limits =
+    Limits { cut_bytes: 256 * 1024, batch_bytes: 4 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024, behind_bytes: TAIL_BYTES_HIGH };
 
 /// How a history is opened.
 #[derive(Clone, Debug)]
@@ -292,8 +298,11 @@ impl History {
         self.tail().put_meta(key, value);
     }
 
-    /// Marks records dead, all of them or, after a crash, none. They are never asked for again: `get` may still find them
-    /// for a while. A revision that is unknown or dead already is passed over, so that a replayed log may repeat a call.
+    /// Marks records dead. They are never asked for again: `get` may still find them for a while. A revision that is unknown or
+    /// dead already is passed over, so that a call may be repeated.
+    ///
+    /// Within an entry the deaths are stored with it. Between two entries they are stored with the next batch, or the one after
+    /// it; a crash before that takes them back.
     ///
     /// The tail's lock is held meanwhile: give it thousands at a time, not millions.
     pub fn mark_dead(&self, revs: &[Revision]) {
@@ -414,9 +423,15 @@ impl History {
         self.damaged(format!("the record of revision {}.{} is missing or unreadable", revision.main, revision.sub))
     }
 
-    /// Whether the background writer falls behind: more than [`TAIL_BYTES_HIGH`] wait in the tail.
+    /// Whether the background writer falls behind: more than [`TAIL_BYTES_HIGH`] wait in the tail. Deaths do not count: it is
+    /// not clients who mark them, and to refuse their requests would not make them fewer.
     pub fn is_behind(&self) -> bool {
-        self.tail().size().1 > TAIL_BYTES_HIGH
+        self.tail().bytes_without_deaths() > self.limits.behind_bytes
+    }
+
+    /// How many deaths are in memory only, in no batch yet.
+    pub fn deaths_waiting(&self) -> usize {
+        self.tail().deaths()
     }
 
     /// Figures; see [`HistoryStats`].

@@ -5,6 +5,10 @@
 //! just being applied, which no batch may contain yet. A batch takes cuts from the front, whole ones, so that what is
 //! stored always ends where a log entry ends.
 //!
+//! A death that is marked while no entry is open belongs to none: it joins the committed part at once, so that it goes out
+//! also when no entry ever follows. One that is marked while an entry is open waits for that entry's end, for the entry may
+//! be the one that allows it.
+//!
 //! ```text
 //! sealed: [ entries 1..9 ] [ entries 10..14 ]     building: [ entries 15, 16 | of entry 17, so far ]
 //! ```
@@ -33,14 +37,15 @@ pub(super) struct Death {
     pub counted: bool,
 }
 
-/// The changes of one or more whole log entries.
+/// The changes of whole log entries, and deaths that belong to no entry.
 #[derive(Default, Debug)]
 pub(super) struct Cut {
     pub records: Vec<(Revision, Record)>,
     pub dead: Vec<Death>,
     /// By key; `None` removes it. Only the last of several changes of a key is kept.
     pub metas: BTreeMap<Vec<u8>, Option<Bytes>>,
-    pub applied: Bytes,
+    /// What the last of the entries was committed with; none when there are only deaths.
+    pub applied: Option<Bytes>,
     /// The highest revision up to here, also when it stands in an earlier cut.
     last: Revision,
     bytes: usize,
@@ -51,7 +56,7 @@ pub(super) struct Cut {
 pub(super) struct Tail {
     sealed: VecDeque<Arc<Cut>>,
     building: Cut,
-    /// How many of `building`'s records and deaths belong to committed entries.
+    /// How many of `building`'s records and deaths belong to no open entry.
     committed_records: usize,
     committed_dead: usize,
     /// Whether `building` holds a commit at all; an entry may change nothing.
@@ -69,12 +74,22 @@ pub(super) struct Tail {
 impl Tail {
     /// An empty tail behind a history that ends at `last`, whose cuts are sealed at `cut_bytes`.
     pub fn new(last: Revision, cut_bytes: usize) -> Tail {
-        Tail { last, cut_bytes, ..Tail::default() }
+        Tail { last, cut_bytes, building: Cut { last, ..Cut::default() }, ..Tail::default() }
     }
 
     /// The number of records, and the bytes of all changes.
     pub fn size(&self) -> (usize, usize) {
         (self.records, self.bytes)
+    }
+
+    /// How many deaths there are.
+    pub fn deaths(&self) -> usize {
+        self.dead.len()
+    }
+
+    /// Bytes of all changes but deaths.
+    pub fn bytes_without_deaths(&self) -> usize {
+        self.bytes - self.dead.len() * DEAD_BYTES
     }
 
     /// The highest revision there has been.
@@ -110,8 +125,22 @@ impl Tail {
             let counted = held.is_some();
             held.iter().for_each(|record| died(record));
             self.building.dead.push(Death { rev, counted });
-            self.grow(DEAD_BYTES);
+            if self.is_open() {
+                self.grow(DEAD_BYTES);
+                continue;
+            }
+            self.committed_dead = self.building.dead.len();
+            self.building.bytes += DEAD_BYTES;
+            self.bytes += DEAD_BYTES;
+            if self.building.bytes >= self.cut_bytes {
+                self.seal();
+            }
         }
+    }
+
+    /// Whether an entry is being applied that has changed something already.
+    fn is_open(&self) -> bool {
+        !self.open_metas.is_empty() || self.building.records.len() > self.committed_records
     }
 
     /// See [`History::commit`](super::History::commit).
@@ -119,7 +148,7 @@ impl Tail {
         while let Some((key, value)) = self.open_metas.pop_first() {
             self.building.metas.insert(key, value);
         }
-        self.building.applied = applied;
+        self.building.applied = Some(applied);
         self.building.last = self.last;
         self.building.bytes += std::mem::take(&mut self.open_bytes);
         self.committed_records = self.building.records.len();
@@ -132,10 +161,10 @@ impl Tail {
 
     /// Closes the cut that is being built, and says how many there are to write.
     pub fn seal(&mut self) -> usize {
-        if self.committed {
+        if self.committed || self.committed_dead > 0 {
             let records = self.building.records.split_off(self.committed_records);
             let dead = self.building.dead.split_off(self.committed_dead);
-            let next = Cut { records, dead, ..Cut::default() };
+            let next = Cut { records, dead, last: self.building.last, ..Cut::default() };
             self.sealed.push_back(Arc::new(std::mem::replace(&mut self.building, next)));
             (self.committed_records, self.committed_dead, self.committed) = (0, 0, false);
         }

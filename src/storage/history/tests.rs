@@ -173,7 +173,7 @@ impl Backend for Nasty {
     }
 }
 
-const SMALL: Limits = Limits { cut_bytes: 4000, batch_bytes: 12_000, unsynced_bytes: 100_000 };
+const SMALL: Limits = Limits { cut_bytes: 4000, batch_bytes: 12_000, unsynced_bytes: 100_000, behind_bytes: 20_000 };
 
 fn rev(main: i64) -> Revision {
     Revision { main, sub: 0 }
@@ -268,11 +268,27 @@ struct Model {
     commits: Vec<State>,
     /// The number that is safe from a power cut.
     synced: usize,
+    /// Whether something was changed since the last commit.
+    open: bool,
+    /// What died between two entries and is not known to be safe: by number of commits. A crash may bring it back.
+    late: BTreeMap<usize, BTreeMap<Revision, Record>>,
 }
 
 impl Model {
     fn live_bytes(&self) -> u64 {
         self.now.live.values().map(|record| record.bytes.len() as u64 + RECORD_OVERHEAD).sum()
+    }
+
+    fn kill(&mut self, revs: &[Revision]) {
+        let at = self.commits.len() - 1;
+        for rev in revs {
+            if let Some(record) = self.now.live.remove(rev)
+                && !self.open
+            {
+                self.commits[at].live.remove(rev);
+                self.late.entry(at).or_default().insert(*rev, record);
+            }
+        }
     }
 }
 
@@ -283,7 +299,7 @@ fn number(applied: Option<&Bytes>) -> usize {
 fn run(ops: &[Op], cache_bytes: usize) {
     let mut backend = Nasty::new(Values::new());
     let (mut history, ..) = open(&backend, cache_bytes).unwrap();
-    let mut model = Model { now: State::default(), commits: vec![State::default()], synced: 0 };
+    let mut model = Model { now: State::default(), commits: vec![State::default()], synced: 0, open: false, late: BTreeMap::new() };
     let pick = |model: &Model, index: &prop::sample::Index| {
         let live = &model.now.live;
         (!live.is_empty()).then(|| *live.keys().nth(index.index(live.len())).unwrap())
@@ -291,6 +307,7 @@ fn run(ops: &[Op], cache_bytes: usize) {
     for op in ops {
         match op {
             Op::Append { records, length } => {
+                model.open = true;
                 for _ in 0..*records {
                     let last = model.now.last;
                     let rev = if last.sub < 2 && last.main > 0 { successor(last) } else { rev(last.main + 1) };
@@ -304,20 +321,22 @@ fn run(ops: &[Op], cache_bytes: usize) {
             Op::Commit => {
                 history.commit(Bytes::from(model.commits.len().to_string()));
                 model.commits.push(model.now.clone());
+                model.open = false;
             }
             Op::Dead(picks) => {
                 let mut revs: Vec<Revision> = picks.iter().filter_map(|index| pick(&model, index)).collect();
                 revs.push(Revision { main: 1, sub: 77 });
                 history.mark_dead(&revs);
-                revs.iter().for_each(|rev| drop(model.now.live.remove(rev)));
+                model.kill(&revs);
             }
             Op::DeadRange(start, count) => {
                 let Some(start) = pick(&model, start) else { continue };
                 let revs: Vec<Revision> = model.now.live.range(start..).take(*count).map(|(rev, _)| *rev).collect();
                 history.mark_dead(&revs);
-                revs.iter().for_each(|rev| drop(model.now.live.remove(rev)));
+                model.kill(&revs);
             }
             Op::Meta(key, value) => {
+                model.open = true;
                 let value = value.map(|value| Bytes::from(vec![value; usize::from(value)]));
                 history.put_meta(&[*key], value.clone());
                 match value {
@@ -342,6 +361,7 @@ fn run(ops: &[Op], cache_bytes: usize) {
                 if let Ok(applied) = history.sync() {
                     model.synced = number(applied.as_ref());
                     assert_eq!(model.synced, model.commits.len() - 1, "a sync takes everything committed");
+                    model.late.clear();
                 }
             }
             Op::FailNext => backend.write().fail = true,
@@ -353,6 +373,13 @@ fn run(ops: &[Op], cache_bytes: usize) {
                 let at = number(saved.applied.as_ref());
                 assert!(at >= model.synced, "commit {at} is there, {} was synced", model.synced);
                 model.commits.truncate(at + 1);
+                for (rev, record) in model.late.remove(&at).unwrap_or_default() {
+                    if records.contains_key(&rev) {
+                        model.commits[at].live.insert(rev, record);
+                    }
+                }
+                model.late.clear();
+                model.open = false;
                 model.now = model.commits[at].clone();
                 model.synced = at;
                 assert_eq!(records, model.now.live, "records after {at} commits");
@@ -686,6 +713,62 @@ fn a_long_tail_goes_out_in_bounded_batches() {
             assert_eq!(records.contains_key(&successor(rev(main))), main <= applied && !dead, "{main}/1 at {applied}");
         }
     }
+}
+
+/// Nothing is committed any more, however much dies: the deaths go out by themselves, and hold nobody up meanwhile.
+#[test]
+fn deaths_need_no_entry_to_go_out() {
+    let backend = Nasty::new(Values::new());
+    let (history, ..) = open(&backend, 0).unwrap();
+    let everything: Vec<Revision> = (2..3000).map(rev).collect();
+    everything.iter().for_each(|rev| history.append(*rev, record(*rev, 100)));
+    history.commit(Bytes::from_static(b"all"));
+    history.sync().unwrap();
+    history.mark_dead(&everything[1..]);
+    assert!(history.stats().tail_bytes > SMALL.behind_bytes as u64 && !history.is_behind(), "deaths are not what holds writers back");
+    history.check_invariants();
+    assert!(history.write_out().unwrap());
+    assert!(!history.write_out().unwrap());
+    assert_eq!((history.deaths_waiting(), history.stats().live_records), (0, 1));
+    while history.collect(1 << 20).unwrap() {}
+    history.check_invariants();
+    assert!(backend.disk_bytes() < 1000, "{} bytes are left", backend.disk_bytes());
+    let (_, saved, records) = open(&Nasty::new(backend.values()), 0).unwrap();
+    assert_eq!((saved.applied.unwrap(), records.len()), (Bytes::from_static(b"all"), 1));
+}
+
+/// The entry that is being applied may be the one that allows the deaths: they stay with it, and it stays whole.
+#[test]
+fn deaths_within_an_entry_wait_for_its_end() {
+    let backend = Nasty::new(Values::new());
+    let (history, ..) = open(&backend, 0).unwrap();
+    history.append(rev(2), record(rev(2), 5));
+    history.append(rev(3), record(rev(3), 5));
+    history.commit(Bytes::from_static(b"one"));
+    history.mark_dead(&[rev(2)]);
+    history.append(rev(4), record(rev(4), 5));
+    history.mark_dead(&[rev(3)]);
+    assert!(history.write_out().unwrap());
+    assert_eq!(history.deaths_waiting(), 1);
+    assert_eq!(open(&Nasty::new(backend.values()), 0).unwrap().2.into_keys().collect::<Vec<_>>(), [rev(3)]);
+    history.append(rev(5), record(rev(5), 5));
+    history.commit(Bytes::from_static(b"two"));
+    history.write_out().unwrap();
+    history.check_invariants();
+    assert_eq!(history.deaths_waiting(), 0);
+    let (_, saved, records) = open(&Nasty::new(backend.values()), 0).unwrap();
+    assert_eq!((saved.applied.unwrap(), records.into_keys().collect()), (Bytes::from_static(b"two"), vec![rev(4), rev(5)]));
+}
+
+/// In a new history nothing is stored, and a batch of deaths must not make it look as if something were.
+#[test]
+fn deaths_in_a_new_history_write_nothing() {
+    let backend = Nasty::new(Values::new());
+    let (history, ..) = open(&backend, 0).unwrap();
+    history.mark_dead(&[rev(2)]);
+    history.write_out().unwrap();
+    history.check_invariants();
+    assert_eq!((history.deaths_waiting(), backend.values().len()), (0, 0));
 }
 
 /// Deaths of the whole range: blocks and chunks go at once, and nothing is left but the summary and what lives.

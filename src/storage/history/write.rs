@@ -64,8 +64,8 @@ impl Draft {
 }
 
 impl History {
-    /// Writes everything committed so far, in one atomic batch, or in several if there is more than 4 MiB. Returns
-    /// whether there was anything. To be called about ten times a second, or after some 10,000 records.
+    /// Writes everything committed so far, and the deaths that wait for no commit, in one atomic batch, or in several if there
+    /// is more than 4 MiB. Returns whether there was anything. To be called about ten times a second, or after some 10,000 records.
     ///
     /// # Errors
     /// Whatever the backend returns. Nothing is lost by it: what could not be applied is tried again, before anything
@@ -123,8 +123,15 @@ impl History {
             self.make_room(writer)?;
             let cuts = self.tail().front(left, self.limits.batch_bytes);
             left -= cuts.len();
+            // A batch of deaths alone leaves the state where it was.
+            let applied = cuts.iter().rev().find_map(|cut| cut.applied.clone()).or_else(|| writer.applied.clone());
+            let Some(applied) = applied else {
+                // Nothing was ever committed, so that nothing is stored that could have died.
+                let done = self.tail().pop(cuts.len());
+                drop(done);
+                continue;
+            };
             let draft = self.draft_of(writer, &cuts)?;
-            let applied = cuts.last().map(|cut| cut.applied.clone()).unwrap_or_default();
             let pending = self.publish(writer, draft, applied);
             let done = self.tail().pop(cuts.len());
             drop(done);
