@@ -39,6 +39,9 @@ use crate::storage::mem::Mem;
 /// Bytes that one step of tidying up may rewrite, as in the background thread.
 const STEP_BYTES: usize = 1 << 20;
 
+/// No entry takes so long that it would be logged.
+const SLOW: Duration = Duration::MAX;
+
 /// The header's ids in answers: of a usual length, which is all that matters.
 const SOME_ID: u64 = 0x1234_5678_9abc_def0;
 
@@ -93,7 +96,7 @@ impl Member {
     pub fn new() -> Result<Member> {
         let (store, saved) = Store::open(Arc::new(Mem::new()), HistoryOptions::default(), &mut |_, _| ())?;
         let lessor = Lessor::new(LessorOptions::default());
-        let machine = Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO))?;
+        let machine = Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO), SLOW, Arc::default())?;
         Ok(Member { state: StateMachine { machine: Arc::new(machine) }, index: 0 })
     }
 
@@ -156,7 +159,7 @@ impl Member {
         }
         let applied = Applied { log_id: Some(log_id_to_proto(log_id(1, self.index))), revision };
         store.history().commit(applied.encode_to_vec().into());
-        while store.compact_step()? {}
+        while store.compact_step()?.is_some() {}
         while store.history().write_out()? {}
         while store.history().collect(STEP_BYTES)? {}
         store.history().sync()?;
@@ -191,7 +194,7 @@ impl Watchers {
     pub fn new(count: usize, request: &WatchCreateRequest, kv: &KeyValue) -> Result<Watchers> {
         let member = Member::new()?;
         let store = member.store();
-        let hub = Arc::new(WatchHub::new(store.revision()));
+        let hub = Arc::new(WatchHub::new(store.revision(), Arc::default()));
         let mut sessions: Vec<Session> = (0..count).map(|_| Session::new(hub.clone(), store.clone())).collect();
         for session in &mut sessions {
             session.create(request);
