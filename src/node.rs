@@ -599,9 +599,10 @@ impl Node {
         }
     }
 
-    /// Runs long work on the threads kept for it.
+    /// Runs long work on the threads kept for it. It must not wait for a client, or it would keep others from theirs.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-        self.runtime.spawn_blocking(work).await.map_err(|err| Error::Failed(format!("a long read ended early: {err}")))
+        let done = self.runtime.spawn_blocking(work).await;
+        done.map_err(|err| if err.is_cancelled() { Error::Stopped } else { Error::Failed(format!("a long read ended early: {err}")) })
     }
 
     pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
@@ -625,11 +626,6 @@ impl Node {
             })
         });
         taken.await.map_err(|err| Error::Failed(err.to_string()))?
-    }
-
-    /// Runs long work on the threads kept for it, without waiting for it.
-    pub fn spawn_blocking(&self, work: impl FnOnce() + Send + 'static) {
-        self.runtime.spawn_blocking(work);
     }
 
     /// A new stream of watches.

@@ -7,8 +7,11 @@ use std::time::Duration;
 use quorate::client::{EventKind, WatchMessage};
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::kv_client::KvClient;
+use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use quorate::proto::etcdserverpb::request_op::Request;
-use quorate::proto::etcdserverpb::{Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest};
+use quorate::proto::etcdserverpb::{
+    Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, SnapshotRequest, TxnRequest, WatchCreateRequest,
+};
 use quorate::{ApplyError, Config, Error, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -338,6 +341,59 @@ async fn operations_are_counted_as_etcd_counts_them() {
     assert!(counts.value("etcd_debugging_mvcc_db_compaction_keys_total") >= 9.0);
     assert!(counts.value("etcd_disk_backend_commit_duration_seconds_count") > 0.0);
     assert_eq!(counts.value("etcd_disk_defrag_inflight"), 0.0);
+    server.shutdown().await.unwrap();
+}
+
+/// Clients that ask for everything and read nothing: others read on, and compaction goes on once they have left.
+#[tokio::test]
+async fn stalled_snapshots_stand_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(config(dir.path())).await.unwrap();
+    let client = server.client();
+    for number in 0..8 {
+        client.put(format!("large/{number}"), vec![b'v'; 512 << 10]).await.unwrap();
+    }
+    let mut put = Vec::new();
+    for number in 0..2000 {
+        put.push(client.put(format!("small/{number}"), "v"));
+    }
+    for put in put {
+        put.await.unwrap();
+    }
+    let channel = async || {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", server.client_addrs()[0])).unwrap();
+        MaintenanceClient::new(endpoint.connect().await.unwrap())
+    };
+    let mut stalled = Vec::new();
+    for _ in 0..8 {
+        let mut maintenance = channel().await;
+        let mut parts = maintenance.snapshot(SnapshotRequest {}).await.unwrap().into_inner();
+        parts.message().await.unwrap().unwrap();
+        stalled.push((maintenance, parts));
+    }
+    let refused = channel().await.snapshot(SnapshotRequest {}).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (tonic::Code::ResourceExhausted, "etcdserver: too many requests"));
+
+    let soon = |what: &'static str| async move {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        panic!("{what} waits for clients that do not read");
+    };
+    let all = RangeRequest { key: "\0".into(), range_end: "\0".into(), ..Default::default() };
+    tokio::select! { found = client.range(all) => assert_eq!(found.unwrap().kvs.len(), 2008), () = soon("a long Range") => {} }
+    tokio::select! { hash = client.hash_kv(0) => assert!(hash.is_ok()), () = soon("HashKV") => {} }
+
+    drop(stalled);
+    let mut parts = loop {
+        match channel().await.snapshot(SnapshotRequest {}).await {
+            Ok(parts) => break parts.into_inner(),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    let mut bytes = 0;
+    while let Some(part) = parts.message().await.unwrap() {
+        bytes += part.blob.len();
+    }
+    assert!(bytes > 4 << 20);
     server.shutdown().await.unwrap();
 }
 

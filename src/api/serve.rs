@@ -936,6 +936,33 @@ mod tests {
         assert!(server.state.chunks.load(Relaxed) <= 1);
     }
 
+    /// The same with streams: one that has an end is given up, one that may rest is not.
+    #[tokio::test]
+    async fn gives_streams_no_window() {
+        let server = TestServer::start().await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        stream.write_all(&hello(&[(4, 0)])).await.unwrap();
+        for (id, path) in [(1, "/endless/Steady"), (3, "/endless/Any")] {
+            let request = [frame(HEADERS, END_HEADERS, id, &headers(path)), frame(DATA, END_STREAM, id, &put("k"))].concat();
+            stream.write_all(&request).await.unwrap();
+        }
+        server.until(|server| server.limits.streams() == 2).await;
+        tokio::time::pause();
+        let began = Instant::now();
+        let mut received = Vec::new();
+        while server.limits.streams() == 2 && began.elapsed() < 2 * STREAM_STALL {
+            let read = tokio::time::timeout(Duration::from_secs(1), stream.read_buf(&mut received)).await;
+            assert!(read.is_err() || read.unwrap().unwrap() > 0);
+            for (kind, payload) in frames(&received).iter().filter(|(kind, _)| *kind == PING) {
+                stream.write_all(&frame(*kind, 1, 0, payload)).await.unwrap();
+            }
+        }
+        assert!(began.elapsed() >= STREAM_STALL - Duration::from_secs(1));
+        assert_eq!((server.limits.streams(), server.state.dropped.load(Relaxed)), (1, 1));
+        tokio::time::sleep(2 * STREAM_STALL).await;
+        assert_eq!((server.limits.connections(), server.limits.streams()), (1, 1));
+    }
+
     /// Asks for pongs without end and reads none of them.
     #[tokio::test]
     async fn ping_flood() {

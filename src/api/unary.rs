@@ -51,7 +51,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use super::serve::{self, App, Call, OpenStream, Partial, REQUEST_TIMEOUT, Wire};
-use super::stream::{Guarded, Incoming, send_all, send_streamed, stream};
+use super::stream::{Guarded, Incoming, Terms, send_all, send_streamed, stream};
 use crate::metrics::{InFlight, MethodKind, MethodMetrics, Metrics};
 use crate::slow::Slow;
 
@@ -164,7 +164,17 @@ pub(crate) struct Router {
 
 enum Entry {
     Unary(Box<dyn Unary>),
-    Streaming(Arc<MethodMetrics>),
+    Streaming(Arc<MethodMetrics>, Pace),
+}
+
+/// What is asked of a client that is sent a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// Nothing: the stream may rest for days, and costs little while it does.
+    Any,
+    /// To take what is there: the stream has an end, and keeps a revision from compaction until then. Who gives no window for
+    /// [`STREAM_STALL`](super::serve::STREAM_STALL) is given up.
+    Steady,
 }
 
 trait Unary: Send + Sync {
@@ -288,9 +298,9 @@ impl Router {
     }
 
     /// Adds a method that [`routes`](Self::routes) handle.
-    pub fn streaming(self, service: &'static str, method: &'static str, kind: MethodKind) -> Self {
+    pub fn streaming(self, service: &'static str, method: &'static str, kind: MethodKind, pace: Pace) -> Self {
         let metrics = self.metrics.method(service, method, kind);
-        self.add(service, method, Entry::Streaming(metrics))
+        self.add(service, method, Entry::Streaming(metrics, pace))
     }
 
     /// Sets the tonic services that handle the streaming methods. They enforce their own limit on a message's size.
@@ -329,10 +339,10 @@ impl Router {
                 let headers = std::mem::take(&mut head.headers);
                 unary.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
             }
-            Some(Entry::Streaming(metrics)) if let Some(routes) = &self.routes => {
+            Some(Entry::Streaming(metrics, pace)) if let Some(routes) = &self.routes => {
                 let in_flight = Arc::new(metrics.start());
                 let body = tonic::body::Body::new(Incoming::new(body, in_flight.clone()));
-                stream(routes.clone(), Request::from_parts(head, body), respond, deadline, in_flight, open)
+                stream(routes.clone(), Request::from_parts(head, body), respond, Terms { deadline, pace: *pace }, in_flight, open)
             }
             _ => {
                 refuse(respond, StatusCode::OK, &self.unknown(head.uri.path()));
