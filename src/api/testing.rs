@@ -76,7 +76,7 @@ impl Drop for Dropped {
     }
 }
 
-/// Answers with the key and the value it was sent. Keys say what else is to happen: `error`, `hang`, `token`.
+/// Answers with the key and the value it was sent. Keys say what else is to happen: `error`, `hang`, `token`, `later`, `mib`.
 async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Result<PutResponse, Status> {
     match &request.key[..] {
         b"" => return Err(Status::invalid_argument(ApplyError::EmptyKey.to_string())),
@@ -85,14 +85,15 @@ async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Resu
             let _dropped = Dropped(state.clone());
             std::future::pending().await
         }
-        b"later" => tokio::time::sleep(Duration::from_millis(1)).await,
+        b"later" | b"mib later" => tokio::time::sleep(Duration::from_millis(1)).await,
         b"token" => {
             let value = format!("{:?} {}", metadata.token(), metadata.requires_leader()).into();
             return Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&KeyValue { value, ..Default::default() })) });
         }
         _ => {}
     }
-    let kv = KeyValue { key: request.key, value: request.value, ..Default::default() };
+    let value = if request.key.starts_with(b"mib") { vec![b'v'; 1 << 20].into() } else { request.value };
+    let kv = KeyValue { key: request.key, value, ..Default::default() };
     Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&kv)) })
 }
 

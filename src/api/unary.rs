@@ -107,17 +107,29 @@ pub(crate) enum Answer {
 /// What can be made an [`Answer`]: every message, [`Streamed`], and either of the two.
 pub(crate) trait IntoAnswer: Send + 'static {
     fn into_answer(self) -> Result<Answer, Status>;
+
+    /// Bytes that are held as soon as it is one.
+    fn held_len(&self) -> usize;
 }
 
 impl<M: prost::Message + 'static> IntoAnswer for M {
     fn into_answer(self) -> Result<Answer, Status> {
         frame(&self).map(Answer::Whole)
     }
+
+    fn held_len(&self) -> usize {
+        self.encoded_len()
+    }
 }
 
 impl IntoAnswer for Streamed {
     fn into_answer(self) -> Result<Answer, Status> {
         Ok(Answer::Streamed(self))
+    }
+
+    /// Its pieces are counted as they are made.
+    fn held_len(&self) -> usize {
+        0
     }
 }
 
@@ -132,6 +144,13 @@ impl<M: IntoAnswer> IntoAnswer for Either<M> {
         match self {
             Either::Message(message) => message.into_answer(),
             Either::Streamed(streamed) => streamed.into_answer(),
+        }
+    }
+
+    fn held_len(&self) -> usize {
+        match self {
+            Either::Message(message) => message.held_len(),
+            Either::Streamed(streamed) => streamed.held_len(),
         }
     }
 }
@@ -205,8 +224,13 @@ where
                 let message = exchange.receive(&in_flight).await?;
                 let request = Req::decode(message).map_err(undecodable)?;
                 let metadata = Metadata(std::mem::take(&mut exchange.headers));
-                let outcome = exchange.until_gone(handle(state, metadata, request)).await?;
-                Ok(outcome?.into_answer()?)
+                let response = exchange.until_gone(handle(state, metadata, request)).await??;
+                // Others may have been answered while this one was waited for.
+                if !exchange.wire.has_room() && response.held_len() > DIRECT_MAX {
+                    let wire = exchange.wire.clone();
+                    exchange.until_gone(wire.room()).await?;
+                }
+                Ok(response.into_answer()?)
             };
             let outcome = outcome.await;
             slow.look_at(&in_flight, &outcome);
