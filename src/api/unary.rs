@@ -13,10 +13,6 @@
 //! HEADERS grpc-status: 0                       <- an error is these alone ("Trailers-Only"), with grpc-message
 //! ```
 //!
-//! # What it costs
-//! A null Put on one current-thread runtime, 64 streams on one connection, the client on another thread of the same 2-core machine:
-//! see the table at the end of this head.
-//!
 //! # Invariants
 //! - No more than `limit` bytes of message are ever gathered, and what is gathered is counted ([`Partial`]).
 //! - A call ends when its client resets it, when its connection ends or when its deadline (`grpc-timeout`) passes; its
@@ -28,9 +24,6 @@
 //! - Compressed requests are refused with UNIMPLEMENTED. etcd takes gzip, but Go's clients do not send it unless told to.
 //! - A message that follows the first of a unary request is ignored, as in Go.
 //! - `prost` gives up at 100 nested messages; a Txn nested that deep is answered `too many operations`.
-//!
-//! # Figures
-//! FIGURES
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
