@@ -42,13 +42,9 @@ const STEP_BYTES: usize = 512 << 10;
 /// The checksum behind a backup: a SHA-256.
 const CHECKSUM_BYTES: usize = 32;
 
-#[tonic::async_trait]
-impl Maintenance for Api {
-    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
-        self.node.alarm(request.into_inner()).await.map(Response::new).map_err(status)
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+impl Api {
+    /// How this member is, as far as it knows without asking anyone.
+    pub fn status_now(&self) -> StatusResponse {
         let node = &self.node;
         let stats = node.store().history().stats();
         let log = node.wal().log_state();
@@ -59,7 +55,7 @@ impl Maintenance for Api {
             Some(format!("memberID:{} alarm:{name} ", alarm.member_id))
         });
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        let response = StatusResponse {
+        StatusResponse {
             header: Some(node.header_now()),
             version: ETCD_VERSION.into(),
             db_size: signed(stats.disk_bytes),
@@ -73,8 +69,29 @@ impl Maintenance for Api {
             storage_version: STORAGE_VERSION.into(),
             db_size_quota: signed(node.options.quota_bytes.unwrap_or(0)),
             downgrade_info: Some(DowngradeInfo::default()),
-        };
-        Ok(Response::new(response))
+        }
+    }
+
+    /// A hash of the history up to a revision (0: all of it).
+    pub async fn hash_of(&self, revision: i64) -> Result<HashKvResponse> {
+        let hash = self.node.hash_kv(revision).await?;
+        Ok(HashKvResponse {
+            header: Some(self.node.header(hash.revision)),
+            hash: hash.hash,
+            compact_revision: hash.compacted,
+            hash_revision: hash.hashed,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Maintenance for Api {
+    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
+        self.node.alarm(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(self.status_now()))
     }
 
     async fn defragment(&self, _: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, Status> {
@@ -89,13 +106,7 @@ impl Maintenance for Api {
     }
 
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
-        let hash = self.node.hash_kv(request.into_inner().revision).await.map_err(status)?;
-        Ok(Response::new(HashKvResponse {
-            header: Some(self.node.header(hash.revision)),
-            hash: hash.hash,
-            compact_revision: hash.compacted,
-            hash_revision: hash.hashed,
-        }))
+        self.hash_of(request.into_inner().revision).await.map(Response::new).map_err(status)
     }
 
     type SnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotResponse, Status>> + Send>>;
