@@ -1,25 +1,27 @@
 //! The client: typed calls, on the core itself.
 //!
 //! A [`Client`] from [`Server::client`](crate::Server::client) calls the member in this process: no socket, no encoding,
-//! the same outcomes and errors as over the wire. It is cheap to clone, works on any runtime, and outlives its server: then
-//! its calls end with [`Error::Stopped`].
+//! the same outcomes and errors as over the wire. It is cheap to clone, and works on any executor: timers and threads are the
+//! server's. It outlives its server: then its calls end with [`Error::Stopped`].
 //!
 //! Requests and answers are etcd's messages; [`Client::put`], [`Client::get`] and [`Client::delete`] are shorthands.
 
 use std::future::poll_fn;
+use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::api::Api;
+use crate::api::{Api, maintenance};
 use crate::error::{ApplyError, Error, Result};
 use crate::lock::lock;
 use crate::mvcc::watch::{Batch, Session};
 use crate::node::Node;
+use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
-    LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeRequest, LeaseRevokeResponse, Member, PutRequest, PutResponse, RangeRequest,
-    RangeResponse, TxnRequest, TxnResponse, WatchCreateRequest,
+    HashKvResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeRequest, LeaseRevokeResponse, Member, PutRequest, PutResponse,
+    RangeRequest, RangeResponse, StatusResponse, TxnRequest, TxnResponse, WatchCreateRequest,
 };
 use crate::proto::{EncodedKv, KeyValue};
 
@@ -136,18 +138,26 @@ impl Client {
         self.node.txn(request).await
     }
 
-    /// Forgets the history below a revision.
+    /// Forgets the history below a revision: of each key, what was older than its newest pair at that revision.
     ///
     /// # Errors
-    /// As [`put`](Self::put).
+    /// As [`put`](Self::put); `Compacted` for a revision that was compacted before, `FutureRevision` for one that is not there yet.
     pub async fn compact(&self, revision: i64) -> Result<CompactionResponse> {
-        self.node.compact(CompactionRequest { revision, physical: false }).await
+        self.compact_with(CompactionRequest { revision, physical: false }).await
+    }
+
+    /// Compacts, with all that a request can say: with `physical` it returns only when the storage has let the history go.
+    ///
+    /// # Errors
+    /// As [`compact`](Self::compact); with `physical`, `Timeout` when the storage is not done in time, and goes on with it.
+    pub async fn compact_with(&self, request: CompactionRequest) -> Result<CompactionResponse> {
+        self.node.compact(request).await
     }
 
     /// Watches keys. The request's `watch_id` and `fragment` mean nothing here.
     ///
     /// # Errors
-    /// [`Error::Config`] with the reason when the request makes no sense.
+    /// None yet. What is wrong with the request, [`Watcher::next`] says.
     pub fn watch(&self, request: WatchCreateRequest) -> Result<Watcher> {
         let mut session = self.node.watch();
         session.create(&WatchCreateRequest { watch_id: 0, fragment: false, ..request });
@@ -208,12 +218,26 @@ impl Client {
         self.node.alarm(request).await
     }
 
-    /// The alarms that are raised.
+    /// Lowers an alarm, and returns what was lowered. A default `AlarmMember`, of no member and no type, stands for all that are raised.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn alarm_disarm(&self, alarm: AlarmMember) -> Result<Vec<AlarmMember>> {
+        let chosen = if alarm == AlarmMember::default() { self.alarms() } else { vec![alarm] };
+        let mut lowered = Vec::new();
+        for AlarmMember { member_id, alarm } in chosen {
+            let request = AlarmRequest { action: AlarmAction::Deactivate as i32, member_id, alarm };
+            lowered.extend(self.alarm(request).await?.alarms);
+        }
+        Ok(lowered)
+    }
+
+    /// The alarms that are raised, as far as this member has applied the log.
     pub fn alarms(&self) -> Vec<AlarmMember> {
         self.node.alarms()
     }
 
-    /// The members of the cluster.
+    /// The members of the cluster in the order of their ids, as far as this member has applied the log.
     pub fn members(&self) -> Vec<Member> {
         self.api.members()
     }
@@ -223,20 +247,74 @@ impl Client {
         self.node.store().revision()
     }
 
-    /// The CRC-32C of the history up to a revision (0: all of it), as etcd's HashKV computes it.
+    /// How this member is: versions, leader, term, how far log and state have come, alarms (`errors`), and sizes in bytes. It asks no
+    /// other member, so it answers without a leader, too.
+    pub fn status(&self) -> StatusResponse {
+        self.api.status_now()
+    }
+
+    /// The CRC-32C of the history up to a revision (0: all of it), as etcd's HashKV computes it: `hash`, over the revisions behind
+    /// `compact_revision` (-1: all from the first) up to `hash_revision`. Members of which these three are equal have the same history.
     ///
     /// # Errors
     /// `Compacted` and `FutureRevision` as [`Error::Apply`].
-    pub async fn hash_kv(&self, revision: i64) -> Result<u32> {
-        Ok(self.node.hash_kv(revision).await?.hash)
+    pub async fn hash_kv(&self, revision: i64) -> Result<HashKvResponse> {
+        self.api.hash_of(revision).await
     }
 
-    /// Rewrites the storage into fresh files, while it goes on being used.
+    /// Begins a backup: all keys with their history, leases, alarms and members, as they are at one moment, in this crate's own
+    /// checksummed format. Compaction waits for it; take its chunks, or drop it.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub async fn backup(&self) -> Result<Backup> {
+        Ok(Backup(maintenance::Backup::start(self.node.clone()).await?))
+    }
+
+    /// Writes a [backup](Self::backup), and returns how many bytes it has. It flushes, but does not sync: if it is to outlive a power
+    /// cut, see to that afterwards. The writing blocks whoever polls; a writer that may take long belongs on a thread of its own.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get), and `Io` when the writer fails; what was written then is no backup.
+    pub async fn backup_to(&self, writer: &mut impl io::Write) -> Result<u64> {
+        let fault = |err| Error::io("writing", "the backup", err);
+        let mut backup = self.backup().await?;
+        let mut bytes = 0;
+        while let Some(chunk) = backup.next().await? {
+            writer.write_all(&chunk).map_err(fault)?;
+            bytes += chunk.len() as u64;
+        }
+        writer.flush().map_err(fault)?;
+        Ok(bytes)
+    }
+
+    /// Rewrites the storage into fresh files, while it goes on being used. It returns when the old ones are gone.
     ///
     /// # Errors
     /// `Io` when the disk has no room for it; the old files go on unharmed.
     pub async fn defragment(&self) -> Result<()> {
         self.node.background().defragment().await
+    }
+}
+
+/// A backup that is being made. What compaction keeps for it goes when it is dropped.
+pub struct Backup(maintenance::Backup);
+
+impl std::fmt::Debug for Backup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backup").finish_non_exhaustive()
+    }
+}
+
+impl Backup {
+    /// The next bytes, up to 64 KiB; `None` at the end. Only all of them together, in order, are a backup.
+    ///
+    /// Not cancel-safe: when the future is dropped before it is ready, the backup is over and the next call fails.
+    ///
+    /// # Errors
+    /// `Corrupt` and `Io` for the storage; `Stopped` when the member stops.
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        self.0.next().await
     }
 }
 

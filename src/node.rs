@@ -305,6 +305,35 @@ impl Node {
         REQUEST_TIMEOUT + 2 * self.options.election_timeout
     }
 
+    // ---- Time
+
+    /// Waits for something, as long as the limit allows and the member runs.
+    ///
+    /// The timer belongs to the server's own runtime: whoever calls may be on any executor, or on none. After the member's stop it
+    /// is not looked at any more, for that runtime may be gone by then.
+    ///
+    /// # Errors
+    /// `Timeout` and `Stopped`.
+    async fn within<T>(&self, limit: Duration, what: impl Future<Output = T>) -> Result<T> {
+        let timer = {
+            let _entered = self.runtime.enter();
+            tokio::time::sleep(limit)
+        };
+        tokio::select! {
+            biased;
+            value = what => Ok(value),
+            () = self.stop.cancelled() => Err(Error::Stopped),
+            () = timer => Err(Error::Timeout),
+        }
+    }
+
+    async fn pause(&self, pause: Duration) -> Result<()> {
+        match self.within(pause, std::future::pending()).await {
+            Err(Error::Timeout) => Ok(()),
+            stopped => stopped,
+        }
+    }
+
     // ---- Writes
 
     /// Proposes a command and waits until it was applied.
@@ -346,13 +375,13 @@ impl Node {
         if wake {
             self.queued.notify_one();
         }
-        match tokio::time::timeout(self.request_timeout(), wait).await {
+        match self.within(self.request_timeout(), wait).await {
             Ok(Ok(outcome)) => Ok(outcome?),
             // The member stopped before it knew the outcome.
-            Ok(Err(_)) => Err(ApplyError::Stopped.into()),
-            Err(_) => {
+            Ok(Err(_)) | Err(Error::Stopped) => Err(ApplyError::Stopped.into()),
+            Err(err) => {
                 self.counters().proposals_failed.inc();
-                Err(Error::Timeout)
+                Err(err)
             }
         }
     }
@@ -511,10 +540,8 @@ impl Node {
             // As etcd does, also behind a compaction that someone else asked for.
             let mut done = self.background.compacted();
             let wanted = revision.min(self.store().revisions().1);
-            let waited = tokio::time::timeout(self.request_timeout(), done.wait_for(|done| *done >= wanted)).await;
-            if waited.is_err() {
-                return Err(Error::Timeout);
-            }
+            // That nothing more will be told of compactions, the member's stop has told before.
+            let _ = self.within(self.request_timeout(), done.wait_for(|done| *done >= wanted)).await?;
         }
         let Reply::Compaction(mut response) = outcome? else { return Err(mismatch()) };
         response.header = self.complete(response.header);
@@ -561,7 +588,7 @@ impl Node {
                     return Ok(ttl);
                 }
                 // It is about to be revoked; what to answer is known once it was.
-                Ok(Renewal::Expired) if Instant::now() < deadline => tokio::time::sleep(EXPIRED_RETRY).await,
+                Ok(Renewal::Expired) if Instant::now() < deadline => self.pause(EXPIRED_RETRY).await?,
                 Ok(Renewal::Expired) => return Err(Error::Timeout),
                 Err(ApplyError::LeaseNotFound) => return Ok(0),
                 Err(err) => return Err(err.into()),
@@ -602,16 +629,18 @@ impl Node {
         if self.alone.load(Ordering::Acquire) {
             return Ok(());
         }
-        let confirmed = tokio::time::timeout(self.request_timeout(), self.raft.ensure_linearizable(openraft::ReadPolicy::ReadIndex)).await;
+        let confirmed = self.within(self.request_timeout(), self.raft.ensure_linearizable(openraft::ReadPolicy::ReadIndex)).await;
         match confirmed {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => {
                 self.counters().read_indexes_failed.inc();
                 Err(ApplyError::NoLeader.into())
             }
-            Err(_) => {
-                self.counters().slow_read_indexes.inc();
-                Err(Error::Timeout)
+            Err(err) => {
+                if matches!(err, Error::Timeout) {
+                    self.counters().slow_read_indexes.inc();
+                }
+                Err(err)
             }
         }
     }
@@ -641,9 +670,10 @@ impl Node {
         }
     }
 
-    /// Runs long work on the threads kept for it.
+    /// Runs long work on the threads kept for it. It must not wait for a client, or it would keep others from theirs.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-        self.runtime.spawn_blocking(work).await.map_err(|err| Error::Failed(format!("a long read ended early: {err}")))
+        let done = self.runtime.spawn_blocking(work).await;
+        done.map_err(|err| if err.is_cancelled() { Error::Stopped } else { Error::Failed(format!("a long read ended early: {err}")) })
     }
 
     pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
@@ -667,11 +697,6 @@ impl Node {
             })
         });
         taken.await.map_err(|err| Error::Failed(err.to_string()))?
-    }
-
-    /// Runs long work on the threads kept for it, without waiting for it.
-    pub fn spawn_blocking(&self, work: impl FnOnce() + Send + 'static) {
-        self.runtime.spawn_blocking(work);
     }
 
     /// A new stream of watches.

@@ -24,11 +24,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::http::{Checks, Http, Versions};
-use crate::api::maintenance::STORAGE_VERSION;
+use crate::api::maintenance::{SNAPSHOTS_MAX, STORAGE_VERSION};
 use crate::api::router::router;
 use crate::api::serve::{App, Limits, Listener, ServeOptions, Serving};
 use crate::api::{self, Api};
@@ -53,7 +53,7 @@ use crate::storage::history::HistoryOptions;
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
 
-/// Threads for long reads and backups. Beyond it they wait for each other.
+/// Threads for long reads and steps of backups. Beyond it they wait for each other; none of them waits for a client.
 const BLOCKING_THREADS: usize = 4;
 
 /// How long connections may take to finish what they are at when the server stops; then they are cut.
@@ -380,7 +380,8 @@ impl Member {
             client_urls: config.advertised_client_urls(&bound).iter().map(Url::to_string).collect(),
             watch_progress_interval: config.watch_progress_notify_interval,
         };
-        let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token() };
+        let snapshots = Arc::new(Semaphore::new(SNAPSHOTS_MAX));
+        let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token(), snapshots };
         let options = ServeOptions { max_concurrent_streams: config.max_concurrent_streams, keepalive: config.grpc_keepalive() };
         let limits = Limits::new(options);
         let metrics = self.metrics.clone();

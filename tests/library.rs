@@ -7,8 +7,12 @@ use std::time::Duration;
 use quorate::client::{EventKind, WatchMessage};
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::kv_client::KvClient;
+use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use quorate::proto::etcdserverpb::request_op::Request;
-use quorate::proto::etcdserverpb::{Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest};
+use quorate::proto::etcdserverpb::{
+    AlarmMember, AlarmRequest, AlarmType, CompactionRequest, Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp,
+    SnapshotRequest, TxnRequest, WatchCreateRequest,
+};
 use quorate::{ApplyError, Config, Error, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -31,7 +35,7 @@ async fn keys_are_written_read_and_survive_a_restart() {
     client.put("b", "3").await.unwrap();
     assert!(client.delete("b").await.unwrap());
     assert!(!client.delete("b").await.unwrap());
-    let hash = client.hash_kv(0).await.unwrap();
+    let hash = client.hash_kv(0).await.unwrap().hash;
     server.shutdown().await.unwrap();
     assert!(matches!(client.put("a", "3").await, Err(Error::Stopped)), "a client outlives its server, and says so");
 
@@ -41,8 +45,51 @@ async fn keys_are_written_read_and_survive_a_restart() {
     assert_eq!((&a.value[..], a.version, a.create_revision, a.mod_revision), (&b"2"[..], 2, 2, 3));
     assert_eq!(client.get("b").await.unwrap(), None);
     assert_eq!(client.revision(), 5);
-    assert_eq!(client.hash_kv(0).await.unwrap(), hash);
+    assert_eq!(client.hash_kv(0).await.unwrap().hash, hash);
     server.shutdown().await.unwrap();
+}
+
+/// The smallest executor there is: it polls, and sleeps until it is woken.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+            std::task::Poll::Ready(value) => return value,
+            std::task::Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+#[test]
+fn a_client_needs_no_runtime() {
+    let dir = tempfile::tempdir().unwrap();
+    block_on(async {
+        let server = Server::start(config(dir.path())).await.unwrap();
+        let client = server.client();
+        client.put("a", "1").await.unwrap();
+        assert_eq!(client.get("a").await.unwrap().unwrap().value, "1");
+        let mut watcher = client.watch(WatchCreateRequest { key: "a".into(), start_revision: 2, ..Default::default() }).unwrap();
+        assert!(matches!(watcher.next().await, Ok(Some(WatchMessage::Events(events))) if events.len() == 1));
+        let lease = client.lease_grant(0, 100).await.unwrap().id;
+        assert_eq!(client.lease_keep_alive(lease).await.unwrap(), 100);
+        client.lease_revoke(lease).await.unwrap();
+        client.put("a", "2").await.unwrap();
+        assert!(matches!(watcher.next().await, Ok(Some(WatchMessage::Events(events))) if events[0].kv.value == "2"));
+        client.compact_with(CompactionRequest { revision: 3, physical: true }).await.unwrap();
+        client.hash_kv(0).await.unwrap();
+        client.defragment().await.unwrap();
+        // One who is waiting when the server stops is told so.
+        let (left, ()) = futures_util::join!(watcher.next(), async { server.shutdown().await.unwrap() });
+        assert!(matches!(left, Err(Error::Stopped)));
+        assert!(matches!(client.put("a", "3").await, Err(Error::Stopped)));
+    });
 }
 
 #[tokio::test]
@@ -338,6 +385,126 @@ async fn operations_are_counted_as_etcd_counts_them() {
     assert!(counts.value("etcd_debugging_mvcc_db_compaction_keys_total") >= 9.0);
     assert!(counts.value("etcd_disk_backend_commit_duration_seconds_count") > 0.0);
     assert_eq!(counts.value("etcd_disk_defrag_inflight"), 0.0);
+    server.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_member_is_looked_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(config(dir.path())).await.unwrap();
+    let client = server.client();
+    for value in ["1", "2", "3"] {
+        client.put("a", value).await.unwrap();
+    }
+    let before = client.hash_kv(3).await.unwrap();
+    assert_eq!((before.header.unwrap().revision, before.compact_revision, before.hash_revision), (4, -1, 3));
+    client.compact_with(CompactionRequest { revision: 3, physical: true }).await.unwrap();
+    let after = client.hash_kv(0).await.unwrap();
+    assert_eq!((after.compact_revision, after.hash_revision), (3, 4));
+    assert!(matches!(client.hash_kv(2).await, Err(Error::Apply(ApplyError::Compacted))));
+    assert!(matches!(client.hash_kv(5).await, Err(Error::Apply(ApplyError::FutureRevision))));
+    assert!(matches!(client.compact(3).await, Err(Error::Apply(ApplyError::Compacted))));
+
+    let status = client.status();
+    assert_eq!((status.leader, status.header.unwrap().revision), (server.member_id(), 4));
+    assert!(status.raft_applied_index > 0 && status.raft_applied_index <= status.raft_index && status.errors.is_empty());
+    let members = client.members();
+    assert_eq!((members.len(), members[0].id, members[0].client_urls.len()), (1, server.member_id(), 1));
+
+    let member_id = server.member_id();
+    let raise = |alarm| AlarmRequest { action: 1, member_id, alarm: alarm as i32 };
+    for alarm in [AlarmType::Nospace, AlarmType::Corrupt] {
+        client.alarm(raise(alarm)).await.unwrap();
+    }
+    assert_eq!((client.alarms().len(), client.status().errors.len()), (2, 2));
+    assert!(matches!(client.put("a", "4").await, Err(Error::Apply(ApplyError::Corrupt))));
+    let corrupt = AlarmMember { member_id, alarm: AlarmType::Corrupt as i32 };
+    assert_eq!(client.alarm_disarm(corrupt).await.unwrap(), [corrupt]);
+    assert_eq!(client.alarm_disarm(AlarmMember::default()).await.unwrap().len(), 1);
+    assert_eq!(client.alarm_disarm(AlarmMember::default()).await.unwrap(), []);
+    client.put("a", "4").await.unwrap();
+    server.shutdown().await.unwrap();
+    assert!(matches!(client.backup().await.map(|_| ()), Err(Error::Stopped)));
+}
+
+#[tokio::test]
+async fn a_backup_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(config(dir.path())).await.unwrap();
+    let client = server.client();
+    for number in 0..5 {
+        client.put(format!("large/{number}"), vec![number; 700 << 10]).await.unwrap();
+    }
+    futures_util::future::try_join_all((0..500).map(|number| client.put("small", number.to_string()))).await.unwrap();
+    let mut backup = client.backup().await.unwrap();
+    // It shows the moment at which it began.
+    client.put("after", "1").await.unwrap();
+    let mut bytes = Vec::new();
+    while let Some(chunk) = backup.next().await.unwrap() {
+        assert!(!chunk.is_empty() && chunk.len() <= 64 << 10);
+        bytes.extend_from_slice(&chunk);
+    }
+    assert_eq!(backup.next().await.unwrap(), None);
+    let mut decoder = quorate::snapshot::Decoder::new(&bytes[..], Path::new("backup")).unwrap();
+    let mut records = 0;
+    while let Some(item) = decoder.next_item().unwrap() {
+        records += usize::from(matches!(item, quorate::snapshot::Item::Record { .. }));
+    }
+    assert_eq!(records, 505);
+
+    let path = dir.path().join("backup");
+    let written = client.backup_to(&mut std::fs::File::create(&path).unwrap()).await.unwrap();
+    assert_eq!(written, std::fs::metadata(&path).unwrap().len());
+    assert_eq!(quorate::snapshot::verify(&path).unwrap().records, 506);
+    let err = client.backup_to(&mut &mut [0; 1000][..]).await.unwrap_err();
+    assert!(matches!(err, Error::Io { .. }), "{err}");
+    server.shutdown().await.unwrap();
+}
+
+/// Clients that ask for everything and read nothing: others read on, and compaction goes on once they have left.
+#[tokio::test]
+async fn stalled_snapshots_stand_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(config(dir.path())).await.unwrap();
+    let client = server.client();
+    for number in 0..8 {
+        client.put(format!("large/{number}"), vec![b'v'; 512 << 10]).await.unwrap();
+    }
+    futures_util::future::try_join_all((0..2000).map(|number| client.put(format!("small/{number}"), "v"))).await.unwrap();
+    let channel = async || {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", server.client_addrs()[0])).unwrap();
+        MaintenanceClient::new(endpoint.connect().await.unwrap())
+    };
+    let mut stalled = Vec::new();
+    for _ in 0..8 {
+        let mut maintenance = channel().await;
+        let mut parts = maintenance.snapshot(SnapshotRequest {}).await.unwrap().into_inner();
+        parts.message().await.unwrap().unwrap();
+        stalled.push((maintenance, parts));
+    }
+    let refused = channel().await.snapshot(SnapshotRequest {}).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (tonic::Code::ResourceExhausted, "etcdserver: too many requests"));
+
+    let soon = |what: &'static str| async move {
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        panic!("{what} waits for clients that do not read");
+    };
+    let all = RangeRequest { key: "\0".into(), range_end: "\0".into(), ..Default::default() };
+    tokio::select! { found = client.range(all) => assert_eq!(found.unwrap().kvs.len(), 2008), () = soon("a long Range") => {} }
+    tokio::select! { hash = client.hash_kv(0) => assert!(hash.is_ok()), () = soon("HashKV") => {} }
+
+    drop(stalled);
+    let mut parts = loop {
+        match channel().await.snapshot(SnapshotRequest {}).await {
+            Ok(parts) => break parts.into_inner(),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    let mut bytes = 0;
+    while let Some(part) = parts.message().await.unwrap() {
+        bytes += part.blob.len();
+    }
+    assert!(bytes > 4 << 20);
     server.shutdown().await.unwrap();
 }
 

@@ -1,19 +1,22 @@
 //! The Maintenance service: Alarm, Status, Defragment, Hash, HashKV, Snapshot.
 //!
 //! Defragment rewrites the storage into fresh files while it goes on being used; it returns when the old ones are gone.
-//! Snapshot streams a backup in the [format of this crate](crate::snapshot), taken at one point of the log; it is made as
-//! fast as the client takes it, on a thread kept for long reads.
+//! Snapshot streams a backup in the [format of this crate](crate::snapshot), taken at one point of the log. It is made step by
+//! step, each when the client has taken the one before: a thread for long reads is kept for the length of a step, never while a
+//! client makes up its mind, so that backups do not stand in the way of reads.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::Stream;
-use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use crate::config::ETCD_VERSION;
 use crate::error::{ApplyError, Error, Result};
+use crate::mvcc::Pin as RevisionPin;
 use crate::node::{BackupStart, Node};
 use crate::proto::etcdserverpb::maintenance_server::Maintenance;
 use crate::proto::etcdserverpb::{
@@ -29,19 +32,19 @@ use super::{Api, status};
 /// Version of the data's format that Status and Snapshot tell, as etcd does: major and minor.
 pub(crate) const STORAGE_VERSION: &str = "3.7.0";
 
-/// Chunks of a backup that wait for the client, each up to 64 KiB. Beyond it the backup waits.
-const SNAPSHOT_CHUNKS: usize = 8;
+/// Snapshots that clients may take at the same time, over all connections. One more is refused with `too many requests`: each
+/// holds a revision, which compaction has to keep, and up to a step's bytes and one record.
+pub(crate) const SNAPSHOTS_MAX: usize = 8;
+
+/// Bytes of a backup that are made in one go. The next are made when these were taken.
+const STEP_BYTES: usize = 512 << 10;
 
 /// The checksum behind a backup: a SHA-256.
 const CHECKSUM_BYTES: usize = 32;
 
-#[tonic::async_trait]
-impl Maintenance for Api {
-    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
-        self.node.alarm(request.into_inner()).await.map(Response::new).map_err(status)
-    }
-
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+impl Api {
+    /// How this member is, as far as it knows without asking anyone.
+    pub fn status_now(&self) -> StatusResponse {
         let node = &self.node;
         let stats = node.store().history().stats();
         let log = node.wal().log_state();
@@ -52,7 +55,7 @@ impl Maintenance for Api {
             Some(format!("memberID:{} alarm:{name} ", alarm.member_id))
         });
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        let response = StatusResponse {
+        StatusResponse {
             header: Some(node.header_now()),
             version: ETCD_VERSION.into(),
             db_size: signed(stats.disk_bytes),
@@ -66,8 +69,29 @@ impl Maintenance for Api {
             storage_version: STORAGE_VERSION.into(),
             db_size_quota: signed(node.options.quota_bytes.unwrap_or(0)),
             downgrade_info: Some(DowngradeInfo::default()),
-        };
-        Ok(Response::new(response))
+        }
+    }
+
+    /// A hash of the history up to a revision (0: all of it).
+    pub async fn hash_of(&self, revision: i64) -> Result<HashKvResponse> {
+        let hash = self.node.hash_kv(revision).await?;
+        Ok(HashKvResponse {
+            header: Some(self.node.header(hash.revision)),
+            hash: hash.hash,
+            compact_revision: hash.compacted,
+            hash_revision: hash.hashed,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Maintenance for Api {
+    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
+        self.node.alarm(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(self.status_now()))
     }
 
     async fn defragment(&self, _: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, Status> {
@@ -82,34 +106,22 @@ impl Maintenance for Api {
     }
 
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
-        let hash = self.node.hash_kv(request.into_inner().revision).await.map_err(status)?;
-        Ok(Response::new(HashKvResponse {
-            header: Some(self.node.header(hash.revision)),
-            hash: hash.hash,
-            compact_revision: hash.compacted,
-            hash_revision: hash.hashed,
-        }))
+        self.hash_of(request.into_inner().revision).await.map(Response::new).map_err(status)
     }
 
     type SnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotResponse, Status>> + Send>>;
 
     async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
-        let start = self.node.start_backup().await.map_err(status)?;
-        let (chunks, mut receiver) = mpsc::channel(SNAPSHOT_CHUNKS);
-        let node = self.node.clone();
-        self.node.spawn_blocking(move || {
-            let began = node.machine.now();
-            let sent = backup(&node, start, &mut |blob| {
-                let response = SnapshotResponse { blob, version: STORAGE_VERSION.into(), ..SnapshotResponse::default() };
-                // A client that has gone away ends the backup.
-                chunks.blocking_send(Ok(response)).map_err(|_| Error::Stopped)
-            });
-            match sent {
-                Ok(()) => node.counters().snapshot.observe(node.machine.now().saturating_sub(began)),
-                Err(err) => _ = chunks.blocking_send(Err(status(err))),
-            }
+        let Ok(place) = self.snapshots.clone().try_acquire_owned() else {
+            return Err(status(ApplyError::TooManyRequests.into()));
+        };
+        let backup = Backup::start(self.node.clone()).await.map_err(status)?;
+        let blobs = futures_util::stream::try_unfold((backup, place), |(mut backup, place)| async move {
+            let Some(blob) = backup.next().await.map_err(status)? else { return Ok(None) };
+            let response = SnapshotResponse { blob, version: STORAGE_VERSION.into(), ..SnapshotResponse::default() };
+            Ok(Some((response, (backup, place))))
         });
-        Ok(Response::new(Box::pin(futures_util::stream::poll_fn(move |cx| receiver.poll_recv(cx)))))
+        Ok(Response::new(Box::pin(blobs)))
     }
 
     async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
@@ -126,48 +138,126 @@ impl Maintenance for Api {
     }
 }
 
-/// Writes everything that can be read at the start's revision or later, chunk by chunk.
-pub(crate) fn backup(node: &Node, start: BackupStart, send: &mut dyn FnMut(Bytes) -> Result<()>) -> Result<()> {
-    let BackupStart { pin, compacted, applied, metas } = start;
-    let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let header = Header {
-        cluster_id: node.identity.cluster_id,
-        member_id: node.identity.member_id,
-        revision: pin.at(),
-        compact_revision: compacted,
-        applied: LogPosition { term: applied.map_or(0, |id| *id.leader_id), node: 0, index: applied.map_or(0, |id| id.index) },
-        created_unix_s: created.as_secs(),
-        version: env!("CARGO_PKG_VERSION").into(),
-    };
-    let mut encoder = Encoder::new(&header)?;
-    let mut push = |encoder: &mut Encoder, item: &Item| -> Result<()> {
-        encoder.push(item)?;
-        while let Some(chunk) = encoder.next_chunk() {
-            send(chunk)?;
-        }
-        Ok(())
-    };
-    for (key, value) in metas {
-        push(&mut encoder, &Item::Meta { key: key.into(), value })?;
+/// A backup in the making: everything that can be read at one revision or later, chunk by chunk.
+///
+/// Compaction keeps what it still has to read, until it is dropped.
+pub(crate) struct Backup {
+    node: Arc<Node>,
+    began: Duration,
+    /// None while a step is under way, and after one was given up.
+    writer: Option<Writer>,
+    ready: VecDeque<Bytes>,
+}
+
+impl Backup {
+    /// Begins one at the newest point of the log.
+    ///
+    /// # Errors
+    /// As a linearizable read.
+    pub async fn start(node: Arc<Node>) -> Result<Backup> {
+        let began = node.machine.now();
+        let BackupStart { pin, compacted, applied, metas } = node.start_backup().await?;
+        let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let header = Header {
+            cluster_id: node.identity.cluster_id,
+            member_id: node.identity.member_id,
+            revision: pin.at(),
+            compact_revision: compacted,
+            applied: LogPosition { term: applied.map_or(0, |id| *id.leader_id), node: 0, index: applied.map_or(0, |id| id.index) },
+            created_unix_s: created.as_secs(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        let encoder = Encoder::new(&header)?;
+        let metas = metas.into_iter().map(|(key, value)| (key.into(), value)).collect();
+        let writer = Writer { encoder, metas, pin, next: Revision::default(), last: Bytes::new(), finished: false };
+        Ok(Backup { node, began, writer: Some(writer), ready: VecDeque::new() })
     }
-    let end = Revision { main: pin.at() + 1, sub: 0 };
-    pin.store().history().scan(Revision::default(), end, &mut |revision, record| {
-        let item = Item::Record { main: revision.main, sub: revision.sub, tombstone: record.tombstone, bytes: record.bytes.clone() };
-        push(&mut encoder, &item)?;
-        Ok(true)
-    })?;
-    encoder.finish();
-    let mut last = Bytes::new();
+
+    /// The next chunk, of up to 64 KiB; none after the last, which is the checksum alone, as etcd sends it.
+    ///
+    /// When the future is dropped before it is ready, the backup is over: the next call fails.
+    ///
+    /// # Errors
+    /// What reading the storage fails with, and `Stopped` when the member stops.
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            if let Some(chunk) = self.ready.pop_front() {
+                return Ok(Some(chunk));
+            }
+            let Some(mut writer) = self.writer.take() else { return Err(Error::Failed("a backup was given up halfway".into())) };
+            if writer.finished {
+                self.writer = Some(writer);
+                return Ok(None);
+            }
+            let step = self.node.blocking(move || writer.step().map(|chunks| (writer, chunks))).await?;
+            let (writer, chunks) = step?;
+            if writer.finished {
+                self.node.counters().snapshot.observe(self.node.machine.now().saturating_sub(self.began));
+            }
+            self.writer = Some(writer);
+            self.ready = chunks;
+        }
+    }
+}
+
+/// Where a backup has come to.
+struct Writer {
+    encoder: Encoder,
+    metas: VecDeque<(Bytes, Bytes)>,
+    pin: RevisionPin,
+    /// The records before it are written.
+    next: Revision,
+    /// The newest chunk: the last one has the checksum at its end, which goes into a part of its own.
+    last: Bytes,
+    finished: bool,
+}
+
+impl Writer {
+    /// Makes the next chunks: some, or the last of all.
+    fn step(&mut self) -> Result<VecDeque<Bytes>> {
+        let mut chunks = VecDeque::new();
+        let mut bytes = 0;
+        while let Some((key, value)) = self.metas.pop_front() {
+            self.encoder.push(&Item::Meta { key, value })?;
+            bytes += take_chunks(&mut self.encoder, &mut self.last, &mut chunks);
+            if bytes >= STEP_BYTES {
+                return Ok(chunks);
+            }
+        }
+        let end = Revision { main: self.pin.at() + 1, sub: 0 };
+        let Writer { encoder, pin, next, last, .. } = self;
+        pin.store().history().scan(*next, end, &mut |revision, record| {
+            encoder.push(&Item::Record {
+                main: revision.main,
+                sub: revision.sub,
+                tombstone: record.tombstone,
+                bytes: record.bytes.clone(),
+            })?;
+            *next = Revision { main: revision.main, sub: revision.sub + 1 };
+            bytes += take_chunks(encoder, last, &mut chunks);
+            Ok(bytes < STEP_BYTES)
+        })?;
+        if bytes >= STEP_BYTES {
+            return Ok(chunks);
+        }
+        self.encoder.finish();
+        take_chunks(&mut self.encoder, &mut self.last, &mut chunks);
+        let sum = self.last.split_off(self.last.len().saturating_sub(CHECKSUM_BYTES));
+        chunks.extend([std::mem::take(&mut self.last), sum].into_iter().filter(|chunk| !chunk.is_empty()));
+        self.finished = true;
+        Ok(chunks)
+    }
+}
+
+/// Takes what the encoder has ready, and keeps the newest chunk back. Returns how many bytes there were.
+fn take_chunks(encoder: &mut Encoder, last: &mut Bytes, chunks: &mut VecDeque<Bytes>) -> usize {
+    let mut bytes = 0;
     while let Some(chunk) = encoder.next_chunk() {
-        if !last.is_empty() {
-            send(std::mem::replace(&mut last, chunk))?;
-        } else {
-            last = chunk;
+        bytes += chunk.len();
+        let before = std::mem::replace(last, chunk);
+        if !before.is_empty() {
+            chunks.push_back(before);
         }
     }
-    // The checksum comes in a part of its own, as etcd sends it.
-    let sum = last.split_off(last.len().saturating_sub(CHECKSUM_BYTES));
-    send(last)?;
-    send(sum)?;
-    Ok(())
+    bytes
 }

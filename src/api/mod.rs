@@ -33,6 +33,8 @@ pub(crate) struct Api {
     pub info: Arc<Info>,
     /// Ends the streams when the server stops.
     pub stop: tokio_util::sync::CancellationToken,
+    /// Places for the snapshots that clients take.
+    pub snapshots: Arc<tokio::sync::Semaphore>,
 }
 
 /// What the services say about this member, beside the node's own state.

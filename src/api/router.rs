@@ -24,7 +24,7 @@ use crate::proto::etcdserverpb::maintenance_server::{Maintenance, MaintenanceSer
 use crate::proto::etcdserverpb::{CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, TxnRequest};
 use crate::proto::health::health_server::{Health, HealthServer};
 
-use super::unary::{Either, MESSAGE_OVERHEAD, Router, Streamed};
+use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed};
 use super::watch::WatchService;
 use super::{Api, status};
 
@@ -56,13 +56,13 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
         })
         .unary(KV, "Txn", api, |api: Api, _, request: TxnRequest| async move { api.node.txn(request).await.map_err(status) })
         .unary(KV, "Compact", api, |api: Api, _, request: CompactionRequest| async move { api.node.compact(request).await.map_err(status) })
-        .streaming(KV, "RangeStream", MethodKind::ServerStream)
-        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream)
+        .streaming(KV, "RangeStream", MethodKind::ServerStream, Pace::Steady)
+        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream, Pace::Any)
         .unary(LEASE, "LeaseGrant", api, of!(Lease::lease_grant))
         .unary(LEASE, "LeaseRevoke", api, of!(Lease::lease_revoke))
         .unary(LEASE, "LeaseTimeToLive", api, of!(Lease::lease_time_to_live))
         .unary(LEASE, "LeaseLeases", api, of!(Lease::lease_leases))
-        .streaming(LEASE, "LeaseKeepAlive", MethodKind::BidiStream)
+        .streaming(LEASE, "LeaseKeepAlive", MethodKind::BidiStream, Pace::Any)
         .unary(CLUSTER, "MemberAdd", api, of!(Cluster::member_add))
         .unary(CLUSTER, "MemberRemove", api, of!(Cluster::member_remove))
         .unary(CLUSTER, "MemberUpdate", api, of!(Cluster::member_update))
@@ -75,12 +75,12 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
         .unary(MAINTENANCE, "HashKV", api, of!(Maintenance::hash_kv))
         .unary(MAINTENANCE, "MoveLeader", api, of!(Maintenance::move_leader))
         .unary(MAINTENANCE, "Downgrade", api, of!(Maintenance::downgrade))
-        .streaming(MAINTENANCE, "Snapshot", MethodKind::ServerStream)
+        .streaming(MAINTENANCE, "Snapshot", MethodKind::ServerStream, Pace::Steady)
         .unary(HEALTH, "Check", api, of!(Health::check))
         .unary(HEALTH, "List", api, of!(Health::list))
-        .streaming(HEALTH, "Watch", MethodKind::ServerStream)
-        .streaming("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream)
-        .streaming("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream);
+        .streaming(HEALTH, "Watch", MethodKind::ServerStream, Pace::Any)
+        .streaming("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream, Pace::Any)
+        .streaming("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo", MethodKind::BidiStream, Pace::Any);
     let reflection = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET);
     let unusable = |err: tonic_reflection::server::Error| crate::error::Error::Failed(format!("describing the services: {err}"));
     let routes = Routes::new(WatchService { api: api.clone(), max_request_bytes: limit })

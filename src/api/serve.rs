@@ -24,12 +24,21 @@
 //! # What a peer can make us hold
 //! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`] of requests whose end is missing,
 //! [`HELD_BYTES_MAX`] of answers (and the one that went beyond), one frame, one header block, and h2's record of each open stream (about 1 KiB,
-//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`] of unfinished requests, [`SERVER_STREAMS_MAX`] streams.
+//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`] of unfinished requests, [`SERVER_HELD_BYTES_MAX`] of
+//! answers (and one for each connection that has no other), [`SERVER_STREAMS_MAX`] streams.
+//!
+//! An answer counts from when it is encoded until the peer has given window for all of it. There being no room is looked at twice: before
+//! a request is attended to, and, for one whose outcome had to be waited for, before a large answer is encoded. A connection that is
+//! made to wait has an answer under way itself; as that goes, or is given up, the connection gets on. Nobody waits for another's peer.
 //!
 //! # Caveats
+//! - What a handler has found and not encoded yet is not counted: a request that waits for the log or for a thread brings its pairs
+//!   along when it is done, as slices of what the store holds or has read.
+//! - Answers of up to 64 KiB for which there is window are h2's at once and not counted; [`WRITE_STALL`] ends who does not read them.
 //! - A stream that a client opens and then leaves idle stays: an idle Watch is nothing unusual. Dead peers are found by pings.
 //! - A handler's panic ends the connection it came over, and nothing else.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -49,6 +58,7 @@ use http::Request;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
@@ -100,8 +110,13 @@ const FRAME_MAX: u32 = 16 << 10;
 /// Bytes of one stream's answer that h2 keeps ready for the socket. A longer answer waits and comes piece by piece.
 const SEND_BUFFER: usize = 256 << 10;
 
-/// Answers that wait for the peer's window, per connection. Beyond it the connection's further requests wait unread.
+/// Answers that wait for the peer's window, per connection. Beyond it the connection's further requests wait unread, and large answers
+/// unencoded.
 const HELD_BYTES_MAX: usize = 8 << 20;
+
+/// As above, all connections together. Beyond it a connection gets on only while no answer of its own waits: so each gets its answers,
+/// one by one, whatever the others do.
+const SERVER_HELD_BYTES_MAX: usize = 512 << 20;
 
 /// Requests of which a part has come, per connection. Beyond it a request is refused with ResourceExhausted.
 const PARTIAL_BYTES_MAX: usize = 64 << 20;
@@ -165,6 +180,8 @@ pub(crate) struct Limits {
     connections: AtomicUsize,
     pub(super) streams: AtomicUsize,
     partial: AtomicUsize,
+    held_max: usize,
+    held: AtomicUsize,
 }
 
 impl Limits {
@@ -178,6 +195,8 @@ impl Limits {
             connections: AtomicUsize::new(0),
             streams: AtomicUsize::new(0),
             partial: AtomicUsize::new(0),
+            held_max: SERVER_HELD_BYTES_MAX,
+            held: AtomicUsize::new(0),
         })
     }
 
@@ -416,7 +435,7 @@ async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
     let mut peer = Peer {
         conn,
         calls: FuturesUnordered::new(),
-        incoming: Vec::new(),
+        incoming: VecDeque::new(),
         app,
         pings,
         pong_due: first.map(|()| now + timeout),
@@ -438,8 +457,8 @@ pub(super) type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 struct Peer {
     conn: h2::server::Connection<Io, Bytes>,
     calls: FuturesUnordered<Call>,
-    /// Requests taken but not attended to yet; empty between two polls.
-    incoming: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
+    /// Requests taken but not attended to yet; empty between two polls, unless answers have to be taken first.
+    incoming: VecDeque<(Request<RecvStream>, SendResponse<Bytes>)>,
     app: App,
     wire: Arc<Wire>,
     pings: Option<PingPong>,
@@ -466,9 +485,14 @@ impl Peer {
                 break;
             }
             // All that has come is taken before any of it is answered, since h2 writes each time it is asked for more.
+            let may_accept = self.wire.may_accept();
             let ended = self.take_incoming(cx);
-            let mut progress = !self.incoming.is_empty();
-            for (request, respond) in self.incoming.drain(..) {
+            let mut progress = false;
+            // Looked at for each of them: one answer may be all that there is room for.
+            while self.wire.may_accept()
+                && let Some((request, respond)) = self.incoming.pop_front()
+            {
+                progress = true;
                 let mut call = unary::call(&self.app, request, respond, &self.wire);
                 if call.as_mut().poll(cx).is_pending() {
                     self.calls.push(call);
@@ -477,6 +501,8 @@ impl Peer {
             while let Poll::Ready(Some(())) = self.calls.poll_next_unpin(cx) {
                 progress = true;
             }
+            // What waited for room has it now, and nothing else might wake us for it.
+            progress |= (!may_accept || !self.incoming.is_empty()) && self.wire.may_accept();
             if let Some(ended) = ended {
                 return Poll::Ready(ended);
             }
@@ -489,11 +515,14 @@ impl Peer {
 
     /// Takes what requests have come, and has h2 read and write. Some when the connection is over.
     fn take_incoming(&mut self, cx: &mut Context<'_>) -> Option<std::result::Result<(), &'static str>> {
-        while self.incoming.len() < ACCEPT_BATCH {
+        loop {
             let ended = if self.wire.may_accept() {
+                if self.incoming.len() >= ACCEPT_BATCH {
+                    return None;
+                }
                 match self.conn.poll_accept(cx) {
                     Poll::Ready(Some(Ok(request))) => {
-                        self.incoming.push(request);
+                        self.incoming.push_back(request);
                         continue;
                     }
                     Poll::Ready(Some(Err(err))) => Err(err),
@@ -511,7 +540,6 @@ impl Peer {
                 "error"
             }));
         }
-        None
     }
 
     /// Pings, pongs and stalls.
@@ -560,6 +588,8 @@ pub(super) struct Wire {
     /// Milliseconds from `opened` to when the socket would take no more, and 1; 0 while it takes.
     blocked: AtomicU64,
     held: AtomicUsize,
+    /// Told whenever less is held than before.
+    less_held: Notify,
     partial: AtomicUsize,
 }
 
@@ -571,13 +601,28 @@ impl Wire {
             opened: Instant::now(),
             blocked: AtomicU64::new(0),
             held: AtomicUsize::new(0),
+            less_held: Notify::new(),
             partial: AtomicUsize::new(0),
         })
     }
 
     /// Whether further requests are taken: not from a peer that does not take what it has asked for.
     fn may_accept(&self) -> bool {
-        self.blocked.load(Ordering::Relaxed) == 0 && self.held.load(Ordering::Relaxed) < HELD_BYTES_MAX
+        self.blocked.load(Ordering::Relaxed) == 0 && self.has_room()
+    }
+
+    /// Whether another answer may be held. The first of a connection always may.
+    pub fn has_room(&self) -> bool {
+        let held = self.held.load(Ordering::Relaxed);
+        held == 0 || (held < HELD_BYTES_MAX && self.limits.held.load(Ordering::Relaxed) < self.limits.held_max)
+    }
+
+    /// Waits until there is room. Who has waited holds its answer, or ends, in the same poll: the next in line is woken already.
+    pub async fn room(&self) {
+        while !self.has_room() {
+            self.less_held.notified().await;
+        }
+        self.less_held.notify_one();
     }
 
     fn blocked_since(&self) -> Option<Instant> {
@@ -601,6 +646,7 @@ impl Wire {
     /// Counts an answer that waits, until the guard is dropped.
     pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
         self.held.fetch_add(bytes, Ordering::Relaxed);
+        self.limits.held.fetch_add(bytes, Ordering::Relaxed);
         Held { wire: self.clone(), bytes }
     }
 
@@ -640,6 +686,8 @@ pub(super) struct Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.wire.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.wire.limits.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.wire.less_held.notify_one();
     }
 }
 
@@ -934,6 +982,97 @@ mod tests {
         assert_eq!(server.limits.connections(), 1);
         assert_eq!(server.limits.streams(), 0);
         assert!(server.state.chunks.load(Relaxed) <= 1);
+    }
+
+    /// Requests of which each has an answer of 1 MiB, over a connection without window.
+    async fn ask_for_mibs(server: &TestServer, key: &'static str, count: u32) -> TcpStream {
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let mut bytes = hello(&[(4, 0)]);
+        for id in (1..2 * count).step_by(2) {
+            bytes.extend(frame(HEADERS, END_HEADERS, id, &headers(PUT)));
+            bytes.extend(frame(DATA, END_STREAM, id, &put(key)));
+        }
+        stream.write_all(&bytes).await.unwrap();
+        stream
+    }
+
+    /// All requests come in one packet; however their answers are made, no more of them than the limit are held.
+    #[tokio::test]
+    async fn asks_for_much_at_once() {
+        for key in ["mib", "mib later"] {
+            let server = TestServer::start().await;
+            let mut stream = ask_for_mibs(&server, key, 100).await;
+            server.until(|server| server.limits.held.load(Relaxed) >= HELD_BYTES_MAX).await;
+            // Whatever else would be made is made by then.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let held = server.limits.held.load(Relaxed);
+            assert!(held <= HELD_BYTES_MAX + (1 << 20), "{key}: {held} bytes are held");
+            // The window opens, and every one of them is answered.
+            let most = (1u32 << 31) - 1;
+            stream.write_all(&frame(4, 0, 0, &[&[0, 4][..], &most.to_be_bytes()].concat())).await.unwrap();
+            stream.write_all(&frame(WINDOW_UPDATE, 0, 0, &(most - 65_535).to_be_bytes())).await.unwrap();
+            let mut received = 0;
+            let mut buf = vec![0; 1 << 20];
+            while received < 100 << 20 {
+                let read = stream.read(&mut buf).await.unwrap();
+                assert!(read > 0);
+                received += read;
+            }
+            server.until(|server| server.limits.streams() == 0).await;
+            assert_eq!(server.limits.held.load(Relaxed), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn held_answers_of_all_connections() {
+        let (state, metrics) = (Arc::new(State::default()), crate::metrics::Metrics::new("3.7.1", "3.7"));
+        let mut limits = Limits::new(ServeOptions { max_concurrent_streams: 100, keepalive: None });
+        Arc::get_mut(&mut limits).unwrap().held_max = 2 << 20;
+        let listener = Listener::tcp(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let serving = Serving::start(listener, limits.clone(), app(&state, &metrics));
+        let server = TestServer { addr, state, metrics, limits, serving };
+        let mut peers = Vec::new();
+        for key in ["mib", "mib later", "mib", "mib later"] {
+            peers.push(ask_for_mibs(&server, key, 10).await);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let held = server.limits.held.load(Relaxed);
+        assert!((4 << 20..7 << 20).contains(&held), "each holds one, and the first two a second: {held} bytes");
+        // Who takes its answers gets them, however many.
+        let client = server.connect().await;
+        for answer in futures_util::future::join_all((0..10).map(|_| post(&client, request(PUT), vec![put("mib later")]))).await {
+            assert_eq!(answer.unwrap().status(), (0, ""));
+        }
+        drop(peers);
+        server.until(|server| server.limits.held.load(Relaxed) == 0).await;
+    }
+
+    /// The same with streams: one that has an end is given up, one that may rest is not.
+    #[tokio::test]
+    async fn gives_streams_no_window() {
+        let server = TestServer::start().await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        stream.write_all(&hello(&[(4, 0)])).await.unwrap();
+        for (id, path) in [(1, "/endless/Steady"), (3, "/endless/Any")] {
+            let request = [frame(HEADERS, END_HEADERS, id, &headers(path)), frame(DATA, END_STREAM, id, &put("k"))].concat();
+            stream.write_all(&request).await.unwrap();
+        }
+        server.until(|server| server.limits.streams() == 2).await;
+        tokio::time::pause();
+        let began = Instant::now();
+        let mut received = Vec::new();
+        while server.limits.streams() == 2 && began.elapsed() < 2 * STREAM_STALL {
+            let read = tokio::time::timeout(Duration::from_secs(1), stream.read_buf(&mut received)).await;
+            assert!(read.is_err() || read.unwrap().unwrap() > 0);
+            for (kind, payload) in frames(&received).iter().filter(|(kind, _)| *kind == PING) {
+                stream.write_all(&frame(*kind, 1, 0, payload)).await.unwrap();
+            }
+        }
+        assert!(began.elapsed() >= STREAM_STALL - Duration::from_secs(1));
+        assert_eq!((server.limits.streams(), server.state.dropped.load(Relaxed)), (1, 1));
+        tokio::time::sleep(2 * STREAM_STALL).await;
+        assert_eq!((server.limits.connections(), server.limits.streams()), (1, 1));
     }
 
     /// Asks for pongs without end and reads none of them.

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! # Caveats
-//! - A unary answer that the peer does not take is given up after [`STREAM_STALL`]; a stream's is not, for a watch may rest for days. What
-//!   it then holds is one frame here, and what its service allows.
+//! - An answer that the peer does not take is given up after [`STREAM_STALL`], and so is a stream that has an end ([`Pace::Steady`]). Others
+//!   are not, for a watch may rest for days. What it then holds is one frame here, and what its service allows.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -29,7 +29,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use super::serve::{Call, OpenStream, STREAM_STALL, Wire};
-use super::unary::{Failure, GRPC_STATUS, PREFIX, Streamed, deadline_exceeded, prefix, refuse, status_headers};
+use super::unary::{Failure, GRPC_STATUS, PREFIX, Pace, Streamed, deadline_exceeded, prefix, refuse, status_headers};
 use crate::metrics::InFlight;
 
 /// A future that is given up when `gone` says so.
@@ -54,14 +54,7 @@ pub(super) async fn send_all(send: &mut SendStream<Bytes>, mut bytes: Bytes, end
     while !bytes.is_empty() {
         send.reserve_capacity(bytes.len());
         if send.capacity() == 0 {
-            match tokio::time::timeout(STREAM_STALL, poll_fn(|cx| send.poll_capacity(cx))).await {
-                Ok(Some(Ok(_))) => {}
-                Ok(_) => return Err(Failure::Gone),
-                Err(_) => {
-                    send.send_reset(Reason::CANCEL);
-                    return Err(Failure::Gone);
-                }
-            }
+            window(send, Pace::Steady).await?;
         }
         let piece = bytes.split_to(send.capacity().min(bytes.len()));
         if !piece.is_empty() {
@@ -70,6 +63,21 @@ pub(super) async fn send_all(send: &mut SendStream<Bytes>, mut bytes: Bytes, end
         }
     }
     Ok(())
+}
+
+/// Waits for room, as long as the pace allows; then the stream is reset.
+async fn window(send: &mut SendStream<Bytes>, pace: Pace) -> Result<(), Failure> {
+    let opened = match pace {
+        Pace::Any => poll_fn(|cx| send.poll_capacity(cx)).await,
+        Pace::Steady => match tokio::time::timeout(STREAM_STALL, poll_fn(|cx| send.poll_capacity(cx))).await {
+            Ok(opened) => opened,
+            Err(_) => {
+                send.send_reset(Reason::CANCEL);
+                None
+            }
+        },
+    };
+    if matches!(opened, Some(Ok(_))) { Ok(()) } else { Err(Failure::Gone) }
 }
 
 pub(super) async fn send_streamed(send: &mut SendStream<Bytes>, streamed: Streamed, wire: &Arc<Wire>) -> Result<(), Failure> {
@@ -95,15 +103,22 @@ pub(super) async fn send_streamed(send: &mut SendStream<Bytes>, streamed: Stream
     Ok(())
 }
 
+/// How long a call may take: until when, and between two answers.
+pub(super) struct Terms {
+    pub deadline: Option<Instant>,
+    pub pace: Pace,
+}
+
 /// A call that a tonic service handles.
 pub(super) fn stream(
     mut routes: Routes,
     request: Request<tonic::body::Body>,
     mut respond: SendResponse<Bytes>,
-    deadline: Option<Instant>,
+    terms: Terms,
     in_flight: Arc<InFlight>,
     open: OpenStream,
 ) -> Call {
+    let Terms { deadline, pace } = terms;
     Box::pin(async move {
         let _open = open;
         let answered = {
@@ -129,7 +144,7 @@ pub(super) fn stream(
             in_flight.finish(code.unwrap_or(Code::Unknown));
             return;
         }
-        let outcome = by(deadline, drain(&mut send, body, &in_flight)).await;
+        let outcome = by(deadline, drain(&mut send, body, pace, &in_flight)).await;
         match outcome {
             Ok(last) => in_flight.finish(last.or(code).unwrap_or(Code::Unknown)),
             Err(Failure::Status(status)) => {
@@ -154,8 +169,8 @@ fn grpc_code(headers: &HeaderMap) -> Option<Code> {
 
 /// Sends a service's answers as they come and as the peer takes them; returns the status at the end.
 ///
-/// A peer that takes none is not cut: a watch may rest for days. What waits for it is one frame here, and what its service allows.
-async fn drain(send: &mut SendStream<Bytes>, body: tonic::body::Body, in_flight: &InFlight) -> Result<Option<Code>, Failure> {
+/// What waits for a peer that takes none is one frame here, and what its service allows.
+async fn drain(send: &mut SendStream<Bytes>, body: tonic::body::Body, pace: Pace, in_flight: &InFlight) -> Result<Option<Code>, Failure> {
     let mut body = pin!(body);
     let mut counter = MessageCounter::default();
     loop {
@@ -175,8 +190,8 @@ async fn drain(send: &mut SendStream<Bytes>, body: tonic::body::Body, in_flight:
                 counter.count(&data, |len| in_flight.sent(len));
                 while !data.is_empty() {
                     send.reserve_capacity(data.len());
-                    if send.capacity() == 0 && !matches!(poll_fn(|cx| send.poll_capacity(cx)).await, Some(Ok(_))) {
-                        return Err(Failure::Gone);
+                    if send.capacity() == 0 {
+                        window(send, pace).await?;
                     }
                     let piece = data.split_to(send.capacity().min(data.len()));
                     if !piece.is_empty() {

@@ -15,7 +15,7 @@ use tonic::Status;
 
 use super::http::{Checks, Http, Versions};
 use super::serve::{App, Limits, Listener, ServeOptions, Serving};
-use super::unary::{Either, Metadata, Router, Streamed};
+use super::unary::{Either, Metadata, Pace, Router, Streamed};
 use crate::error::{ApplyError, Error};
 use crate::metrics::{MethodKind, Metrics};
 use crate::proto::etcdserverpb::watch_server::{Watch, WatchServer};
@@ -76,7 +76,7 @@ impl Drop for Dropped {
     }
 }
 
-/// Answers with the key and the value it was sent. Keys say what else is to happen: `error`, `hang`, `token`.
+/// Answers with the key and the value it was sent. Keys say what else is to happen: `error`, `hang`, `token`, `later`, `mib`.
 async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Result<PutResponse, Status> {
     match &request.key[..] {
         b"" => return Err(Status::invalid_argument(ApplyError::EmptyKey.to_string())),
@@ -85,14 +85,15 @@ async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Resu
             let _dropped = Dropped(state.clone());
             std::future::pending().await
         }
-        b"later" => tokio::time::sleep(Duration::from_millis(1)).await,
+        b"later" | b"mib later" => tokio::time::sleep(Duration::from_millis(1)).await,
         b"token" => {
             let value = format!("{:?} {}", metadata.token(), metadata.requires_leader()).into();
             return Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&KeyValue { value, ..Default::default() })) });
         }
         _ => {}
     }
-    let kv = KeyValue { key: request.key, value: request.value, ..Default::default() };
+    let value = if request.key.starts_with(b"mib") { vec![b'v'; 1 << 20].into() } else { request.value };
+    let kv = KeyValue { key: request.key, value, ..Default::default() };
     Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&kv)) })
 }
 
@@ -138,6 +139,34 @@ impl Watch for Echo {
     }
 }
 
+/// Answers everything with messages of 1 KiB without end.
+#[derive(Clone)]
+struct Endless(Arc<State>);
+
+impl tonic::server::NamedService for Endless {
+    const NAME: &'static str = "endless";
+}
+
+impl tonic::codegen::Service<Request<tonic::body::Body>> for Endless {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<tonic::body::Body>) -> Self::Future {
+        let dropped = Dropped(self.0.clone());
+        let frames = futures_util::stream::repeat_with(move || {
+            dropped.0.chunks.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, Status>(http_body::Frame::data(Bytes::from([&[0, 0, 0, 4, 0][..], &[b'v'; 1024]].concat())))
+        });
+        let body = tonic::body::Body::new(http_body_util::StreamBody::new(frames));
+        std::future::ready(Ok(http::Response::builder().header("content-type", "application/grpc").body(body).unwrap()))
+    }
+}
+
 pub const VERSIONS: Versions = Versions { server: "3.7.1", cluster: "3.7.0", storage: "3.7.0" };
 
 /// A server with the methods above.
@@ -155,8 +184,10 @@ pub fn app(state: &Arc<State>, metrics: &Arc<Metrics>) -> App {
         .unary("etcdserverpb.KV", "Range", state, range)
         .unary("etcdserverpb.KV", "Txn", state, txn)
         .unary("etcdserverpb.KV", "DeleteRange", state, delete)
-        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream)
-        .routes(tonic::service::Routes::new(WatchServer::new(Echo)));
+        .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream, Pace::Any)
+        .streaming("endless", "Steady", MethodKind::ServerStream, Pace::Steady)
+        .streaming("endless", "Any", MethodKind::ServerStream, Pace::Any)
+        .routes(tonic::service::Routes::new(WatchServer::new(Echo)).add_service(Endless(state.clone())));
     let http = Http::new(state.clone(), metrics.clone(), VERSIONS);
     App { grpc: Some(Arc::new(router)), http: Some(Arc::new(http)) }
 }

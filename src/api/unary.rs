@@ -13,10 +13,6 @@
 //! HEADERS grpc-status: 0                       <- an error is these alone ("Trailers-Only"), with grpc-message
 //! ```
 //!
-//! # What it costs
-//! A null Put on one current-thread runtime, 64 streams on one connection, the client on another thread of the same 2-core machine:
-//! see the table at the end of this head.
-//!
 //! # Invariants
 //! - No more than `limit` bytes of message are ever gathered, and what is gathered is counted ([`Partial`]).
 //! - A call ends when its client resets it, when its connection ends or when its deadline (`grpc-timeout`) passes; its
@@ -28,9 +24,6 @@
 //! - Compressed requests are refused with UNIMPLEMENTED. etcd takes gzip, but Go's clients do not send it unless told to.
 //! - A message that follows the first of a unary request is ignored, as in Go.
 //! - `prost` gives up at 100 nested messages; a Txn nested that deep is answered `too many operations`.
-//!
-//! # Figures
-//! FIGURES
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -51,7 +44,7 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use super::serve::{self, App, Call, OpenStream, Partial, REQUEST_TIMEOUT, Wire};
-use super::stream::{Guarded, Incoming, send_all, send_streamed, stream};
+use super::stream::{Guarded, Incoming, Terms, send_all, send_streamed, stream};
 use crate::metrics::{InFlight, MethodKind, MethodMetrics, Metrics};
 use crate::slow::Slow;
 
@@ -107,17 +100,29 @@ pub(crate) enum Answer {
 /// What can be made an [`Answer`]: every message, [`Streamed`], and either of the two.
 pub(crate) trait IntoAnswer: Send + 'static {
     fn into_answer(self) -> Result<Answer, Status>;
+
+    /// Bytes that are held as soon as it is one.
+    fn held_len(&self) -> usize;
 }
 
 impl<M: prost::Message + 'static> IntoAnswer for M {
     fn into_answer(self) -> Result<Answer, Status> {
         frame(&self).map(Answer::Whole)
     }
+
+    fn held_len(&self) -> usize {
+        self.encoded_len()
+    }
 }
 
 impl IntoAnswer for Streamed {
     fn into_answer(self) -> Result<Answer, Status> {
         Ok(Answer::Streamed(self))
+    }
+
+    /// Its pieces are counted as they are made.
+    fn held_len(&self) -> usize {
+        0
     }
 }
 
@@ -132,6 +137,13 @@ impl<M: IntoAnswer> IntoAnswer for Either<M> {
         match self {
             Either::Message(message) => message.into_answer(),
             Either::Streamed(streamed) => streamed.into_answer(),
+        }
+    }
+
+    fn held_len(&self) -> usize {
+        match self {
+            Either::Message(message) => message.held_len(),
+            Either::Streamed(streamed) => streamed.held_len(),
         }
     }
 }
@@ -164,7 +176,17 @@ pub(crate) struct Router {
 
 enum Entry {
     Unary(Box<dyn Unary>),
-    Streaming(Arc<MethodMetrics>),
+    Streaming(Arc<MethodMetrics>, Pace),
+}
+
+/// What is asked of a client that is sent a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// Nothing: the stream may rest for days, and costs little while it does.
+    Any,
+    /// To take what is there: the stream has an end, and keeps a revision from compaction until then. Who gives no window for
+    /// [`STREAM_STALL`](super::serve::STREAM_STALL) is given up.
+    Steady,
 }
 
 trait Unary: Send + Sync {
@@ -195,8 +217,13 @@ where
                 let message = exchange.receive(&in_flight).await?;
                 let request = Req::decode(message).map_err(undecodable)?;
                 let metadata = Metadata(std::mem::take(&mut exchange.headers));
-                let outcome = exchange.until_gone(handle(state, metadata, request)).await?;
-                Ok(outcome?.into_answer()?)
+                let response = exchange.until_gone(handle(state, metadata, request)).await??;
+                // Others may have been answered while this one was waited for.
+                if !exchange.wire.has_room() && response.held_len() > DIRECT_MAX {
+                    let wire = exchange.wire.clone();
+                    exchange.until_gone(wire.room()).await?;
+                }
+                Ok(response.into_answer()?)
             };
             let outcome = outcome.await;
             slow.look_at(&in_flight, &outcome);
@@ -288,9 +315,9 @@ impl Router {
     }
 
     /// Adds a method that [`routes`](Self::routes) handle.
-    pub fn streaming(self, service: &'static str, method: &'static str, kind: MethodKind) -> Self {
+    pub fn streaming(self, service: &'static str, method: &'static str, kind: MethodKind, pace: Pace) -> Self {
         let metrics = self.metrics.method(service, method, kind);
-        self.add(service, method, Entry::Streaming(metrics))
+        self.add(service, method, Entry::Streaming(metrics, pace))
     }
 
     /// Sets the tonic services that handle the streaming methods. They enforce their own limit on a message's size.
@@ -329,10 +356,10 @@ impl Router {
                 let headers = std::mem::take(&mut head.headers);
                 unary.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
             }
-            Some(Entry::Streaming(metrics)) if let Some(routes) = &self.routes => {
+            Some(Entry::Streaming(metrics, pace)) if let Some(routes) = &self.routes => {
                 let in_flight = Arc::new(metrics.start());
                 let body = tonic::body::Body::new(Incoming::new(body, in_flight.clone()));
-                stream(routes.clone(), Request::from_parts(head, body), respond, deadline, in_flight, open)
+                stream(routes.clone(), Request::from_parts(head, body), respond, Terms { deadline, pace: *pace }, in_flight, open)
             }
             _ => {
                 refuse(respond, StatusCode::OK, &self.unknown(head.uri.path()));
