@@ -391,16 +391,15 @@ impl Node {
     /// # Errors
     /// `too many requests` when it does not come to that in time.
     async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
-        let waited = tokio::time::timeout(self.request_timeout(), async {
+        let waited = self.within(self.request_timeout(), async {
             while self.store().history().is_behind() {
-                tokio::time::sleep(BEHIND_RETRY).await;
+                self.pause(BEHIND_RETRY).await?;
             }
-            self.queue_room.clone().acquire_many_owned(bytes as u32).await
+            self.queue_room.clone().acquire_many_owned(bytes as u32).await.map_err(|_| Error::Stopped)
         });
         match waited.await {
-            Ok(Ok(room)) => Ok(room),
-            Ok(Err(_)) => Err(Error::Stopped),
-            Err(_) => Err(ApplyError::TooManyRequests.into()),
+            Err(Error::Timeout) => Err(ApplyError::TooManyRequests.into()),
+            room => room?,
         }
     }
 
