@@ -1023,6 +1023,26 @@ mod tests {
         }
     }
 
+    /// As above, with answers that are made in pieces, and a window for no more than their prefixes.
+    #[tokio::test]
+    async fn asks_for_many_streamed_answers() {
+        let server = TestServer::start().await;
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let mut bytes = hello(&[(4, 5)]);
+        let range = message(&RangeRequest { key: "mib".into(), limit: 10, ..Default::default() });
+        for id in (1..200).step_by(2) {
+            bytes.extend(frame(HEADERS, END_HEADERS, id, &headers(RANGE)));
+            bytes.extend(frame(DATA, END_STREAM, id, &range));
+        }
+        stream.write_all(&bytes).await.unwrap();
+        server.until(|server| server.limits.held.load(Relaxed) >= HELD_BYTES_MAX).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let held = server.limits.held.load(Relaxed);
+        assert!(held <= HELD_BYTES_MAX + (2 << 20), "{held} bytes are held");
+        drop(stream);
+        server.until(|server| server.limits.held.load(Relaxed) == 0).await;
+    }
+
     #[tokio::test]
     async fn held_answers_of_all_connections() {
         let (state, metrics) = (Arc::new(State::default()), crate::metrics::Metrics::new("3.7.1", "3.7"));

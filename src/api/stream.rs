@@ -83,6 +83,10 @@ async fn window(send: &mut SendStream<Bytes>, pace: Pace) -> Result<(), Failure>
 pub(super) async fn send_streamed(send: &mut SendStream<Bytes>, streamed: Streamed, wire: &Arc<Wire>) -> Result<(), Failure> {
     let Streamed { len, mut chunks } = streamed;
     send_all(send, Bytes::copy_from_slice(&prefix(len)?), false).await?;
+    // Its first piece waits for room like any answer; each later one takes the place of the one before.
+    if !wire.has_room() {
+        Guarded { handler: pin!(wire.room()), gone: |cx: &mut Context<'_>| send.poll_reset(cx).is_ready() }.await?;
+    }
     let mut left = len;
     loop {
         let next = Guarded { handler: pin!(chunks.next()), gone: |cx: &mut Context<'_>| send.poll_reset(cx).is_ready() }.await?;

@@ -97,13 +97,14 @@ async fn put(state: Arc<State>, metadata: Metadata, request: PutRequest) -> Resu
     Ok(PutResponse { header: None, prev_kv: Some(EncodedKv::encode(&kv)) })
 }
 
-/// Answers with `limit` pairs of 1 KiB, streamed; `count` is announced too large for the key `lie`, and the key `fail` breaks off.
+/// Answers with `limit` pairs of 1 KiB, or 1 MiB for the key `mib`, streamed; `count` is announced too large for the key `lie`, and the key `fail` breaks off.
 async fn range(state: Arc<State>, _: Metadata, request: RangeRequest) -> Result<Either<RangeResponse>, Status> {
     use prost::Message;
     if request.key.is_empty() {
         return Ok(Either::Message(RangeResponse { count: 7, ..Default::default() }));
     }
-    let kv = KeyValue { key: request.key.clone(), value: vec![b'v'; 1024].into(), ..Default::default() };
+    let size = if &request.key[..] == b"mib" { 1 << 20 } else { 1024 };
+    let kv = KeyValue { key: request.key.clone(), value: vec![b'v'; size].into(), ..Default::default() };
     let one = Bytes::from(RangeResponse { kvs: vec![EncodedKv::encode(&kv)], ..Default::default() }.encode_to_vec());
     let count = request.limit as usize;
     let len = one.len() * count + usize::from(&request.key[..] == b"lie");

@@ -120,7 +120,7 @@ impl IntoAnswer for Streamed {
         Ok(Answer::Streamed(self))
     }
 
-    /// Its pieces are counted as they are made.
+    /// None: its pieces are counted as they are made.
     fn held_len(&self) -> usize {
         0
     }
@@ -217,17 +217,15 @@ where
                 let message = exchange.receive(&in_flight).await?;
                 let request = Req::decode(message).map_err(undecodable)?;
                 let metadata = Metadata(std::mem::take(&mut exchange.headers));
-                let response = exchange.until_gone(handle(state, metadata, request)).await??;
-                // Others may have been answered while this one was waited for.
-                if !exchange.wire.has_room() && response.held_len() > DIRECT_MAX {
-                    let wire = exchange.wire.clone();
-                    exchange.until_gone(wire.room()).await?;
-                }
-                Ok(response.into_answer()?)
+                Ok(exchange.until_gone(handle(state, metadata, request)).await??)
             };
-            let outcome = outcome.await;
+            let outcome: Result<Resp, Failure> = outcome.await;
             slow.look_at(&in_flight, &outcome);
-            match outcome {
+            let answer = match outcome {
+                Ok(response) => exchange.encode(response).await,
+                Err(failure) => Err(failure),
+            };
+            match answer {
                 Ok(answer) => exchange.answer(answer, in_flight).await,
                 Err(Failure::Status(status)) => exchange.fail(&status, in_flight),
                 // Nobody waits any more; the guard counts it.
@@ -577,6 +575,15 @@ impl Exchange {
             None => guarded.await,
             Some(deadline) => tokio::time::timeout_at(deadline, guarded).await.unwrap_or_else(|_| Err(deadline_exceeded().into())),
         }
+    }
+
+    /// Encodes the answer. A large one waits for room: others may have been answered since the request was taken.
+    async fn encode(&mut self, response: impl IntoAnswer) -> Result<Answer, Failure> {
+        if !self.wire.has_room() && response.held_len() > DIRECT_MAX {
+            let wire = self.wire.clone();
+            self.until_gone(wire.room()).await?;
+        }
+        Ok(response.into_answer()?)
     }
 
     async fn answer(mut self, answer: Answer, in_flight: InFlight) {
