@@ -25,6 +25,7 @@
 //! # Source
 //! The wire behaviour is etcd's: `server/etcdserver/api/v3rpc/watch.go`, `server/storage/mvcc/watchable_store.go`.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
@@ -48,6 +49,10 @@ use super::{Committed, Event, KeyRange, Store, deleted};
 /// Bytes of events that wait for one session. Beyond it the watcher that is next in line for an event is thrown back to
 /// catching up, and its queued events are dropped: they are read from the history once the client takes them.
 const QUEUE_BYTES: usize = 8 << 20;
+
+/// How many times a full queue the shares of one commit may cost together, of all the groups of watchers that it concerns.
+/// Beyond it the groups that still have events to come are thrown back.
+const COMMIT_QUEUES: usize = 8;
 
 /// What one queued batch counts for beside its events' bytes.
 const BATCH_OVERHEAD: usize = 64;
@@ -175,8 +180,8 @@ struct Filters {
 }
 
 impl Filters {
-    fn passes(self, event: &Event) -> bool {
-        if event.delete { !self.no_delete } else { !self.no_put }
+    fn passes(self, delete: bool) -> bool {
+        if delete { !self.no_delete } else { !self.no_put }
     }
 }
 
@@ -184,6 +189,18 @@ impl Filters {
 #[derive(Default)]
 struct Group {
     members: BTreeMap<(u64, i64), Arc<Queue>>,
+    /// Its place among the shares of the commit that is being published, once it has one.
+    share: Cell<Option<usize>>,
+}
+
+/// What of a commit concerns a group.
+struct Share<'a> {
+    group: &'a Group,
+    /// The numbers of the commit's events: a share that nobody takes in the end has cost four bytes for each.
+    events: Vec<u32>,
+    cost: usize,
+    /// It has grown beyond what can be queued: its events were let go of, and its watchers will read them.
+    too_much: bool,
 }
 
 type Groups = BTreeMap<Filters, Group>;
@@ -214,6 +231,48 @@ struct Inner {
     watches: usize,
     sessions: BTreeMap<u64, Arc<Queue>>,
     next_session: u64,
+}
+
+impl Inner {
+    /// Sorts the events of a commit by the groups that they concern, in the order in which the groups are met.
+    ///
+    /// Ranges may overlap, so there can be many times as many shares as events. A share that fits no queue is dropped on
+    /// the way, and so is all that still grows once the shares together are larger than [`COMMIT_QUEUES`] queues.
+    fn shares(&self, committed: &Committed, limits: Limits) -> Vec<Share<'_>> {
+        let mut shares: Vec<Share<'_>> = Vec::new();
+        let mut total = 0usize;
+        let mut concerned: Vec<&Groups> = Vec::new();
+        for (number, event) in (0u32..).zip(&committed.events) {
+            let cost = event.kv.encoded_len();
+            concerned.clear();
+            concerned.extend(self.keys.get(&event.key));
+            self.spans.stab(&event.key, &mut |_, groups| concerned.push(groups));
+            let groups = concerned.iter().copied().flatten().filter(|(filters, _)| filters.passes(event.delete));
+            for (_, group) in groups {
+                let place = group.share.get().unwrap_or(shares.len());
+                if place == shares.len() {
+                    group.share.set(Some(place));
+                    shares.push(Share { group, events: Vec::new(), cost: BATCH_OVERHEAD, too_much: false });
+                }
+                let Some(share) = shares.get_mut(place) else { continue };
+                if share.too_much {
+                    continue;
+                }
+                share.cost += cost;
+                total += cost;
+                if share.cost > limits.queue_bytes || total > limits.queue_bytes.saturating_mul(COMMIT_QUEUES) {
+                    share.too_much = true;
+                    share.events = Vec::new();
+                } else {
+                    share.events.push(number);
+                }
+            }
+        }
+        for share in &shares {
+            share.group.share.set(None);
+        }
+        shares
+    }
 }
 
 impl WatchHub {
@@ -258,7 +317,7 @@ impl WatchHub {
             let batch = Batch::new(committed.revision, vec![event.clone()]);
             let tell = |groups: &Groups| {
                 for (filters, group) in groups {
-                    if filters.passes(event) {
+                    if filters.passes(event.delete) {
                         group.tell(&batch);
                     }
                 }
@@ -270,29 +329,13 @@ impl WatchHub {
             return;
         }
         // Several events: collect those of each group first, so that each watcher gets its share in one piece.
-        let mut matched: Vec<(&Groups, &Event)> = Vec::new();
-        for event in &committed.events {
-            if let Some(groups) = inner.keys.get(&event.key) {
-                matched.push((groups, event));
+        for share in inner.shares(committed, self.limits) {
+            if share.too_much {
+                share.group.throw_back(committed.revision);
+            } else {
+                let events = share.events.iter().map(|&number| committed.events[number as usize].clone()).collect();
+                share.group.tell(&Batch::new(committed.revision, events));
             }
-            inner.spans.stab(&event.key, &mut |_, groups| matched.push((groups, event)));
-        }
-        // The address only tells groups apart; they are told in the order in which they were met, not in that of addresses.
-        let mut places: BTreeMap<*const Group, usize> = BTreeMap::new();
-        let mut shares: Vec<(&Group, Vec<Event>)> = Vec::new();
-        for (groups, event) in matched {
-            for (filters, group) in groups {
-                if filters.passes(event) {
-                    let place = *places.entry(std::ptr::from_ref(group)).or_insert(shares.len());
-                    match shares.get_mut(place) {
-                        Some((_, events)) => events.push(event.clone()),
-                        None => shares.push((group, vec![event.clone()])),
-                    }
-                }
-            }
-        }
-        for (group, events) in shares {
-            group.tell(&Batch::new(committed.revision, events));
         }
     }
 
@@ -367,6 +410,13 @@ impl Group {
             queue.push(id, batch, cost);
         }
     }
+
+    /// Throws the watchers back to catching up: they read this revision from the history.
+    fn throw_back(&self, revision: i64) {
+        for (&(_, id), queue) in &self.members {
+            queue.throw_back(id, revision);
+        }
+    }
 }
 
 /// What waits for one session. The hub pushes, the session takes.
@@ -401,6 +451,19 @@ impl Load {
     }
 }
 
+impl QueueState {
+    /// A watch that cannot be given this revision reads from here on, and what it has waiting is dropped.
+    fn throw_back(&mut self, id: i64, revision: i64) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        let from = slot.waiting.first().map_or(revision, |first| first.revision);
+        if !slot.waiting.is_empty() {
+            self.load.take(&std::mem::take(&mut slot.waiting));
+            self.ready.retain(|&ready| ready != id);
+        }
+        self.behind.insert(id, from);
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     /// Events before this revision are not for this watcher.
@@ -417,10 +480,7 @@ impl Queue {
             return;
         }
         if state.load.bytes + cost > self.limits.queue_bytes {
-            let from = slot.waiting.first().map_or(batch.revision, |first| first.revision);
-            state.load.take(&std::mem::take(&mut slot.waiting));
-            state.ready.retain(|&ready| ready != id);
-            state.behind.insert(id, from);
+            state.throw_back(id, batch.revision);
         } else {
             if slot.waiting.is_empty() {
                 state.ready.push_back(id);
@@ -430,6 +490,14 @@ impl Queue {
             state.load.events += batch.events.len();
         }
         self.waker.wake();
+    }
+
+    fn throw_back(&self, id: i64, revision: i64) {
+        let mut state = lock(&self.state);
+        if state.slots.get(&id).is_some_and(|slot| revision >= slot.next) && !state.behind.contains_key(&id) {
+            state.throw_back(id, revision);
+            self.waker.wake();
+        }
     }
 
     /// The next watch that has something, and as much of it as goes into one response.
@@ -813,7 +881,7 @@ impl Session {
                     delete: record.tombstone,
                     kv: if record.tombstone { deleted(&key, revision.main) } else { kv.clone() },
                 });
-                if !watcher.filters.passes(event) {
+                if !watcher.filters.passes(event.delete) {
                     continue;
                 }
                 bytes += event.kv.encoded_len();
@@ -865,4 +933,53 @@ pub(crate) fn encode_answer(head: &crate::proto::etcdserverpb::WatchResponse, bo
         out.put_slice(body);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::history::HistoryOptions;
+    use crate::storage::mem::Mem;
+
+    fn furnished(limits: Limits) -> (Arc<Store>, Arc<WatchHub>) {
+        let (store, _) = Store::open(Arc::new(Mem::new()), HistoryOptions::default(), &mut |_, _| {}).unwrap();
+        let hub = Arc::new(WatchHub::with_limits(store.revision(), limits));
+        (Arc::new(store), hub)
+    }
+
+    fn watch(key: String, range_end: &str) -> WatchCreateRequest {
+        WatchCreateRequest { key: key.into(), range_end: range_end.to_owned().into(), ..WatchCreateRequest::default() }
+    }
+
+    #[test]
+    fn the_shares_of_a_commit_are_bounded() {
+        const KEYS: usize = 2000;
+        const RANGES: usize = 50;
+        let limits = Limits { queue_bytes: 10_000, ..LIMITS };
+        let (store, hub) = furnished(limits);
+        let mut session = Session::new(hub.clone(), store.clone());
+        for number in 0..RANGES {
+            // Overlapping ranges, each another one: all end at the same key.
+            session.create(&watch(format!("k{number:04}"), "l"));
+        }
+        // And one that few of the keys concern.
+        session.create(&watch("k0000".to_owned(), "k0004"));
+        let mut writer = store.begin();
+        for number in 0..KEYS {
+            writer.put(&format!("k{number:04}").into(), &Bytes::from_static(b"value"), 0);
+        }
+        let committed = writer.finish().unwrap();
+        {
+            let inner = lock(&hub.inner);
+            let shares = inner.shares(&committed, limits);
+            assert_eq!(shares.len(), RANGES + 1);
+            let kept: usize = shares.iter().map(|share| share.events.len()).sum();
+            assert!(kept * committed.events[0].kv.encoded_len() <= limits.queue_bytes * COMMIT_QUEUES, "{kept} events are kept");
+            assert_eq!(shares.iter().filter(|share| !share.too_much).count(), 1);
+            assert!(inner.shares(&committed, limits).iter().all(|share| share.events.len() <= 4), "the same once more");
+        }
+        hub.publish(&committed);
+        let behind = session.behind();
+        assert_eq!(behind, (0..RANGES as i64).map(|id| (id, committed.revision)).collect());
+    }
 }
