@@ -700,7 +700,9 @@ impl Node {
 
     /// A new stream of watches.
     pub fn watch(&self) -> Session {
-        Session::new(self.machine.hub.clone(), self.store().clone())
+        let runtime = self.runtime.clone();
+        let elsewhere = move |step: Box<dyn FnOnce() + Send>| drop(runtime.spawn_blocking(step));
+        Session::new(self.machine.hub.clone(), self.store().clone()).reading_elsewhere(Arc::new(elsewhere))
     }
 
     // ---- By itself

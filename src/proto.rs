@@ -288,6 +288,14 @@ impl EncodedKv {
     }
 }
 
+/// The key of an encoded pair of which only the beginning is at hand; `None` when the key is not wholly in it.
+pub(crate) fn leading_key(head: &Bytes) -> Option<Bytes> {
+    let mut rest = head.as_ref();
+    let (1, WireType::LengthDelimited) = decode_key(&mut rest).ok()? else { return None };
+    let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
+    rest.get(..length).map(|key| head.slice_ref(key))
+}
+
 impl KeyValue {
     fn view(&self) -> KeyValueRef<'_> {
         KeyValueRef {

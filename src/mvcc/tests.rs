@@ -307,8 +307,15 @@ fn show_answer(answer: &WatchAnswer, store: &Store) -> Vec<String> {
 
 // ---- Carrying commands out
 
-const LIMITS: Limits =
-    Limits { queue_bytes: 1 << 20, response_revisions: 1000, response_bytes: 1 << 20, fragment_bytes: 1 << 20, catch_up_records: 1000 };
+const LIMITS: Limits = Limits {
+    queue_bytes: 1 << 20,
+    response_revisions: 1000,
+    response_bytes: 1 << 20,
+    fragment_bytes: 1 << 20,
+    catch_up_records: 1000,
+    catch_up_bytes: 1 << 20,
+    catch_up_events: 1000,
+};
 
 /// What a script works on: a store, leases that are only a set, and streams of watches by name.
 struct Script {
@@ -468,6 +475,8 @@ impl Script {
                         "response-bytes" => &mut limits.response_bytes,
                         "fragment-bytes" => &mut limits.fragment_bytes,
                         "records-read" => &mut limits.catch_up_records,
+                        "bytes-read" => &mut limits.catch_up_bytes,
+                        "events-read" => &mut limits.catch_up_events,
                         other => panic!("there is no limit {other}"),
                     } = value.parse().unwrap();
                 }

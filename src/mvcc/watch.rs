@@ -18,6 +18,17 @@
 //!                            ... client reads again: history 7..=11, published is 11: synced, next 12
 //! ```
 //!
+//! # What catching up costs
+//! It goes in steps. A step reads for all watches of its stream that are behind: it looks at each record once, finds the
+//! watches that its key concerns as a publication does, and reads the rest of a large value only if there are any. It ends
+//! after 512 records or 256 KiB looked at: 1 or 2 ms when all of it comes from the disk. Only what must not be divided takes
+//! longer: one large value (5 ms per MiB), one revision of many records, and, for those who asked for them, the previous
+//! pairs, one more read each. So a member's sessions let threads that may wait for the disk read each step
+//! ([`Session::reading_elsewhere`]), and what is left for the runtime is to hand on what was found.
+//!
+//! While a step is under way its watches are behind, and nobody but its end moves them on: what is published meanwhile they
+//! read with the next step. A watch that was canceled meanwhile, known by its serial number, gets nothing.
+//!
 //! # Promises
 //! Of each matching event a watcher gets exactly one, in the order of the revisions; the events of one revision come in
 //! one response, unless it asked for fragments; a progress response of revision *r* comes after all events up to *r*.
@@ -25,6 +36,7 @@
 //! # Source
 //! The wire behaviour is etcd's: `server/etcdserver/api/v3rpc/watch.go`, `server/storage/mvcc/watchable_store.go`.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
@@ -37,9 +49,9 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 use crate::error::{ApplyError, Error, Result};
 use crate::lock::lock;
 use crate::metrics::Counters;
-use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::WatchCreateRequest;
 use crate::proto::etcdserverpb::watch_create_request::FilterType;
+use crate::proto::{EncodedKv, leading_key};
 use crate::storage::Revision;
 
 use super::intervals::Intervals;
@@ -48,6 +60,10 @@ use super::{Committed, Event, KeyRange, Store, deleted};
 /// Bytes of events that wait for one session. Beyond it the watcher that is next in line for an event is thrown back to
 /// catching up, and its queued events are dropped: they are read from the history once the client takes them.
 const QUEUE_BYTES: usize = 8 << 20;
+
+/// How many times a full queue the shares of one commit may cost together, of all the groups of watchers that it concerns.
+/// Beyond it the groups that still have events to come are thrown back.
+const COMMIT_QUEUES: usize = 8;
 
 /// What one queued batch counts for beside its events' bytes.
 const BATCH_OVERHEAD: usize = 64;
@@ -61,8 +77,14 @@ const RESPONSE_BYTES: usize = 1 << 20;
 /// A response with more than this many bytes of events is split for a watcher that asked for fragments.
 const FRAGMENT_BYTES: usize = 2 << 20;
 
-/// Records of the history that catching up looks at in one go, before others get their turn.
-const CATCH_UP_RECORDS: usize = 4096;
+/// Records of the history that one step of catching up looks at, and bytes that it looks at, whether they concern anyone or
+/// not: from a cold disk it then takes a millisecond or two. A single revision that is larger is a step of its own.
+const CATCH_UP_RECORDS: usize = 512;
+const CATCH_UP_BYTES: usize = 256 << 10;
+
+/// Events that one step collects for all groups of watches together. Beyond it all but one of the groups that a revision
+/// concerns leave the rest of it, and what comes later, to another step.
+const CATCH_UP_EVENTS: usize = 64 << 10;
 
 /// The bounds above; only tests set others, to reach them.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +94,8 @@ pub(crate) struct Limits {
     pub response_bytes: usize,
     pub fragment_bytes: usize,
     pub catch_up_records: usize,
+    pub catch_up_bytes: usize,
+    pub catch_up_events: usize,
 }
 
 const LIMITS: Limits = Limits {
@@ -80,6 +104,8 @@ const LIMITS: Limits = Limits {
     response_bytes: RESPONSE_BYTES,
     fragment_bytes: FRAGMENT_BYTES,
     catch_up_records: CATCH_UP_RECORDS,
+    catch_up_bytes: CATCH_UP_BYTES,
+    catch_up_events: CATCH_UP_EVENTS,
 };
 
 /// Watches of one server. Beyond it a watch is created and canceled at once, with a reason.
@@ -175,8 +201,8 @@ struct Filters {
 }
 
 impl Filters {
-    fn passes(self, event: &Event) -> bool {
-        if event.delete { !self.no_delete } else { !self.no_put }
+    fn passes(self, delete: bool) -> bool {
+        if delete { !self.no_delete } else { !self.no_put }
     }
 }
 
@@ -184,6 +210,18 @@ impl Filters {
 #[derive(Default)]
 struct Group {
     members: BTreeMap<(u64, i64), Arc<Queue>>,
+    /// Its place among the shares of the commit that is being published, once it has one.
+    share: Cell<Option<usize>>,
+}
+
+/// What of a commit concerns a group.
+struct Share<'a> {
+    group: &'a Group,
+    /// The numbers of the commit's events: a share that nobody takes in the end has cost four bytes for each.
+    events: Vec<u32>,
+    cost: usize,
+    /// It has grown beyond what can be queued: its events were let go of, and its watchers will read them.
+    too_much: bool,
 }
 
 type Groups = BTreeMap<Filters, Group>;
@@ -214,6 +252,48 @@ struct Inner {
     watches: usize,
     sessions: BTreeMap<u64, Arc<Queue>>,
     next_session: u64,
+}
+
+impl Inner {
+    /// Sorts the events of a commit by the groups that they concern, in the order in which the groups are met.
+    ///
+    /// Ranges may overlap, so there can be many times as many shares as events. A share that fits no queue is dropped on
+    /// the way, and so is all that still grows once the shares together are larger than [`COMMIT_QUEUES`] queues.
+    fn shares(&self, committed: &Committed, limits: Limits) -> Vec<Share<'_>> {
+        let mut shares: Vec<Share<'_>> = Vec::new();
+        let mut total = 0usize;
+        let mut concerned: Vec<&Groups> = Vec::new();
+        for (number, event) in (0u32..).zip(&committed.events) {
+            let cost = event.kv.encoded_len();
+            concerned.clear();
+            concerned.extend(self.keys.get(&event.key));
+            self.spans.stab(&event.key, &mut |_, groups| concerned.push(groups));
+            let groups = concerned.iter().copied().flatten().filter(|(filters, _)| filters.passes(event.delete));
+            for (_, group) in groups {
+                let place = group.share.get().unwrap_or(shares.len());
+                if place == shares.len() {
+                    group.share.set(Some(place));
+                    shares.push(Share { group, events: Vec::new(), cost: BATCH_OVERHEAD, too_much: false });
+                }
+                let Some(share) = shares.get_mut(place) else { continue };
+                if share.too_much {
+                    continue;
+                }
+                share.cost += cost;
+                total += cost;
+                if share.cost > limits.queue_bytes || total > limits.queue_bytes.saturating_mul(COMMIT_QUEUES) {
+                    share.too_much = true;
+                    share.events = Vec::new();
+                } else {
+                    share.events.push(number);
+                }
+            }
+        }
+        for share in &shares {
+            share.group.share.set(None);
+        }
+        shares
+    }
 }
 
 impl WatchHub {
@@ -258,7 +338,7 @@ impl WatchHub {
             let batch = Batch::new(committed.revision, vec![event.clone()]);
             let tell = |groups: &Groups| {
                 for (filters, group) in groups {
-                    if filters.passes(event) {
+                    if filters.passes(event.delete) {
                         group.tell(&batch);
                     }
                 }
@@ -270,29 +350,13 @@ impl WatchHub {
             return;
         }
         // Several events: collect those of each group first, so that each watcher gets its share in one piece.
-        let mut matched: Vec<(&Groups, &Event)> = Vec::new();
-        for event in &committed.events {
-            if let Some(groups) = inner.keys.get(&event.key) {
-                matched.push((groups, event));
+        for share in inner.shares(committed, self.limits) {
+            if share.too_much {
+                share.group.throw_back(committed.revision);
+            } else {
+                let events = share.events.iter().map(|&number| committed.events[number as usize].clone()).collect();
+                share.group.tell(&Batch::new(committed.revision, events));
             }
-            inner.spans.stab(&event.key, &mut |_, groups| matched.push((groups, event)));
-        }
-        // The address only tells groups apart; they are told in the order in which they were met, not in that of addresses.
-        let mut places: BTreeMap<*const Group, usize> = BTreeMap::new();
-        let mut shares: Vec<(&Group, Vec<Event>)> = Vec::new();
-        for (groups, event) in matched {
-            for (filters, group) in groups {
-                if filters.passes(event) {
-                    let place = *places.entry(std::ptr::from_ref(group)).or_insert(shares.len());
-                    match shares.get_mut(place) {
-                        Some((_, events)) => events.push(event.clone()),
-                        None => shares.push((group, vec![event.clone()])),
-                    }
-                }
-            }
-        }
-        for (group, events) in shares {
-            group.tell(&Batch::new(committed.revision, events));
         }
     }
 
@@ -338,18 +402,19 @@ impl WatchHub {
         inner.watches -= usize::from(left);
     }
 
-    /// Makes a watcher that has read everything up to `position` synced, if that is all there is.
-    fn rejoin(&self, queue: &Queue, id: i64, position: i64) -> bool {
+    /// Makes those watches of a session synced that have all there is behind them. Each is given with the revision that it
+    /// reads next.
+    fn rejoin(&self, queue: &Queue, watches: impl IntoIterator<Item = (i64, i64)>) {
         let inner = lock(&self.inner);
-        if inner.published > position {
-            return false;
-        }
         let mut state = lock(&queue.state);
-        state.behind.remove(&id);
-        if let Some(slot) = state.slots.get_mut(&id) {
-            slot.next = position + 1;
+        for (id, next) in watches {
+            if inner.published < next {
+                state.behind.remove(&id);
+                if let Some(slot) = state.slots.get_mut(&id) {
+                    slot.next = next;
+                }
+            }
         }
-        true
     }
 
     /// The revision up to which a session has been told everything, if nothing waits for it.
@@ -365,6 +430,13 @@ impl Group {
         let cost = batch.cost();
         for (&(_, id), queue) in &self.members {
             queue.push(id, batch, cost);
+        }
+    }
+
+    /// Throws the watchers back to catching up: they read this revision from the history.
+    fn throw_back(&self, revision: i64) {
+        for (&(_, id), queue) in &self.members {
+            queue.throw_back(id, revision);
         }
     }
 }
@@ -401,6 +473,19 @@ impl Load {
     }
 }
 
+impl QueueState {
+    /// A watch that cannot be given this revision reads from here on, and what it has waiting is dropped.
+    fn throw_back(&mut self, id: i64, revision: i64) {
+        let Some(slot) = self.slots.get_mut(&id) else { return };
+        let from = slot.waiting.first().map_or(revision, |first| first.revision);
+        if !slot.waiting.is_empty() {
+            self.load.take(&std::mem::take(&mut slot.waiting));
+            self.ready.retain(|&ready| ready != id);
+        }
+        self.behind.insert(id, from);
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     /// Events before this revision are not for this watcher.
@@ -417,10 +502,7 @@ impl Queue {
             return;
         }
         if state.load.bytes + cost > self.limits.queue_bytes {
-            let from = slot.waiting.first().map_or(batch.revision, |first| first.revision);
-            state.load.take(&std::mem::take(&mut slot.waiting));
-            state.ready.retain(|&ready| ready != id);
-            state.behind.insert(id, from);
+            state.throw_back(id, batch.revision);
         } else {
             if slot.waiting.is_empty() {
                 state.ready.push_back(id);
@@ -430,6 +512,14 @@ impl Queue {
             state.load.events += batch.events.len();
         }
         self.waker.wake();
+    }
+
+    fn throw_back(&self, id: i64, revision: i64) {
+        let mut state = lock(&self.state);
+        if state.slots.get(&id).is_some_and(|slot| revision >= slot.next) && !state.behind.contains_key(&id) {
+            state.throw_back(id, revision);
+            self.waker.wake();
+        }
     }
 
     /// The next watch that has something, and as much of it as goes into one response.
@@ -490,6 +580,8 @@ impl WatchAnswer {
 }
 
 struct Watcher {
+    /// Tells it from another one that had its id before.
+    serial: u64,
     range: KeyRange,
     filters: Filters,
     prev_kv: bool,
@@ -511,6 +603,14 @@ pub(crate) struct Session {
     queue: Arc<Queue>,
     watchers: BTreeMap<i64, Watcher>,
     next_id: i64,
+    /// Watches created so far.
+    created: u64,
+    /// Runs a step of catching up on another thread; none to do it on the spot.
+    elsewhere: Option<Elsewhere>,
+    /// The step that is being read elsewhere. Until it is back its watches stay as they are.
+    step: Option<Handed>,
+    /// Who the last step read for. Mostly the next one reads for the same.
+    readers: Option<Arc<Readers>>,
     /// Answers that are ready, before all events: creations, cancellations, fragments.
     answers: VecDeque<WatchAnswer>,
     /// A progress response was asked for, and is due as soon as nothing waits before it.
@@ -528,6 +628,9 @@ impl Drop for Session {
     }
 }
 
+/// Takes a piece of work to a thread that may wait for the disk.
+pub(crate) type Elsewhere = Arc<dyn Fn(Box<dyn FnOnce() + Send>) + Send + Sync>;
+
 impl Session {
     pub fn new(hub: Arc<WatchHub>, store: Arc<Store>) -> Self {
         let queue = {
@@ -538,7 +641,26 @@ impl Session {
             inner.sessions.insert(session, queue.clone());
             queue
         };
-        Session { hub, store, queue, watchers: BTreeMap::new(), next_id: 0, answers: VecDeque::new(), progress: false, turn: false }
+        Session {
+            hub,
+            store,
+            queue,
+            watchers: BTreeMap::new(),
+            next_id: 0,
+            created: 0,
+            elsewhere: None,
+            step: None,
+            readers: None,
+            answers: VecDeque::new(),
+            progress: false,
+            turn: false,
+        }
+    }
+
+    /// Has the history read by threads that may wait for the disk, instead of by whoever polls.
+    pub fn reading_elsewhere(mut self, elsewhere: Elsewhere) -> Self {
+        self.elsewhere = Some(elsewhere);
+        self
     }
 
     /// Answers that wait to be polled; the caller takes no further requests while there are many.
@@ -610,8 +732,10 @@ impl Session {
             self.next_id += 1;
         }
         // At once, not with the first poll: a compaction in between would else end a watch that begins now.
-        self.hub.rejoin(&self.queue, id, start - 1);
+        self.hub.rejoin(&self.queue, [(id, start)]);
+        self.created += 1;
         let watcher = Watcher {
+            serial: self.created,
             range,
             filters,
             prev_kv: request.prev_kv,
@@ -701,7 +825,10 @@ impl Session {
             return Poll::Ready(Ok(answer));
         }
         // Those behind and those synced take turns, so that neither starves the other.
-        let behind = !lock(&self.queue.state).behind.is_empty();
+        let behind = match &self.step {
+            Some(step) => step.is_back(),
+            None => !lock(&self.queue.state).behind.is_empty(),
+        };
         self.turn = !self.turn;
         let queued = if behind && self.turn { None } else { self.queue.pop() };
         if let Some((id, batches)) = queued {
@@ -759,17 +886,22 @@ impl Session {
         Ok(())
     }
 
-    /// Makes those watches synced that have nothing to catch up with.
+    /// Makes those watches synced that have nothing to catch up with. Not while a step reads for them: what it brings would
+    /// then come twice.
     fn settle(&mut self) {
-        let behind: Vec<(i64, i64)> = lock(&self.queue.state).behind.iter().map(|(&id, &next)| (id, next)).collect();
-        let compacted = self.store.revisions().1;
-        for (id, next) in behind {
-            if next < compacted {
-                self.end_compacted(id, compacted);
-            } else {
-                self.hub.rejoin(&self.queue, id, next - 1);
-            }
+        if self.step.is_some() {
+            return;
         }
+        let mut behind = lock(&self.queue.state).behind.clone();
+        let compacted = self.store.revisions().1;
+        behind.retain(|&id, next| {
+            let gone = *next < compacted;
+            if gone {
+                self.end_compacted(id, compacted);
+            }
+            !gone
+        });
+        self.hub.rejoin(&self.queue, behind);
     }
 
     /// The watches that are catching up, each with the revision it reads next.
@@ -778,82 +910,294 @@ impl Session {
         lock(&self.queue.state).behind.clone()
     }
 
-    /// One bounded step of reading the history for the watches that are behind.
+    /// Begins a bounded step of reading the history for the watches that are behind, or ends the one that is back.
     fn catch_up(&mut self) -> Result<()> {
+        if let Some(step) = self.step.take() {
+            return match step.take() {
+                Some(found) => self.caught_up(found?),
+                None => {
+                    self.step = Some(step);
+                    Ok(())
+                }
+            };
+        }
         self.settle();
-        let behind: BTreeMap<i64, i64> = lock(&self.queue.state).behind.clone();
-        let Some(&from) = behind.values().min() else { return Ok(()) };
-        let upto = self.store.revision();
-        let limits = self.hub.limits;
-        let mut found: BTreeMap<i64, Vec<(i64, Vec<Event>)>> = BTreeMap::new();
-        let mut looked_at = 0;
-        let mut bytes = 0;
+        let Some(step) = self.next_step() else { return Ok(()) };
+        let Some(elsewhere) = &self.elsewhere else {
+            let found = step.read()?;
+            return self.caught_up(found);
+        };
+        let back = Arc::new(Mutex::new(None));
+        let errand = Errand { back: back.clone(), queue: self.queue.clone() };
+        self.step = Some(Handed(back));
+        elsewhere(Box::new(move || errand.done(step.read())));
+        Ok(())
+    }
+
+    /// What there is to read for the watches that are behind.
+    fn next_step(&self) -> Option<Step> {
+        let mut who = Vec::new();
+        let mut nexts = Vec::new();
+        for (&id, &next) in &lock(&self.queue.state).behind {
+            if let Some(watcher) = self.watchers.get(&id) {
+                who.push((id, watcher.serial));
+                nexts.push(next);
+            }
+        }
+        let from = *nexts.iter().min()?;
+        let readers = self.readers.clone().filter(|readers| readers.who == who);
+        let ranges = match &readers {
+            Some(_) => Vec::new(),
+            None => {
+                let watchers = who.iter().filter_map(|(id, _)| self.watchers.get(id));
+                watchers.map(|watcher| (watcher.range.clone(), watcher.filters, watcher.prev_kv)).collect()
+            }
+        };
+        Some(Step { store: self.store.clone(), limits: self.hub.limits, who, ranges, readers, nexts, from, upto: self.store.revision() })
+    }
+
+    /// Hands on what a step has found.
+    fn caught_up(&mut self, found: Found) -> Result<()> {
+        let Found { readers, nexts, hauls, position, whole } = found;
+        // A compaction may have passed while we read; then what was read may have holes.
+        let compacted = self.store.revisions().1;
+        let mut done = Vec::new();
+        for ((&(id, serial), &next), &group) in readers.who.iter().zip(&nexts).zip(&readers.groups) {
+            // It may have been canceled meanwhile, and another one may have its id.
+            if self.watchers.get(&id).is_none_or(|watcher| watcher.serial != serial || watcher.compacted) {
+                continue;
+            }
+            if next < compacted {
+                self.end_compacted(id, compacted);
+            } else if let Some(haul) = hauls.get(group) {
+                done.push((id, next, haul));
+            }
+        }
+        let mut positions = Vec::new();
+        for (id, next, haul) in done {
+            let upto = haul.cut.map_or(position, |cut| cut - 1);
+            let news: Vec<_> = haul.batches.iter().filter(|batch| batch.revision >= next).cloned().collect();
+            for batches in news.chunks(self.hub.limits.response_revisions) {
+                self.answer(id, batches.to_vec(), if whole && haul.cut.is_none() { upto } else { 0 })?;
+            }
+            positions.push((id, next.max(upto + 1)));
+        }
+        {
+            let mut state = lock(&self.queue.state);
+            for (id, position) in &positions {
+                if let Some(next) = state.behind.get_mut(id) {
+                    *next = *position;
+                }
+            }
+        }
+        self.hub.rejoin(&self.queue, positions);
+        self.readers = Some(readers);
+        Ok(())
+    }
+}
+
+/// The watches that a step reads for, and which of them a key concerns.
+struct Readers {
+    /// Their ids and serial numbers, ascending by id.
+    who: Vec<(i64, u64)>,
+    /// The group of each. Those of one range with the same filters share what is found.
+    groups: Vec<usize>,
+    /// Of each group: which events it wants, and whether any watch in it wants the previous pairs with them.
+    wants: Vec<(Filters, bool)>,
+    /// The groups by their ranges.
+    keys: BTreeMap<Bytes, Vec<usize>>,
+    spans: Intervals<Vec<usize>>,
+}
+
+impl Readers {
+    fn new(who: Vec<(i64, u64)>, ranges: Vec<(KeyRange, Filters, bool)>) -> Self {
+        let (keys, spans) = (BTreeMap::new(), Intervals::new());
+        let mut readers = Readers { who, groups: Vec::new(), wants: Vec::new(), keys, spans };
+        for (range, filters, prev_kv) in ranges {
+            let here = match range {
+                KeyRange::Key(key) => readers.keys.entry(key).or_default(),
+                KeyRange::Span(start, end) => readers.spans.entry(start, Some(end)),
+                KeyRange::From(start) => readers.spans.entry(start, None),
+            };
+            let same = here.iter().copied().find(|&group| readers.wants.get(group).is_some_and(|wants| wants.0 == filters));
+            let group = same.unwrap_or(readers.wants.len());
+            if let Some((_, prev)) = readers.wants.get_mut(group) {
+                *prev |= prev_kv;
+            } else {
+                here.push(group);
+                readers.wants.push((filters, prev_kv));
+            }
+            readers.groups.push(group);
+        }
+        readers
+    }
+
+    /// Puts the groups whose ranges contain the key into `into`.
+    fn concerned(&self, key: &[u8], into: &mut Vec<usize>) {
+        into.clear();
+        into.extend(self.keys.get(key).into_iter().flatten());
+        self.spans.stab(key, &mut |_, groups| into.extend(groups));
+    }
+}
+
+/// A step of catching up, to be read on any thread: it touches neither the session nor the hub.
+struct Step {
+    store: Arc<Store>,
+    limits: Limits,
+    who: Vec<(i64, u64)>,
+    /// What they watch; empty if `readers` knows that already.
+    ranges: Vec<(KeyRange, Filters, bool)>,
+    readers: Option<Arc<Readers>>,
+    /// The revision that each reads next, and the least of these.
+    nexts: Vec<i64>,
+    from: i64,
+    upto: i64,
+}
+
+/// What a step has found.
+struct Found {
+    readers: Arc<Readers>,
+    nexts: Vec<i64>,
+    /// By group.
+    hauls: Vec<Haul<Arc<Batch>>>,
+    /// The revision up to which everything was looked at, and whether it was the newest.
+    position: i64,
+    whole: bool,
+}
+
+/// What a step has found for one group of watches, by revision.
+struct Haul<T> {
+    /// The first revision that any of its watches wants.
+    from: i64,
+    batches: Vec<T>,
+    /// The revision that it leaves, with all that follows, to another step.
+    cut: Option<i64>,
+}
+
+impl Step {
+    fn read(self) -> Result<Found> {
+        let Step { store, limits, who, ranges, readers, nexts, from, upto } = self;
+        let readers = readers.unwrap_or_else(|| Arc::new(Readers::new(who, ranges)));
+        let mut hauls: Vec<Haul<(i64, Vec<Event>)>> =
+            readers.wants.iter().map(|_| Haul { from: i64::MAX, batches: Vec::new(), cut: None }).collect();
+        for (&group, &next) in readers.groups.iter().zip(&nexts) {
+            if let Some(haul) = hauls.get_mut(group) {
+                haul.from = haul.from.min(next);
+            }
+        }
+        let history = store.history();
+        let mut concerned = Vec::new();
+        let (mut records, mut read, mut matched, mut events) = (0, 0, 0, 0);
         let mut last = from - 1;
         let mut whole = true;
-        let from_revision = Revision { main: from, sub: 0 };
-        self.store.history().scan(from_revision, Revision { main: upto + 1, sub: 0 }, &mut |revision, record| {
-            // Stop between two revisions only, and never before the first.
-            if revision.main != last && (looked_at >= limits.catch_up_records || bytes >= limits.response_bytes) {
-                whole = false;
-                return Ok(false);
+        // The group that is given a revision whole, however large it is: thus each step gets somewhere.
+        let mut first = None;
+        history.look_through(Revision { main: from, sub: 0 }, Revision { main: upto + 1, sub: 0 }, &mut |revision, sight| {
+            let main = revision.main;
+            if main != last {
+                // Stop between two revisions only, and never before the first.
+                let enough = records >= limits.catch_up_records
+                    || read >= limits.catch_up_bytes
+                    || matched >= limits.response_bytes
+                    || events >= limits.catch_up_events;
+                if enough && records > 0 {
+                    whole = false;
+                    return Ok(false);
+                }
+                (last, first) = (main, None);
             }
-            looked_at += 1;
-            last = revision.main;
-            let kv = EncodedKv::from_encoded(record.bytes.clone());
-            let key = kv.decode().map_err(|_| self.store.history().missing(revision))?.key;
-            let mut event = None;
-            for (id, next) in &behind {
-                let Some(watcher) = self.watchers.get(id) else { continue };
-                if revision.main < *next || !watcher.range.contains(&key) {
+            let Some(head) = sight.head()? else { return Ok(true) };
+            records += 1;
+            read += head.len();
+            let key = leading_key(&head);
+            let key = match key {
+                Some(key) => key,
+                // A key of 16 KiB and more, which the beginning does not hold.
+                None => match sight.record()? {
+                    Some(record) => EncodedKv::from_encoded(record.bytes).decode().map_err(|_| history.missing(revision))?.key,
+                    None => return Ok(true),
+                },
+            };
+            readers.concerned(&key, &mut concerned);
+            let mut event: Option<Event> = None;
+            for &group in &concerned {
+                let (Some(haul), Some((filters, _))) = (hauls.get_mut(group), readers.wants.get(group)) else { continue };
+                if main < haul.from || haul.cut.is_some() || !filters.passes(sight.tombstone) {
                     continue;
                 }
-                let event = event.get_or_insert_with(|| Event {
-                    key: key.clone(),
-                    revision,
-                    delete: record.tombstone,
-                    kv: if record.tombstone { deleted(&key, revision.main) } else { kv.clone() },
-                });
-                if !watcher.filters.passes(event) {
+                if events >= limits.catch_up_events && *first.get_or_insert(group) != group {
+                    haul.cut = Some(main);
+                    haul.batches.pop_if(|(begun, _)| *begun == main);
                     continue;
                 }
-                bytes += event.kv.encoded_len();
-                let batches = found.entry(*id).or_default();
-                match batches.last_mut() {
-                    Some((main, events)) if *main == revision.main => events.push(event.clone()),
-                    _ => batches.push((revision.main, vec![event.clone()])),
+                first.get_or_insert(group);
+                let event = match &event {
+                    Some(event) => event,
+                    None => {
+                        let kv = if sight.tombstone {
+                            deleted(&key, main)
+                        } else {
+                            let Some(record) = sight.record()? else { return Ok(true) };
+                            read += record.bytes.len() - head.len();
+                            EncodedKv::from_encoded(record.bytes)
+                        };
+                        event.insert(Event { key: key.clone(), revision, delete: sight.tombstone, kv })
+                    }
+                };
+                matched += event.kv.encoded_len();
+                events += 1;
+                match haul.batches.last_mut() {
+                    Some((begun, events)) if *begun == main => events.push(event.clone()),
+                    _ => haul.batches.push((main, vec![event.clone()])),
                 }
             }
             Ok(true)
         })?;
-        let position = if whole { upto } else { last };
-        // A compaction may have passed while we read; then what was read may have holes.
-        let compacted = self.store.revisions().1;
-        for (&id, &next) in &behind {
-            if next < compacted {
-                self.end_compacted(id, compacted);
-                found.remove(&id);
-            }
-        }
-        for (id, batches) in found {
-            for batches in batches.chunks(limits.response_revisions) {
-                let batches = batches.iter().map(|(main, events)| Batch::new(*main, events.clone())).collect();
-                self.answer(id, batches, if whole { upto } else { 0 })?;
-            }
-        }
-        let ids: Vec<(i64, i64)> = {
-            let mut state = lock(&self.queue.state);
-            // Only those that were read for: a publisher may have thrown another watch back in the meantime.
-            for id in behind.keys() {
-                if let Some(next) = state.behind.get_mut(id) {
-                    *next = (*next).max(position + 1);
+        let mut done = Vec::with_capacity(hauls.len());
+        for (Haul { from, batches, cut }, (_, prev_kv)) in hauls.into_iter().zip(&readers.wants) {
+            let batches: Vec<_> = batches.into_iter().map(|(main, events)| Batch::new(main, events)).collect();
+            if *prev_kv {
+                // The pairs that were replaced stand anywhere on the disk: better fetched here than where the answer is sent.
+                for batch in &batches {
+                    batch.body(true, &store)?;
                 }
             }
-            state.behind.iter().map(|(&id, &next)| (id, next)).collect()
-        };
-        for (id, next) in ids {
-            self.hub.rejoin(&self.queue, id, next - 1);
+            done.push(Haul { from, batches, cut });
         }
-        Ok(())
+        Ok(Found { readers, nexts, hauls: done, position: if whole { upto } else { last }, whole })
+    }
+}
+
+/// Where a step that is read elsewhere comes back to.
+struct Handed(Arc<Mutex<Option<Result<Found>>>>);
+
+impl Handed {
+    fn is_back(&self) -> bool {
+        lock(&self.0).is_some()
+    }
+
+    fn take(&self) -> Option<Result<Found>> {
+        lock(&self.0).take()
+    }
+}
+
+/// The other end of a [`Handed`]. It brings something back in any case, lest the session wait forever.
+struct Errand {
+    back: Arc<Mutex<Option<Result<Found>>>>,
+    queue: Arc<Queue>,
+}
+
+impl Errand {
+    fn done(self, found: Result<Found>) {
+        *lock(&self.back) = Some(found);
+    }
+}
+
+impl Drop for Errand {
+    fn drop(&mut self) {
+        // Nothing is there when the step was thrown away, as when the server stops, or when it panicked.
+        lock(&self.back).get_or_insert_with(|| Err(Error::Stopped));
+        self.queue.waker.wake();
     }
 }
 
@@ -865,4 +1209,231 @@ pub(crate) fn encode_answer(head: &crate::proto::etcdserverpb::WatchResponse, bo
         out.put_slice(body);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Waker;
+
+    use super::*;
+    use crate::mvcc::model::both::poll;
+    use crate::storage::history::HistoryOptions;
+    use crate::storage::mem::Mem;
+    use crate::storage::{self, Backend};
+
+    /// Memory that counts what is read.
+    #[derive(Default)]
+    struct Counting {
+        mem: Mem,
+        reads: AtomicUsize,
+    }
+
+    impl Counting {
+        fn reads(&self) -> usize {
+            self.reads.load(Ordering::Relaxed)
+        }
+    }
+
+    impl Backend for Counting {
+        fn get(&self, key: &[u8]) -> Result<Option<Bytes>> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            self.mem.get(key)
+        }
+
+        fn scan(&self, start: &[u8], end: &[u8], visit: &mut storage::Visit<'_>) -> Result<()> {
+            self.mem.scan(start, end, visit)
+        }
+
+        fn apply(&self, batch: &storage::Batch) -> Result<()> {
+            self.mem.apply(batch)
+        }
+
+        fn sync(&self) -> Result<()> {
+            self.mem.sync()
+        }
+
+        fn disk_bytes(&self) -> u64 {
+            self.mem.disk_bytes()
+        }
+
+        fn reopen(&self) -> Result<()> {
+            self.mem.reopen()
+        }
+
+        fn start_rewrite(&self) -> Result<()> {
+            self.mem.start_rewrite()
+        }
+
+        fn rewrite_step(&self, max_bytes: usize) -> Result<bool> {
+            self.mem.rewrite_step(max_bytes)
+        }
+    }
+
+    fn furnished(limits: Limits) -> (Arc<Counting>, Arc<Store>, Arc<WatchHub>) {
+        let backend = Arc::new(Counting::default());
+        let (store, _) = Store::open(backend.clone(), HistoryOptions { cache_bytes: 1 }, &mut |_, _| {}).unwrap();
+        let hub = Arc::new(WatchHub::with_limits(store.revision(), limits));
+        (backend, Arc::new(store), hub)
+    }
+
+    fn watch(key: String, range_end: &str) -> WatchCreateRequest {
+        WatchCreateRequest { key: key.into(), range_end: range_end.to_owned().into(), ..WatchCreateRequest::default() }
+    }
+
+    fn from(start_revision: i64, watch: WatchCreateRequest) -> WatchCreateRequest {
+        WatchCreateRequest { start_revision, ..watch }
+    }
+
+    /// Puts keys in one revision, and tells the hub.
+    fn put(store: &Store, hub: &WatchHub, keys: impl IntoIterator<Item = String>, value: &Bytes) {
+        let mut writer = store.begin();
+        for key in keys {
+            writer.put(&key.into(), value, 0);
+        }
+        hub.publish(&writer.finish().unwrap());
+        store.history().commit(Bytes::new());
+    }
+
+    /// How many events each watch is told of, when all is told.
+    fn told(session: &mut Session) -> BTreeMap<i64, usize> {
+        let mut told = BTreeMap::new();
+        while let Some(answer) = poll(session) {
+            assert!(!answer.canceled, "{}", answer.cancel_reason);
+            *told.entry(answer.watch_id).or_default() += answer.batches.iter().map(|batch| batch.events.len()).sum::<usize>();
+        }
+        told
+    }
+
+    /// Large values are spread over many places of the disk. Of those that nobody watches only the beginning is read, and
+    /// not of many in one go.
+    #[test]
+    fn what_nobody_watches_is_not_read_whole() {
+        let (backend, store, hub) = furnished(LIMITS);
+        let value = Bytes::from(vec![b'x'; 300_000]);
+        for number in 0..100 {
+            put(&store, &hub, [format!("k{number}")], &value);
+        }
+        store.history().sync().unwrap();
+        let mut session = Session::new(hub.clone(), store.clone());
+        session.create(&from(2, watch("none".to_owned(), "")));
+        assert!(poll(&mut session).unwrap().created);
+        let before = backend.reads();
+        assert!(session.poll_next(&mut Context::from_waker(Waker::noop())).is_pending());
+        let one_step = backend.reads() - before;
+        assert!((1..=20).contains(&one_step), "{one_step} reads in one step");
+        assert_eq!(told(&mut session), BTreeMap::new());
+        assert!(session.behind().is_empty());
+        let all = backend.reads() - before;
+        assert!((100..200).contains(&all), "{all} reads in all");
+        // And if somebody watches one of them, that one is read: 19 pieces.
+        session.create(&from(2, watch("k7".to_owned(), "")));
+        let before = backend.reads();
+        assert_eq!(told(&mut session), [(1, 1)].into());
+        let all = backend.reads() - before;
+        assert!((119..220).contains(&all), "{all} reads in all");
+    }
+
+    /// What is published, canceled and asked for while a step is away, and a step that never comes back.
+    #[test]
+    fn whoever_polls_reads_nothing() {
+        let (backend, store, hub) = furnished(LIMITS);
+        let value = Bytes::from_static(b"value");
+        for number in 0..100 {
+            put(&store, &hub, [format!("k{}", number % 10)], &value);
+        }
+        store.history().sync().unwrap();
+        let away: Arc<Mutex<Vec<Box<dyn FnOnce() + Send>>>> = Arc::default();
+        let to = away.clone();
+        let mut session = Session::new(hub.clone(), store.clone()).reading_elsewhere(Arc::new(move |step| lock(&to).push(step)));
+        let before = backend.reads();
+        session.create(&from(2, watch("k".to_owned(), "l")));
+        session.create(&from(2, WatchCreateRequest { watch_id: 7, ..watch("k3".to_owned(), "") }));
+        assert_eq!(told(&mut session), [(0, 0), (7, 0)].into());
+        assert_eq!((backend.reads() - before, lock(&away).len()), (0, 1));
+        // It is read, and before it is handed over one watch gets another range, and all get news.
+        session.cancel(7);
+        assert!(poll(&mut session).unwrap().canceled);
+        session.create(&from(2, WatchCreateRequest { watch_id: 7, ..watch("k4".to_owned(), "") }));
+        put(&store, &hub, ["k3".to_owned(), "k4".to_owned()], &value);
+        let step = lock(&away).pop().unwrap();
+        step();
+        put(&store, &hub, ["k4".to_owned()], &value);
+        let before = backend.reads();
+        let mut sum = told(&mut session);
+        assert_eq!(sum, [(0, 100), (7, 0)].into());
+        assert_eq!(backend.reads(), before);
+        loop {
+            let Some(step) = lock(&away).pop() else { break };
+            step();
+            for (id, events) in told(&mut session) {
+                *sum.entry(id).or_default() += events;
+            }
+        }
+        assert_eq!(sum, [(0, 103), (7, 12)].into());
+        assert!(session.behind().is_empty());
+        // The server stops: the step is dropped, and the stream ends.
+        session.create(&from(2, watch("k5".to_owned(), "")));
+        assert!(poll(&mut session).unwrap().created);
+        assert_eq!(told(&mut session), BTreeMap::new());
+        lock(&away).clear();
+        let end = session.poll_next(&mut Context::from_waker(Waker::noop()));
+        assert!(matches!(end, Poll::Ready(Err(Error::Stopped))));
+    }
+
+    /// A large revision under many overlapping ranges: no step holds it for all of them, and all get it whole.
+    #[test]
+    fn a_step_is_bounded_whoever_watches() {
+        const KEYS: usize = 300;
+        const RANGES: usize = 20;
+        let limits = Limits { catch_up_events: 500, ..LIMITS };
+        let (_, store, hub) = furnished(limits);
+        put(&store, &hub, ["k".to_owned()], &Bytes::new());
+        put(&store, &hub, (0..KEYS).map(|number| format!("k{number:04}")), &Bytes::new());
+        put(&store, &hub, ["k1".to_owned()], &Bytes::new());
+        let mut session = Session::new(hub.clone(), store.clone());
+        for number in 0..RANGES {
+            session.create(&from(2, watch(format!("k{number:04}"), "l")));
+            // One more of the same costs nothing.
+            session.create(&from(2, watch(format!("k{number:04}"), "l")));
+        }
+        let found = session.next_step().unwrap().read().unwrap();
+        let events: usize = found.hauls.iter().flat_map(|haul| &haul.batches).map(|batch| batch.events.len()).sum();
+        assert!((KEYS..=500 + KEYS).contains(&events), "{events} events in one step");
+        assert_eq!((found.hauls.len(), found.nexts.len()), (RANGES, 2 * RANGES));
+        let expected = (0..2 * RANGES).map(|id| (id as i64, KEYS - id / 2 + 1));
+        assert_eq!(told(&mut session), expected.collect());
+    }
+
+    #[test]
+    fn the_shares_of_a_commit_are_bounded() {
+        const KEYS: usize = 2000;
+        const RANGES: usize = 50;
+        let limits = Limits { queue_bytes: 10_000, ..LIMITS };
+        let (_, store, hub) = furnished(limits);
+        let mut session = Session::new(hub.clone(), store.clone());
+        for number in 0..RANGES {
+            // Overlapping ranges, each another one: all end at the same key.
+            session.create(&watch(format!("k{number:04}"), "l"));
+        }
+        // And one that few of the keys concern.
+        session.create(&watch("k0000".to_owned(), "k0004"));
+        let mut writer = store.begin();
+        for number in 0..KEYS {
+            writer.put(&format!("k{number:04}").into(), &Bytes::from_static(b"value"), 0);
+        }
+        let committed = writer.finish().unwrap();
+        {
+            let inner = lock(&hub.inner);
+            let shares = inner.shares(&committed, limits);
+            assert_eq!(shares.len(), RANGES + 1);
+            let kept: usize = shares.iter().map(|share| share.events.len()).sum();
+            assert!(kept * committed.events[0].kv.encoded_len() <= limits.queue_bytes * COMMIT_QUEUES, "{kept} events are kept");
+            assert_eq!(shares.iter().filter(|share| !share.too_much).count(), 1);
+            assert!(inner.shares(&committed, limits).iter().all(|share| share.events.len() <= 4), "the same once more");
+        }
+        hub.publish(&committed);
+        let behind = session.behind();
+        assert_eq!(behind, (0..RANGES as i64).map(|id| (id, committed.revision)).collect());
+    }
 }

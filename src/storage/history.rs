@@ -360,6 +360,18 @@ impl History {
     /// # Errors
     /// As [`get`](Self::get).
     pub fn scan(&self, from: Revision, to: Revision, visit: &mut dyn FnMut(Revision, &Record) -> Result<bool>) -> Result<()> {
+        self.look_through(from, to, &mut |rev, sight| match sight.record()? {
+            Some(record) => visit(rev, &record),
+            None => Ok(true),
+        })
+    }
+
+    /// As [`scan`](Self::scan), but what is not in a block itself is read only when the visitor asks for it: a large record
+    /// costs a read for each 16 KiB, and one look at its beginning may show that nobody wants the rest.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn look_through(&self, from: Revision, to: Revision, visit: &mut dyn FnMut(Revision, &Sight<'_>) -> Result<bool>) -> Result<()> {
         let mut cursor = from;
         // The block that was just visited: the one to go on behind, unless another one has taken its place.
         let mut seen = None;
@@ -378,13 +390,8 @@ impl History {
                     if entry.rev >= to {
                         return Ok(());
                     }
-                    let record = match block.held(index) {
-                        Held::Whole(record) => Some(record),
-                        Held::Large { .. } => self.get(entry.rev)?,
-                    };
-                    if let Some(record) = record
-                        && !visit(entry.rev, &record)?
-                    {
+                    let sight = Sight { history: self, rev: entry.rev, tombstone: entry.tombstone, held: block.held(index) };
+                    if !visit(entry.rev, &sight)? {
                         return Ok(());
                     }
                 }
@@ -399,8 +406,9 @@ impl History {
             }
             let Some((last, _)) = records.last() else { return Ok(()) };
             cursor = successor(*last);
-            for (rev, record) in &records {
-                if !visit(*rev, record)? {
+            for (rev, record) in records {
+                let sight = Sight { history: self, rev, tombstone: record.tombstone, held: Held::Whole(record) };
+                if !visit(rev, &sight)? {
                     return Ok(());
                 }
             }
@@ -609,6 +617,47 @@ impl History {
         let sequences: Vec<u64> = overlay.batches.iter().map(|pending| pending.sequence).collect();
         assert_eq!(sequences, (overlay.synced + 1..=writer.sequence).collect::<Vec<_>>(), "batches that are not synced");
         assert_eq!(overlay.bytes, overlay.batches.iter().map(|pending| pending.bytes).sum::<usize>(), "their bytes");
+    }
+}
+
+/// A record that [`History::look_through`] has come to.
+pub struct Sight<'a> {
+    history: &'a History,
+    rev: Revision,
+    pub tombstone: bool,
+    held: Held,
+}
+
+impl Sight<'_> {
+    /// How the record begins: all of a small one, at most 16 KiB of a large one, which is one read. `None` when it has died.
+    ///
+    /// # Errors
+    /// As [`History::get`].
+    pub fn head(&self) -> Result<Option<Bytes>> {
+        if let Held::Whole(record) = &self.held {
+            return Ok(Some(record.bytes.clone()));
+        }
+        let key = Key::Chunk(self.rev, 0).encode();
+        let chunk = self.history.stored(&key, |value| {
+            let length = block::unseal(&key, &value)?.0.len();
+            Some(value.slice(..length))
+        })?;
+        match chunk {
+            Some(head) => Ok(Some(head)),
+            // It has died, or is on its way from the overlay to the backend: the longer way knows how to tell.
+            None => Ok(self.record()?.map(|record| record.bytes)),
+        }
+    }
+
+    /// The whole record; `None` when it has died.
+    ///
+    /// # Errors
+    /// As [`History::get`].
+    pub fn record(&self) -> Result<Option<Record>> {
+        match &self.held {
+            Held::Whole(record) => Ok(Some(record.clone())),
+            Held::Large { .. } => self.history.get(self.rev),
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! A member without a network beside its model, both fed with the same operations.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use super::source::Source;
 use super::{Answer, Change, KEYS, LEASES, MAX_OPS, Model, check, header, within};
 use crate::error::{ApplyError, Error};
 use crate::lease::{Lease, Lessor, LessorOptions};
+use crate::lock::lock;
 use crate::mvcc::range::{self, RangeResult, RangeScan};
 use crate::mvcc::watch::{Limits, NO_WATCH, Session, WatchAnswer, WatchHub, encode_answer};
 use crate::mvcc::{Pin, Store, Writer, txn};
@@ -54,6 +55,17 @@ impl Stream {
     }
 }
 
+/// Steps of reading for watches that another thread would do.
+type Away = Arc<Mutex<Vec<Box<dyn FnOnce() + Send>>>>;
+
+fn session(hub: &Arc<WatchHub>, store: &Arc<Store>, away: Option<&Away>) -> Session {
+    let session = Session::new(hub.clone(), store.clone());
+    match away.cloned() {
+        Some(away) => session.reading_elsewhere(Arc::new(move |step| lock(&away).push(step))),
+        None => session,
+    }
+}
+
 /// A Range that has taken its first step, and what it has to answer in the end.
 struct Long {
     scan: RangeScan,
@@ -73,6 +85,8 @@ pub(super) struct Both {
     model: Model,
     /// What was applied, and what came of it. A crash takes back the state, never the log.
     log: Vec<(Op, Result<Answer, ApplyError>)>,
+    /// None if whoever polls reads as well.
+    away: Option<Away>,
     stream: Stream,
     long: Option<Long>,
 }
@@ -160,15 +174,29 @@ impl Both {
             response_bytes: source.pick(&[1, 50, 300, 1 << 20]),
             fragment_bytes: source.pick(&[1, 60, 200, 2 << 20]),
             catch_up_records: source.pick(&[1, 2, 7, 4096]),
+            catch_up_bytes: source.pick(&[1, 100, 1 << 20]),
+            catch_up_events: source.pick(&[0, 1, 3, 1000]),
         };
         let mem = Arc::new(Mem::new());
         let (store, lessor, _) = open(&mem);
         let hub = Arc::new(WatchHub::with_limits(store.revision(), limits));
-        let stream = Stream::new(Session::new(hub.clone(), store.clone()));
-        Both { mem, store, hub, lessor, limits, model: Model::new(), log: Vec::new(), stream, long: None }
+        let away = source.one_in(2).then(Away::default);
+        let stream = Stream::new(session(&hub, &store, away.as_ref()));
+        Both { away, mem, store, hub, lessor, limits, model: Model::new(), log: Vec::new(), stream, long: None }
+    }
+
+    /// Reads what watches wait for, if that is left to another thread; what it brings is handed over with a later poll.
+    fn read_away(&self) -> bool {
+        let steps = self.away.as_ref().map(|away| std::mem::take(&mut *lock(away))).unwrap_or_default();
+        let any = !steps.is_empty();
+        steps.into_iter().for_each(|step| step());
+        any
     }
 
     pub fn step(&mut self, source: &mut Source<'_>) {
+        if self.away.as_ref().is_some_and(|away| !lock(away).is_empty()) && source.one_in(2) {
+            self.read_away();
+        }
         match source.below(36) {
             0..7 => self.execute(Op::Put(source.put())),
             7..10 => self.execute(Op::DeleteRange(source.delete())),
@@ -359,7 +387,7 @@ impl Both {
         self.mem.crash(source.below(self.mem.unsynced() + 1));
         let (store, lessor, applied) = open(&self.mem);
         self.hub = Arc::new(WatchHub::with_limits(store.revision(), self.limits));
-        self.stream = Stream::new(Session::new(self.hub.clone(), store.clone()));
+        self.stream = Stream::new(session(&self.hub, &store, self.away.as_ref()));
         (self.store, self.lessor) = (store, lessor);
         for (op, answered) in self.log.split_off(applied) {
             assert_eq!(self.apply(&op), answered, "applied once more: {op:?}");
@@ -380,8 +408,13 @@ impl Both {
         while self.store.history().collect(1 << 20).expect("the disk takes it") {}
         self.store.history().check_invariants();
         self.check_records(true);
-        while let Some(answer) = poll(&mut self.stream.session) {
-            self.told(&answer);
+        loop {
+            while let Some(answer) = poll(&mut self.stream.session) {
+                self.told(&answer);
+            }
+            if !self.read_away() {
+                break;
+            }
         }
         assert!(self.stream.asked.is_empty() && self.stream.parts.is_empty());
         for (id, watch) in &self.stream.open {
