@@ -149,7 +149,9 @@ struct Pass {
     /// The key to go on from, until all have been looked at.
     from: Option<Vec<u8>>,
     /// What has left the index and has yet to be marked in the history. One key may have millions of revisions; they are handed
-    /// over in steps, so that they can be written out in between. Those that a crash loses are found again after the restart.
+    /// over in steps, so that they can be written out in between. Those that a crash loses are found again after the restart, which
+    /// must find a sound key: each key's revisions go in ascending order, so that what is left is the end of its history. Kept
+    /// in reverse, to be taken off the end.
     dying: Vec<Revision>,
 }
 
@@ -432,9 +434,11 @@ impl Store {
             && let Some(from) = pass.from.take()
         {
             pass.from = self.drop_superseded(&from, pass.upto, &mut pass.dying);
+            pass.dying.reverse();
         }
         let rest = pass.dying.len().saturating_sub(STEP_KEYS);
-        let dying = pass.dying.split_off(rest);
+        let mut dying = pass.dying.split_off(rest);
+        dying.reverse();
         self.history.mark_dead(&dying);
         Ok(dying.len())
     }

@@ -589,6 +589,14 @@ fn one_key_with_many_revisions_is_compacted_in_steps() {
     let mem = Arc::new(Mem::new());
     let mut store = open(&mem);
     put_many(&store, 100);
+    // The key is gone in the end, and must not come back with a half of its deaths.
+    let mut writer = store.begin();
+    writer.delete(&Bytes::from_static(b"key"));
+    writer.finish().unwrap();
+    let mut writer = store.begin();
+    writer.put(&Bytes::from_static(b"other"), &Bytes::new(), 0);
+    writer.finish().unwrap();
+    store.history().commit(Bytes::new());
     store.compact(store.revision()).unwrap();
     store.history().commit(Bytes::new());
     store.history().sync().unwrap();
@@ -609,6 +617,7 @@ fn one_key_with_many_revisions_is_compacted_in_steps() {
             store = open(&mem);
             assert!(store.compaction_pending());
             store.check().unwrap();
+            assert_eq!((store.keys(), store.get(b"key", 0).unwrap().is_some()), (1, false));
         }
     }
     assert_eq!((store.history().stats().live_records, store.history().deaths_waiting()), (1, 0));

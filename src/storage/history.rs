@@ -302,7 +302,7 @@ impl History {
     /// dead already is passed over, so that a call may be repeated.
     ///
     /// Within an entry the deaths are stored with it. Between two entries they are stored with the next batch, or the one after
-    /// it; a crash before that takes them back.
+    /// it; a crash before that takes them back, the last ones first: what is stored is always a beginning of what was marked.
     ///
     /// The tail's lock is held meanwhile: give it thousands at a time, not millions.
     pub fn mark_dead(&self, revs: &[Revision]) {
