@@ -749,7 +749,7 @@ mod tests {
             (|c| c.snapshot_count = 0, "snapshot-count is 0"),
             (|c| c.max_txn_ops = 0, "max-txn-ops is 0"),
             (|c| c.max_request_bytes = 0, "max-request-bytes is 0"),
-            (|c| c.max_request_bytes = REQUEST_BYTES_MAX + 1, "max-request-bytes is 1073741825"),
+            (|c| c.max_request_bytes = REQUEST_BYTES_MAX + 1, "max-request-bytes is 32505857"),
             (|c| c.max_concurrent_streams = 0, "max-concurrent-streams is 0"),
             (|c| c.compaction_batch_limit = 0, "compaction-batch-limit is 0"),
             (|c| c.watch_progress_notify_interval = Duration::ZERO, "watch-progress-notify-interval is 0ns"),
