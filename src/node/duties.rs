@@ -1,0 +1,154 @@
+//! What a node does by itself: it follows Raft, revokes what has expired, watches the space, compacts if so configured, and lets the log
+//! be cut off below what is durable.
+
+use super::*;
+
+impl Node {
+    /// Keeps term and leader at hand, and the lessor in its role.
+    pub(super) async fn follow_raft(self: Arc<Self>) {
+        let mut metrics = self.raft.metrics();
+        let mut was_leader = false;
+        loop {
+            {
+                let now = metrics.borrow_and_update();
+                if let Err(fatal) = &now.running_state {
+                    let text = fatal.to_string();
+                    drop(now);
+                    let err = self.wal.failed().unwrap_or(Error::Failed(text));
+                    self.fail(err);
+                    return;
+                }
+                self.term.store(now.current_term, Ordering::Relaxed);
+                let leader = now.current_leader.unwrap_or(0);
+                if leader != self.leader.swap(leader, Ordering::Relaxed) && leader != 0 {
+                    self.counters().leader_changes_seen.inc();
+                }
+                let membership = now.membership_config.membership();
+                let only = membership.voter_ids().eq([self.identity.member_id]);
+                let leader = now.state == openraft::ServerState::Leader;
+                // A leader may read by itself once an entry of its own term was applied.
+                let settled = now.last_applied.is_some_and(|applied| *applied.leader_id == now.current_term);
+                self.alone.store(only && leader && settled, Ordering::Release);
+                if leader && settled && !was_leader {
+                    lock(&self.machine.lessor).promote(self.machine.now(), self.options.election_timeout);
+                    self.leases_changed.notify_one();
+                } else if !leader && was_leader {
+                    lock(&self.machine.lessor).demote();
+                }
+                was_leader = leader && (settled || was_leader);
+            }
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Returns when this member can serve: it knows a leader, and has applied what the log held.
+    pub async fn ready(&self) -> Result<()> {
+        let mut health = self.health();
+        loop {
+            if self.alone.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = health.wait_for(|health| !matches!(health, Health::Running)) => {
+                    return match changed.map(|health| health.clone()) {
+                        Ok(Health::Failed(err)) => Err(err),
+                        _ => Err(Error::Stopped),
+                    };
+                }
+                () = tokio::time::sleep(Duration::from_millis(1)) => {}
+            }
+        }
+    }
+
+    /// Proposes to revoke what has expired.
+    pub(super) async fn revoke_expired(self: Arc<Self>) {
+        loop {
+            let next = lock(&self.machine.lessor).next_expiry();
+            let wait = next.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.machine.now()));
+            tokio::select! {
+                () = self.leases_changed.notified() => continue,
+                () = tokio::time::sleep(wait) => {}
+            }
+            let expired = lock(&self.machine.lessor).expired(self.machine.now(), REVOKE_MAX);
+            // Together, so that they become one entry, and thus one sync.
+            let revoked = expired.into_iter().map(|id| self.propose(Op::LeaseRevoke(LeaseRevokeRequest { id })));
+            for result in futures_util::future::join_all(revoked).await {
+                match result {
+                    Ok(_) => self.counters().leases_expired.inc(),
+                    Err(Error::Apply(ApplyError::LeaseNotFound)) => {}
+                    // The lessor offers it again.
+                    Err(err) => tracing::warn!(error = %err, "revoking an expired lease"),
+                }
+            }
+        }
+    }
+
+    /// Takes back the quota's alarm when there is room again, and has the storage written out when much has gathered.
+    pub(super) async fn watch_space(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(WATCHDOG_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
+            if room && self.machine.raised_by_quota(self.identity.member_id) && self.is_leader() {
+                match self.propose_alarm(AlarmAction::Deactivate).await {
+                    Ok(()) => tracing::info!("there is room within the space quota again: the NOSPACE alarm is taken back"),
+                    Err(err) => tracing::warn!(error = %err, "taking back the NOSPACE alarm"),
+                }
+            }
+        }
+    }
+
+    /// Compacts old revisions, if the configuration says so.
+    pub(super) async fn compact_by_itself(self: Arc<Self>, auto: AutoCompaction) {
+        let (every, keep) = match auto {
+            // As often as etcd: by revision every five minutes, by time every tenth of it, at most hourly.
+            AutoCompaction::Revision(revisions) => (Duration::from_secs(300), Some(revisions)),
+            AutoCompaction::Periodic(period) => (period.min(Duration::from_secs(3600)) / 10, None),
+        };
+        let mut seen: std::collections::VecDeque<(Instant, i64)> = std::collections::VecDeque::new();
+        loop {
+            let now = Instant::now();
+            let newest = self.store().revision();
+            let upto = match (&auto, keep) {
+                (_, Some(revisions)) => newest.saturating_sub(revisions),
+                (AutoCompaction::Periodic(period), None) => {
+                    seen.push_back((now, newest));
+                    let mut upto = 0;
+                    while let Some(&(at, revision)) = seen.front()
+                        && now.duration_since(at) >= *period
+                    {
+                        upto = revision;
+                        seen.pop_front();
+                    }
+                    upto
+                }
+                _ => 0,
+            };
+            if upto > 0 && upto > self.store().revisions().1 && self.is_leader() {
+                match self.compact(CompactionRequest { revision: upto, physical: false }).await {
+                    Ok(_) => tracing::info!(revision = upto, "compacted by itself"),
+                    Err(err) => tracing::warn!(revision = upto, error = %err, "compacting by itself"),
+                }
+            }
+            tokio::time::sleep(every.max(Duration::from_millis(100))).await;
+        }
+    }
+
+    /// Has openraft cut the log off below what is durable, as that moves.
+    pub async fn purge_log(self: Arc<Self>, mut durable: watch::Receiver<u64>) {
+        while durable.changed().await.is_ok() {
+            let index = *durable.borrow_and_update();
+            tracing::debug!(index, "the state is durable, the log before it may go");
+            if let Err(err) = self.raft.trigger().snapshot().await {
+                tracing::warn!(error = %err, "noting the durable state");
+            }
+        }
+    }
+
+    pub fn spawn_purge(self: &Arc<Self>, durable: watch::Receiver<u64>) {
+        self.spawn(self.clone().purge_log(durable));
+    }
+}

@@ -1,0 +1,132 @@
+//! Proposals: from a queue of commands to entries of the log, a batch at a time, and the outcomes back to those who wait.
+
+use super::*;
+
+impl Node {
+    /// Proposes a command and waits until it was applied.
+    ///
+    /// # Errors
+    /// Its outcome, if it is a refusal; `Timeout` when it is not known whether it will be applied; `Stopped` when the
+    /// member stops in the meantime.
+    pub(super) async fn propose(&self, op: Op) -> Result<Reply> {
+        self.propose_command(internal::Command { id: 0, op: Some(op) }).await
+    }
+
+    pub(super) async fn propose_command(&self, command: internal::Command) -> Result<Reply> {
+        self.check_running()?;
+        let bytes = command.encoded_len();
+        if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
+            return Err(ApplyError::RequestTooLarge.into());
+        }
+        let room = match self.queue_room.clone().try_acquire_many_owned(bytes as u32) {
+            Ok(room) if !self.store().history().is_behind() => room,
+            _ => self.wait_for_room(bytes).await?,
+        };
+        let (answer, wait) = oneshot::channel();
+        let wake = {
+            let mut queue = lock(&self.queue);
+            if self.wal.space_low() {
+                // What is queued and under way will be written before this: an append that finds no room would be the member's end.
+                let before = queue.bytes + self.in_flight_bytes.load(Ordering::Relaxed) + bytes;
+                if self.wal.room_bytes() < LOG_RESERVE_BYTES + 2 * before as u64 {
+                    return Err(ApplyError::NoSpace.into());
+                }
+            }
+            if queue.waiting.len() >= QUEUE_MAX {
+                return Err(ApplyError::TooManyRequests.into());
+            }
+            queue.bytes += bytes;
+            queue.waiting.push(Waiting { command, bytes, answer, room });
+            queue.waiting.len() == 1
+        };
+        if wake {
+            self.queued.notify_one();
+        }
+        match self.within(self.request_timeout(), wait).await {
+            Ok(Ok(outcome)) => Ok(outcome?),
+            // The member stopped before it knew the outcome.
+            Ok(Err(_)) | Err(Error::Stopped) => Err(ApplyError::Stopped.into()),
+            Err(err) => {
+                self.counters().proposals_failed.inc();
+                Err(err)
+            }
+        }
+    }
+
+    /// Waits until the queue has room for a request, and the storage has kept up.
+    ///
+    /// # Errors
+    /// `too many requests` when it does not come to that in time.
+    pub(super) async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
+        let waited = self.within(self.request_timeout(), async {
+            while self.store().history().is_behind() {
+                self.pause(BEHIND_RETRY).await?;
+            }
+            self.queue_room.clone().acquire_many_owned(bytes as u32).await.map_err(|_| Error::Stopped)
+        });
+        match waited.await {
+            Err(Error::Timeout) => Err(ApplyError::TooManyRequests.into()),
+            room => room?,
+        }
+    }
+
+    /// Takes what is queued, as much as makes one entry; and its bytes.
+    pub(super) fn take_batch(&self) -> (Vec<Waiting>, usize) {
+        let mut queue = lock(&self.queue);
+        let (mut bytes, mut count) = (0, 0);
+        for waiting in queue.waiting.iter().take(BATCH_MAX) {
+            if count > 0 && bytes + waiting.bytes > BATCH_BYTES_MAX {
+                break;
+            }
+            bytes += waiting.bytes;
+            count += 1;
+        }
+        self.in_flight_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if count == queue.waiting.len() {
+            return (std::mem::take(&mut *queue).waiting, bytes);
+        }
+        let rest = queue.waiting.split_off(count);
+        queue.bytes -= bytes;
+        (std::mem::replace(&mut queue.waiting, rest), bytes)
+    }
+
+    pub(super) async fn propose_batches(self: Arc<Self>) {
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+        loop {
+            self.queued.notified().await;
+            loop {
+                let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+                let (batch, bytes) = self.take_batch();
+                if batch.is_empty() {
+                    break;
+                }
+                let in_flight_bytes = self.in_flight_bytes.clone();
+                let (commands, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.command, waiting.answer)).unzip();
+                let machine = self.machine.clone();
+                let answer = Callback(Box::new(move |result: ClientWriteResult<TypeConfig>| {
+                    in_flight_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                    drop(place);
+                    match result {
+                        Ok(response) => {
+                            for (answer, outcome) in answers.into_iter().zip(response.data) {
+                                // Who asked may have given up waiting.
+                                let _ = answer.send(outcome);
+                            }
+                        }
+                        Err(_) => {
+                            // Not the leader (any more): nothing of the batch was appended.
+                            machine.counters.proposals_failed.add(answers.len() as u64);
+                            for answer in answers {
+                                let _ = answer.send(Err(ApplyError::NoLeader));
+                            }
+                        }
+                    }
+                }));
+                if let Err(err) = self.raft.client_write_ff(Proposal { commands: Arc::new(commands) }, Some(answer)).await {
+                    self.fail(Error::Failed(err.to_string()));
+                    return;
+                }
+            }
+        }
+    }
+}
