@@ -82,7 +82,7 @@ const CHUNK_ENTRIES: usize = 64;
 
 /// Disk space kept allocated behind the end of `db` for batches below [`SMALL_BATCH_BYTES`], and for the next open: larger batches are
 /// refused as on a full disk when they would have to take from it.
-const KEPT_BACK_BYTES: u64 = 16 * 1024 * 1024;
+const KEPT_BACK_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Up to this size a batch may use what is kept back: deletes, marks, counters, of which a full disk needs more to recover.
 const SMALL_BATCH_BYTES: usize = 64 * 1024;

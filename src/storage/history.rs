@@ -108,7 +108,8 @@ struct Limits {
     /// Bytes of changes at which a cut of the tail is sealed, and the next entry begins a new one. An entry that is larger is
     /// a cut of its own.
     cut_bytes: usize,
-    /// Bytes of changes in a batch: the rest of the tail goes into further batches. A cut that is larger is a batch of its own.
+    /// Bytes of changes in a batch: the rest of the tail goes into further batches. A cut that is larger is a batch of its own. Little, for
+    /// the backend reserves a multiple of a batch before it takes it, and a nearly full disk must have that much left.
     batch_bytes: usize,
     /// Bytes of batches that the backend has not synced yet, and that are kept to be given to it once more. Beyond it
     /// the next batch waits for a sync first.
@@ -118,7 +119,7 @@ struct Limits {
 }
 
 const LIMITS: Limits =
-    Limits { cut_bytes: 256 * 1024, batch_bytes: 4 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024, behind_bytes: TAIL_BYTES_HIGH };
+    Limits { cut_bytes: 256 * 1024, batch_bytes: 2 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024, behind_bytes: TAIL_BYTES_HIGH };
 
 /// How a history is opened.
 #[derive(Clone, Debug)]
