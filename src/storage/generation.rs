@@ -328,6 +328,12 @@ impl Generation {
         }
     }
 
+    /// As [`sync`](Self::sync), and for what reads have written, too: sled merges pages when a read comes upon them.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.applied.fetch_add(1, Ordering::SeqCst);
+        self.sync()
+    }
+
     /// Returns when every batch handed to sled before the call is on disk. Costs nothing when they are already.
     pub(super) fn sync(&self) -> Result<()> {
         self.check()?;

@@ -243,8 +243,8 @@ impl Backend for Sled {
             let state = self.read();
             let live = state.live()?;
             live.check_sizes(batch)?;
-            // The batch before this one has to be on disk before sled recycles what it replaced.
-            live.sync()?;
+            // What was written before this batch has to be on disk before sled recycles what it replaced.
+            live.settle()?;
             live.reserve(bytes)?;
         }
         let mut failed_copy = None;
@@ -261,7 +261,8 @@ impl Backend for Sled {
         if failed_copy.is_some() {
             self.give_up_rewrite(failed_copy);
         }
-        self.read().live()?.flush()
+        // At once, for a read that meets a page to be merged writes, too, and may recycle what this batch has replaced.
+        self.read().live()?.sync()
     }
 
     fn sync(&self) -> Result<()> {
