@@ -18,7 +18,7 @@
 //! client.put("volumes/a", "3 replicas").await?; // returns when it is on disk
 //! let volume = client.get("volumes/a").await?.expect("it was just put");
 //! assert_eq!((&volume.value[..], volume.version), (&b"3 replicas"[..], 1));
-//! server.shutdown().await?; // ports, files, locks and threads are given up
+//! server.shutdown().await?; // ports, files, locks and threads are given up (but for sled's idle ones, which the process keeps)
 //! # Ok(())
 //! # })
 //! # }

@@ -103,6 +103,7 @@ impl Batch {
     }
 
     /// The rules of a batch, checked in debug builds by every backend before it applies one.
+    #[cfg(any(test, debug_assertions))]
     pub(crate) fn check(&self) {
         let mut seen = std::collections::BTreeSet::new();
         for key in self.puts.iter().map(|(key, _)| key).chain(&self.deletes) {
