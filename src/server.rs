@@ -30,7 +30,8 @@ use tokio_util::sync::CancellationToken;
 use crate::api::http::{Checks, Http, Versions};
 use crate::api::maintenance::{SNAPSHOTS_MAX, STORAGE_VERSION};
 use crate::api::router::router;
-use crate::api::serve::{App, Limits, Listener, ServeOptions, Serving};
+use crate::api::serve::{App, Listener, Serving};
+use crate::api::wire::{Limits, ServeOptions};
 use crate::api::{self, Api};
 use crate::background::Background;
 use crate::client::Client;
@@ -238,10 +239,13 @@ async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, fini
         stop: stop.clone(),
     });
     tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
         name = %member.node.identity.name,
         member = %format_args!("{:x}", member.node.identity.member_id),
         cluster = %format_args!("{:x}", member.node.identity.cluster_id),
+        data_dir = %config.effective_data_dir().display(),
         clients = ?listening.addrs,
+        peers = ?listening.peer_addrs,
         "ready to serve client requests"
     );
     if started.send(Ok(shared)).is_err() {
@@ -286,6 +290,9 @@ impl Member {
             dir.set_identity(found(config, &peer_urls))?;
         }
         let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
+        if identity.name != config.name {
+            tracing::warn!(name = %identity.name, asked = %config.name, "the member keeps the name that its data directory was made with");
+        }
 
         let started = std::time::Instant::now();
         let clock: Clock = Arc::new(move || started.elapsed());
@@ -370,9 +377,10 @@ impl Member {
         let clients = bind_all(&config.listen_client_urls).await?;
         let https = bind_all(&config.listen_client_http_urls).await?;
         let metrics_only = bind_all(&config.listen_metrics_urls).await?;
-        // Nothing is spoken between members yet; the port is taken so that it is free when there is.
+        // Nothing is spoken between members yet; who asks is told the version and the health, as on etcd's peer port.
         let peers = bind_all(&config.listen_peer_urls).await?;
-        let addrs: Vec<SocketAddr> = clients.iter().filter_map(Listener::local_addr).collect();
+        let peer_addrs = addrs_of(&peers);
+        let addrs = addrs_of(&clients);
         let bound = config.listen_client_urls.iter().zip(&clients);
         let bound: Vec<Url> =
             bound.map(|(url, at)| at.local_addr().map_or_else(|| url.clone(), |addr| url.with_port(addr.port()))).collect();
@@ -396,10 +404,10 @@ impl Member {
         for listener in clients {
             serving.push(Serving::start(listener, limits.clone(), client.clone()));
         }
-        for listener in https.into_iter().chain(metrics_only) {
+        for listener in https.into_iter().chain(metrics_only).chain(peers) {
             serving.push(Serving::start(listener, limits.clone(), plain.clone()));
         }
-        Ok(Listening { api, addrs, serving, metrics, _peers: peers })
+        Ok(Listening { api, addrs, peer_addrs, serving, metrics })
     }
 
     /// Stops everything, in order. All of it is tried, whatever fails.
@@ -414,9 +422,9 @@ impl Member {
 struct Listening {
     api: Api,
     addrs: Vec<SocketAddr>,
+    peer_addrs: Vec<SocketAddr>,
     serving: Vec<Serving>,
     metrics: Arc<Metrics>,
-    _peers: Vec<Listener>,
 }
 
 impl Listening {
@@ -437,6 +445,10 @@ async fn bind_all(urls: &[Url]) -> Result<Vec<Listener>> {
         });
     }
     Ok(listeners)
+}
+
+fn addrs_of(listeners: &[Listener]) -> Vec<SocketAddr> {
+    listeners.iter().filter_map(Listener::local_addr).collect()
 }
 
 impl Checks for Node {

@@ -25,6 +25,7 @@ pub(crate) mod stream;
 mod testing;
 pub(crate) mod unary;
 pub(crate) mod watch;
+pub(crate) mod wire;
 
 /// What every service works on.
 #[derive(Clone)]

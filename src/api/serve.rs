@@ -22,10 +22,10 @@
 //!   gives no window for); one that says nothing at first, after [`PREFACE_TIMEOUT`]; one that answers no ping, after the ping's timeout.
 //!
 //! # What a peer can make us hold
-//! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`] of requests whose end is missing,
-//! [`HELD_BYTES_MAX`] of answers (and the one that went beyond), one frame, one header block, and h2's record of each open stream (about 1 KiB,
-//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`] of unfinished requests, [`SERVER_HELD_BYTES_MAX`] of
-//! answers (and one for each connection that has no other), [`SERVER_STREAMS_MAX`] streams.
+//! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`](super::wire) of requests whose end is missing,
+//! [`HELD_BYTES_MAX`](super::wire) of answers (and the one that went beyond), 64 KiB that are about to be sent, one frame, one header block, and h2's record of each open stream (about 1 KiB,
+//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`](super::wire) of unfinished requests, [`SERVER_HELD_BYTES_MAX`](super::wire) of
+//! answers (and one for each connection that has no other), [`SERVER_STREAMS_MAX`](super::wire) streams.
 //!
 //! An answer counts from when it is encoded until the peer has given window for all of it. There being no room is looked at twice: before
 //! a request is attended to, and, for one whose outcome had to be waited for, before a large answer is encoded. A connection that is
@@ -44,42 +44,31 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use h2::server::SendResponse;
 use h2::{Ping, PingPong, Reason, RecvStream};
 use http::Request;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Notify;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
 use super::http::Http;
 use super::unary::{self, Router};
+use super::wire::{Io, Limits, Outgoing, Stream, WRITE_STALL, Wire};
 use crate::error::{Error, Result};
-
-/// Connections of one server at the same time, unless the limit of open files leaves room for fewer. One that comes beyond
-/// it is closed at once, so that its client turns to another member.
-const CONNECTIONS_MAX: usize = 10_000;
-
-/// Open files of the process that are left to everything but connections.
-const FILES_RESERVED: usize = 256;
+use crate::lock::lock;
 
 /// Streams that one connection may have open, if the configuration asks for no fewer; the peer is told so, and its further
 /// requests wait in its own library. A stream beyond what was told is refused (RST_STREAM, REFUSED_STREAM).
 pub(crate) const STREAMS_MAX: u32 = 16_384;
-
-/// Streams of all connections together. A request beyond it is refused with REFUSED_STREAM, which is safe to retry.
-const SERVER_STREAMS_MAX: usize = 262_144;
 
 /// Bytes of one request's headers, decoded. Beyond it the request is answered 431, and a block that goes on for many times
 /// that (HEADERS with CONTINUATION without end) ends the connection.
@@ -110,25 +99,16 @@ const FRAME_MAX: u32 = 16 << 10;
 /// Bytes of one stream's answer that h2 keeps ready for the socket. A longer answer waits and comes piece by piece.
 const SEND_BUFFER: usize = 256 << 10;
 
-/// Answers that wait for the peer's window, per connection. Beyond it the connection's further requests wait unread, and large answers
-/// unencoded.
-const HELD_BYTES_MAX: usize = 8 << 20;
-
-/// As above, all connections together. Beyond it a connection gets on only while no answer of its own waits: so each gets its answers,
-/// one by one, whatever the others do.
-const SERVER_HELD_BYTES_MAX: usize = 512 << 20;
-
-/// Requests of which a part has come, per connection. Beyond it a request is refused with ResourceExhausted.
-const PARTIAL_BYTES_MAX: usize = 64 << 20;
-
-/// As above, all connections together.
-const SERVER_PARTIAL_BYTES_MAX: usize = 512 << 20;
-
 /// Requests taken from a connection before they are attended to. More wait for the next turn.
 const ACCEPT_BATCH: usize = 256;
 
 /// Turns that a connection takes before it lets the other tasks of its thread run.
 const TURNS_MAX: usize = 8;
+
+/// How long a connection on which each request follows the answer before it within this time is looked at again and again before its
+/// thread sleeps. To put a thread to sleep and wake it takes 50 us and more on a virtual machine, in latency and in CPU: one client's
+/// gets were found to be 1.7 times as many, at the same CPU for each. Beyond it, or for a client that thinks longer, it sleeps at once.
+const LINGER: Duration = Duration::from_micros(200);
 
 /// How long a new connection may take to say which protocol it speaks.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -143,9 +123,6 @@ const HTTP1_HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Headers of an HTTP/1 request, and the bytes of its head. Beyond: 431, and the connection is closed.
 const HTTP1_HEADERS_MAX: usize = 64;
 const HTTP1_HEAD_MAX: usize = 16 << 10;
-
-/// A connection of which the peer takes nothing although there is something to take is cut after this long.
-pub(crate) const WRITE_STALL: Duration = Duration::from_secs(20);
 
 /// An answer for which the peer gives no window, although it may read other things, is abandoned after this long without a byte.
 pub(crate) const STREAM_STALL: Duration = Duration::from_secs(60);
@@ -162,53 +139,6 @@ const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 pub(crate) struct App {
     pub grpc: Option<Arc<Router>>,
     pub http: Option<Arc<Http>>,
-}
-
-/// What of the configuration concerns connections.
-#[derive(Clone, Debug)]
-pub(crate) struct ServeOptions {
-    /// Streams per connection; more than [`STREAMS_MAX`] counts as that.
-    pub max_concurrent_streams: u32,
-    /// How often a peer is pinged, and how long it may take to answer; none: never, after the first time.
-    pub keepalive: Option<(Duration, Option<Duration>)>,
-}
-
-/// What all listeners of a server share: the options and what is counted over all connections.
-pub(crate) struct Limits {
-    options: ServeOptions,
-    connections_max: usize,
-    connections: AtomicUsize,
-    pub(super) streams: AtomicUsize,
-    partial: AtomicUsize,
-    held_max: usize,
-    held: AtomicUsize,
-}
-
-impl Limits {
-    pub fn new(options: ServeOptions) -> Arc<Self> {
-        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let files = files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
-        let connections_max = CONNECTIONS_MAX.min(files.saturating_sub(FILES_RESERVED)).max(16);
-        Arc::new(Limits {
-            options,
-            connections_max,
-            connections: AtomicUsize::new(0),
-            streams: AtomicUsize::new(0),
-            partial: AtomicUsize::new(0),
-            held_max: SERVER_HELD_BYTES_MAX,
-            held: AtomicUsize::new(0),
-        })
-    }
-
-    /// Connections open now.
-    pub fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
-    }
-
-    /// Requests and streams open now, over all connections.
-    pub fn streams(&self) -> usize {
-        self.streams.load(Ordering::Relaxed)
-    }
 }
 
 /// A socket that accepts.
@@ -337,7 +267,7 @@ async fn accept(listener: Listener, limits: Arc<Limits>, app: App, tasks: TaskTr
             }
         };
         pause = ACCEPT_PAUSE;
-        if limits.connections.load(Ordering::Relaxed) >= limits.connections_max {
+        if limits.connections() >= limits.connections_max {
             turned_away += 1;
             if turned_away.is_power_of_two() {
                 tracing::warn!(limit = limits.connections_max, turned_away, "too many connections");
@@ -408,7 +338,7 @@ async fn http1(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
     }
 }
 
-async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+async fn http2(mut io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
     let options = &wire.limits.options;
     let mut builder = h2::server::Builder::new();
     builder
@@ -422,7 +352,14 @@ async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME_MAX)
         .max_send_buffer_size(SEND_BUFFER);
-    let handshake = builder.handshake(io);
+    let out = io.gather();
+    let mut handshake = std::pin::pin!(builder.handshake(io));
+    let handshake = std::future::poll_fn(|cx| {
+        let done = handshake.as_mut().poll(cx);
+        // An error shows when h2 reads.
+        let _ = lock(&out).poll_flush(cx);
+        done
+    });
     let mut conn = match tokio::time::timeout(PREFACE_TIMEOUT, handshake).await {
         Ok(Ok(conn)) => conn,
         Ok(Err(err)) => return tracing::debug!(error = %err, "an HTTP/2 connection ended before it began"),
@@ -434,6 +371,7 @@ async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
     let timeout = options.keepalive.and_then(|(_, timeout)| timeout).unwrap_or(FIRST_PONG_TIMEOUT);
     let mut peer = Peer {
         conn,
+        out,
         calls: FuturesUnordered::new(),
         incoming: VecDeque::new(),
         app,
@@ -443,10 +381,22 @@ async fn http2(io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
         alarm: Box::pin(tokio::time::sleep_until(now + timeout)),
         stop: Box::pin(stop.cancelled_owned()),
         stopping: false,
+        idle_since: now,
+        is_eager: false,
         wire,
     };
-    if let Err(why) = std::future::poll_fn(|cx| peer.poll(cx)).await {
-        tracing::debug!(why, "an HTTP/2 connection was ended");
+    loop {
+        let step = std::future::poll_fn(|cx| match peer.poll(cx) {
+            Poll::Ready(ended) => Poll::Ready(Some(ended)),
+            Poll::Pending if peer.lingers() => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        });
+        match step.await {
+            Some(Ok(())) => return,
+            Some(Err(why)) => return tracing::debug!(why, "an HTTP/2 connection was ended"),
+            // Back after all others have had their turn, and the sockets have been looked at.
+            None => tokio::task::yield_now().await,
+        }
     }
 }
 
@@ -456,6 +406,8 @@ pub(super) type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// The other end of an HTTP/2 connection, and all that goes on with it.
 struct Peer {
     conn: h2::server::Connection<Io, Bytes>,
+    /// What h2 has written and we have not sent.
+    out: Arc<Mutex<Outgoing>>,
     calls: FuturesUnordered<Call>,
     /// Requests taken but not attended to yet; empty between two polls, unless answers have to be taken first.
     incoming: VecDeque<(Request<RecvStream>, SendResponse<Bytes>)>,
@@ -470,11 +422,39 @@ struct Peer {
     alarm: Pin<Box<Sleep>>,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
     stopping: bool,
+    /// Since when there has been nothing to do, and whether the last request came within [`LINGER`] of that.
+    idle_since: Instant,
+    is_eager: bool,
 }
 
 impl Peer {
-    /// Does what can be done. Ready when the connection is over.
+    /// Does what can be done, and sends what came of it. Ready when the connection is over.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), &'static str>> {
+        // First what a full socket has left behind: until then nothing is taken.
+        self.flush(cx)?;
+        let ended = self.take_turns(cx);
+        self.flush(cx)?;
+        if ended.is_ready() { ended } else { self.poll_time(cx) }
+    }
+
+    /// Whether to look for the next request instead of going to sleep.
+    fn lingers(&mut self) -> bool {
+        self.is_eager &= self.calls.is_empty() && self.idle_since.elapsed() < LINGER;
+        self.is_eager
+    }
+
+    fn flush(&mut self, cx: &mut Context<'_>) -> std::result::Result<(), &'static str> {
+        match lock(&self.out).poll_flush(cx) {
+            Poll::Ready(Err(err)) => {
+                tracing::debug!(error = %err, "writing to a connection failed");
+                Err("error")
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => Ok(()),
+        }
+    }
+
+    /// Takes requests and answers them, in turn.
+    fn take_turns(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), &'static str>> {
         if !self.stopping && self.stop.as_mut().poll(cx).is_ready() {
             self.stopping = true;
             self.conn.graceful_shutdown();
@@ -487,6 +467,9 @@ impl Peer {
             // All that has come is taken before any of it is answered, since h2 writes each time it is asked for more.
             let may_accept = self.wire.may_accept();
             let ended = self.take_incoming(cx);
+            if !self.incoming.is_empty() {
+                self.is_eager = self.idle_since.elapsed() < LINGER;
+            }
             let mut progress = false;
             // Looked at for each of them: one answer may be all that there is room for.
             while self.wire.may_accept()
@@ -509,8 +492,9 @@ impl Peer {
             if !progress {
                 break;
             }
+            self.idle_since = Instant::now();
         }
-        self.poll_time(cx)
+        Poll::Pending
     }
 
     /// Takes what requests have come, and has h2 read and write. Some when the connection is over.
@@ -581,233 +565,6 @@ impl Peer {
     }
 }
 
-/// What is counted of one connection, shared by its task and its calls.
-pub(super) struct Wire {
-    limits: Arc<Limits>,
-    opened: Instant,
-    /// Milliseconds from `opened` to when the socket would take no more, and 1; 0 while it takes.
-    blocked: AtomicU64,
-    held: AtomicUsize,
-    /// Told whenever less is held than before.
-    less_held: Notify,
-    partial: AtomicUsize,
-}
-
-impl Wire {
-    fn new(limits: Arc<Limits>) -> Arc<Self> {
-        limits.connections.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Wire {
-            limits,
-            opened: Instant::now(),
-            blocked: AtomicU64::new(0),
-            held: AtomicUsize::new(0),
-            less_held: Notify::new(),
-            partial: AtomicUsize::new(0),
-        })
-    }
-
-    /// Whether further requests are taken: not from a peer that does not take what it has asked for.
-    fn may_accept(&self) -> bool {
-        self.blocked.load(Ordering::Relaxed) == 0 && self.has_room()
-    }
-
-    /// Whether another answer may be held. The first of a connection always may.
-    pub fn has_room(&self) -> bool {
-        let held = self.held.load(Ordering::Relaxed);
-        held == 0 || (held < HELD_BYTES_MAX && self.limits.held.load(Ordering::Relaxed) < self.limits.held_max)
-    }
-
-    /// Waits until there is room. Who has waited holds its answer, or ends, in the same poll: the next in line is woken already.
-    pub async fn room(&self) {
-        while !self.has_room() {
-            self.less_held.notified().await;
-        }
-        self.less_held.notify_one();
-    }
-
-    fn blocked_since(&self) -> Option<Instant> {
-        let blocked = self.blocked.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(self.opened + Duration::from_millis(blocked))
-    }
-
-    fn stalled(&self) -> bool {
-        self.blocked_since().is_some_and(|since| since.elapsed() >= WRITE_STALL)
-    }
-
-    fn note_write(&self, outcome: &Poll<io::Result<usize>>) {
-        let now = match outcome {
-            Poll::Ready(_) => 0,
-            Poll::Pending if self.blocked.load(Ordering::Relaxed) != 0 => return,
-            Poll::Pending => self.opened.elapsed().as_millis() as u64 + 1,
-        };
-        self.blocked.store(now, Ordering::Relaxed);
-    }
-
-    /// Counts an answer that waits, until the guard is dropped.
-    pub fn hold(self: &Arc<Self>, bytes: usize) -> Held {
-        self.held.fetch_add(bytes, Ordering::Relaxed);
-        self.limits.held.fetch_add(bytes, Ordering::Relaxed);
-        Held { wire: self.clone(), bytes }
-    }
-
-    /// Counts a stream, until the guard is dropped; none if there are too many.
-    pub fn open_stream(self: &Arc<Self>) -> Option<OpenStream> {
-        let open = OpenStream(self.clone());
-        (self.limits.streams.fetch_add(1, Ordering::Relaxed) < SERVER_STREAMS_MAX).then_some(open)
-    }
-
-    /// For the bytes of a request of which not all have come.
-    pub fn partial(self: &Arc<Self>) -> Partial {
-        Partial { wire: self.clone(), bytes: 0 }
-    }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        self.limits.connections.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// An open stream is counted while this lives.
-pub(super) struct OpenStream(Arc<Wire>);
-
-impl Drop for OpenStream {
-    fn drop(&mut self) {
-        self.0.limits.streams.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Bytes of an answer are counted while this lives.
-pub(super) struct Held {
-    wire: Arc<Wire>,
-    bytes: usize,
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.wire.held.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.wire.limits.held.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.wire.less_held.notify_one();
-    }
-}
-
-/// Bytes of an unfinished request are counted while this lives.
-pub(super) struct Partial {
-    wire: Arc<Wire>,
-    bytes: usize,
-}
-
-impl Partial {
-    /// Counts more; false if that is too many, of this connection or of all.
-    pub fn grow(&mut self, bytes: usize) -> bool {
-        self.bytes += bytes;
-        let here = self.wire.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let all = self.wire.limits.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        here <= PARTIAL_BYTES_MAX && all <= SERVER_PARTIAL_BYTES_MAX
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        self.wire.partial.fetch_sub(self.bytes, Ordering::Relaxed);
-        self.wire.limits.partial.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-/// A connection's bytes: first those that were read to find out what it speaks, then the socket's. It notes when the peer takes none.
-struct Io {
-    read: Bytes,
-    stream: Stream,
-    wire: Arc<Wire>,
-}
-
-/// The first bytes of every HTTP/2 connection.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-impl Io {
-    fn new(stream: Stream, wire: Arc<Wire>) -> Self {
-        Io { read: Bytes::new(), stream, wire }
-    }
-
-    /// Reads until it is known whether HTTP/2 is spoken; what was read is read again afterwards.
-    ///
-    /// # Errors
-    /// The connection ended, or failed, before that.
-    async fn is_http2(&mut self) -> io::Result<bool> {
-        let mut seen = [0; PREFACE.len()];
-        let mut len = 0;
-        while len < PREFACE.len() && PREFACE.starts_with(&seen[..len]) {
-            let read = match &mut self.stream {
-                Stream::Tcp(stream) => stream.read(&mut seen[len..]).await?,
-                Stream::Unix(stream) => stream.read(&mut seen[len..]).await?,
-            };
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            len += read;
-        }
-        self.read = Bytes::copy_from_slice(&seen[..len]);
-        Ok(seen[..len] == PREFACE[..])
-    }
-}
-
-impl AsyncRead for Io {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.read.has_remaining() {
-            let len = self.read.len().min(buf.remaining());
-            buf.put_slice(&self.read.split_to(len));
-            return Poll::Ready(Ok(()));
-        }
-        match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Io {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let outcome = match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
-        };
-        self.wire.note_write(&outcome);
-        outcome
-    }
-
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let outcome = match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        };
-        self.wire.note_write(&outcome);
-        outcome
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-}
-
 /// Abandons a stream with a reason.
 pub(super) fn refuse(mut respond: SendResponse<Bytes>) {
     respond.send_reset(Reason::REFUSED_STREAM);
@@ -817,12 +574,14 @@ pub(super) fn refuse(mut respond: SendResponse<Bytes>) {
 mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
 
     use super::super::testing::raw::{
         CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, RST_STREAM, WINDOW_UPDATE, frame, frames, headers, hello,
     };
     use super::super::testing::*;
+    use super::super::wire::{HELD_BYTES_MAX, PARTIAL_BYTES_MAX, PREFACE, ServeOptions};
     use super::*;
     use crate::proto::etcdserverpb::{PutRequest, RangeRequest};
 
@@ -1118,13 +877,8 @@ mod tests {
     /// What a connection says at first, and that it is cut when nothing follows.
     #[tokio::test]
     async fn says_nothing() {
-        let starts: [&[u8]; 5] = [
-            b"",
-            b"PRI * HT",
-            super::PREFACE,
-            b"GET /health HTTP/1.1\r\nHost",
-            b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n",
-        ];
+        let starts: [&[u8]; 5] =
+            [b"", b"PRI * HT", PREFACE, b"GET /health HTTP/1.1\r\nHost", b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"];
         for start in starts {
             let server = TestServer::start().await;
             let mut stream = TcpStream::connect(server.addr).await.unwrap();

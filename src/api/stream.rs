@@ -28,8 +28,9 @@ use tonic::codegen::Service as _;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::serve::{Call, OpenStream, STREAM_STALL, Wire};
+use super::serve::{Call, STREAM_STALL};
 use super::unary::{Failure, GRPC_STATUS, PREFIX, Pace, Streamed, deadline_exceeded, prefix, refuse, status_headers};
+use super::wire::{OpenStream, Wire};
 use crate::metrics::InFlight;
 
 /// A future that is given up when `gone` says so.

@@ -14,8 +14,9 @@ use tokio::net::TcpStream;
 use tonic::Status;
 
 use super::http::{Checks, Http, Versions};
-use super::serve::{App, Limits, Listener, ServeOptions, Serving};
+use super::serve::{App, Listener, Serving};
 use super::unary::{Either, Metadata, Pace, Router, Streamed};
+use super::wire::{Limits, ServeOptions};
 use crate::error::{ApplyError, Error};
 use crate::metrics::{MethodKind, Metrics};
 use crate::proto::etcdserverpb::watch_server::{Watch, WatchServer};

@@ -43,8 +43,9 @@ use tokio::time::Instant;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::serve::{self, App, Call, OpenStream, Partial, REQUEST_TIMEOUT, Wire};
+use super::serve::{self, App, Call, REQUEST_TIMEOUT};
 use super::stream::{Guarded, Incoming, Terms, send_all, send_streamed, stream};
+use super::wire::{OpenStream, Partial, Wire};
 use crate::metrics::{InFlight, MethodKind, MethodMetrics, Metrics};
 use crate::slow::Slow;
 
@@ -247,7 +248,7 @@ impl SlowRequests {
     fn look_at<T>(&self, in_flight: &InFlight, outcome: &Result<T, Failure>) {
         let took = in_flight.elapsed();
         if self.slow.is_slow(took)
-            && let Some(untold) = self.slow.tell(self.epoch.elapsed())
+            && let Some(unreported) = self.slow.tell(self.epoch.elapsed())
         {
             let outcome = match outcome {
                 Ok(_) => Code::Ok,
@@ -255,7 +256,7 @@ impl SlowRequests {
                 Err(Failure::Gone) => Code::Cancelled,
             };
             // Not what was asked for: keys may be nobody else's business.
-            tracing::warn!(method = in_flight.method(), ?took, ?outcome, untold, "a request took long");
+            tracing::warn!(method = in_flight.method(), ?took, ?outcome, unreported, "a request took long");
         }
     }
 }
