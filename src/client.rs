@@ -133,7 +133,8 @@ impl Client {
     /// Compares, and carries out one of two lists of operations, as one.
     ///
     /// # Errors
-    /// As [`put`](Self::put); after an error, none of it was done.
+    /// As [`put`](Self::put). After [`Error::Timeout`] and [`Error::Stopped`] all of it or nothing may have been done, or may yet be;
+    /// after any other error, none of it.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
         self.node.txn(request).await
     }

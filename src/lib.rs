@@ -47,6 +47,7 @@
 //! | `node` | requests in, outcomes out; everything that waits or happens by itself |
 //! | `api/` | the wire: etcd's services, HTTP, connections |
 //! | `client`, `server` | calls without a wire; a member, whole |
+//! | `cli` | etcd's flags, variables and configuration file; for the binary (feature `cli`) |
 //!
 //! ## A put
 //! `api/unary` decodes it, `node` checks it and queues it; all that is queued becomes one Raft entry, which `raft/log` hands

@@ -4,9 +4,9 @@
 //! once, and a line for each request would be one more load.
 //!
 //! ```text
-//! 10.0 s  a request takes 2 s    told, 0 untold before it
+//! 10.0 s  a request takes 2 s    told, 0 unreported before it
 //! 10.1 s  another one            not told
-//! 11.2 s  another one            told, 1 untold before it
+//! 11.2 s  another one            told, 1 unreported before it
 //! ```
 
 use std::sync::Mutex;
@@ -27,7 +27,7 @@ pub(crate) struct Slow {
 #[derive(Debug, Default)]
 struct Told {
     last: Option<Duration>,
-    untold: u64,
+    unreported: u64,
 }
 
 impl Slow {
@@ -41,15 +41,15 @@ impl Slow {
         took > self.threshold
     }
 
-    /// Whether to tell of something slow at `now`, a time on any monotonic clock: then how many went untold since last time.
+    /// Whether to tell of something slow at `now`, a time on any monotonic clock: then how many went unreported since last time.
     pub fn tell(&self, now: Duration) -> Option<u64> {
         let mut told = lock(&self.told);
         if told.last.is_some_and(|last| now < last.saturating_add(EVERY)) {
-            told.untold += 1;
+            told.unreported += 1;
             return None;
         }
         told.last = Some(now);
-        Some(std::mem::take(&mut told.untold))
+        Some(std::mem::take(&mut told.unreported))
     }
 }
 

@@ -335,9 +335,9 @@ fn do_put(writer: &mut Writer<'_>, request: &PutRequest) -> Result<PutResponse> 
 pub(crate) fn delete_range(writer: &mut Writer<'_>, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse> {
     if request.prev_kv {
         let mut budget = Budget::new();
-        let (range, at) = (KeyRange::new(&request.key, &request.range_end), writer.at());
-        if count_range(writer, &range, usize::MAX, at, &mut budget)? > PAIRS_UNMEASURED {
-            measure_range(writer, &range, at, &mut budget)?;
+        let (key, range_end, at) = (&request.key, &request.range_end, writer.at());
+        if count_range(writer, &KeyRange::new(key, range_end), usize::MAX, at, &mut budget)? > PAIRS_UNMEASURED {
+            measure_now(writer, key, range_end, &mut budget)?;
         }
     }
     do_delete_range(writer, request)
@@ -595,10 +595,10 @@ fn measure(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_
                 RangeScan::new(range, at, 0).measure_in(writer, budget)?;
             }
             Some(Request::RequestDeleteRange(delete)) if delete.prev_kv => {
-                measure_range(writer, &KeyRange::new(&delete.key, &delete.range_end), writer.at(), budget)?;
+                measure_now(writer, &delete.key, &delete.range_end, budget)?;
             }
             Some(Request::RequestPut(put)) if put.prev_kv => {
-                measure_range(writer, &KeyRange::Key(put.key.clone()), writer.at(), budget)?;
+                measure_now(writer, &put.key, &Bytes::new(), budget)?;
             }
             Some(Request::RequestTxn(nested)) => measure(writer, nested, path, budget)?,
             _ => {}
@@ -607,14 +607,10 @@ fn measure(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_
     Ok(())
 }
 
-/// Takes the size of each pair of a range from what is left.
-fn measure_range(writer: &Writer<'_>, range: &KeyRange, at: i64, budget: &mut Budget) -> Result<()> {
-    let request = match range {
-        KeyRange::Key(key) => RangeRequest { key: key.clone(), ..RangeRequest::default() },
-        KeyRange::Span(start, end) => RangeRequest { key: start.clone(), range_end: end.clone(), ..RangeRequest::default() },
-        KeyRange::From(start) => RangeRequest { key: start.clone(), range_end: Bytes::from_static(b"\0"), ..RangeRequest::default() },
-    };
-    RangeScan::new(&request, at, 0).measure_in(writer, budget)
+/// Takes the size of each pair that a range has now from what is left.
+fn measure_now(writer: &Writer<'_>, key: &Bytes, range_end: &Bytes, budget: &mut Budget) -> Result<()> {
+    let request = RangeRequest { key: key.clone(), range_end: range_end.clone(), ..RangeRequest::default() };
+    RangeScan::new(&request, writer.at(), 0).measure_in(writer, budget)
 }
 
 fn execute(writer: &mut Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, bool>) -> Result<TxnResponse> {

@@ -18,9 +18,11 @@ impl Node {
         if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
         }
-        let room = match self.queue_room.clone().try_acquire_many_owned(bytes as u32) {
-            Ok(room) if !self.store().history().is_behind() => room,
-            _ => self.wait_for_room(bytes).await?,
+        let is_behind = self.store().history().is_behind();
+        let free = if is_behind { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
+        let room = match free {
+            Some(room) => room,
+            None => self.wait_for_room(bytes).await?,
         };
         let (answer, wait) = oneshot::channel();
         let wake = {

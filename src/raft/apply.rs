@@ -36,9 +36,10 @@ use crate::mvcc::watch::WatchHub;
 use crate::mvcc::{Committed, Saved, Store, Writer};
 use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
+use crate::proto::etcdserverpb::response_op::Response;
 use crate::proto::etcdserverpb::{
-    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, LeaseGrantResponse, LeaseRevokeResponse, ResponseHeader,
-    TxnResponse,
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, DeleteRangeResponse, LeaseGrantResponse, LeaseRevokeResponse,
+    PutResponse, ResponseHeader, TxnResponse,
 };
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
@@ -401,24 +402,31 @@ fn reads(command: &internal::Command) -> bool {
 
 /// Bytes of the pairs in an answer.
 fn pairs_bytes(reply: &Reply) -> usize {
-    use crate::proto::etcdserverpb::response_op::Response;
-    let sum = |kvs: &[EncodedKv]| kvs.iter().map(EncodedKv::encoded_len).sum::<usize>();
-    let prev = |kv: &Option<EncodedKv>| kv.as_ref().map_or(0, EncodedKv::encoded_len);
-    fn txn(response: &TxnResponse, of: &dyn Fn(&Response) -> usize) -> usize {
-        let responses = response.responses.iter().filter_map(|op| op.response.as_ref());
-        responses.map(|one| if let Response::ResponseTxn(nested) = one { txn(nested, of) } else { of(one) }).sum()
-    }
     match reply {
-        Reply::Put(response) => prev(&response.prev_kv),
-        Reply::DeleteRange(response) => sum(&response.prev_kvs),
-        Reply::Txn(response) => txn(response, &|one| match one {
-            Response::ResponseRange(response) => sum(&response.kvs),
-            Response::ResponsePut(response) => prev(&response.prev_kv),
-            Response::ResponseDeleteRange(response) => sum(&response.prev_kvs),
-            Response::ResponseTxn(_) => 0,
-        }),
+        Reply::Put(response) => put_bytes(response),
+        Reply::DeleteRange(response) => delete_bytes(response),
+        Reply::Txn(response) => txn_bytes(response),
         _ => 0,
     }
+}
+
+fn put_bytes(response: &PutResponse) -> usize {
+    response.prev_kv.as_ref().map_or(0, EncodedKv::encoded_len)
+}
+
+fn delete_bytes(response: &DeleteRangeResponse) -> usize {
+    response.prev_kvs.iter().map(EncodedKv::encoded_len).sum()
+}
+
+fn txn_bytes(response: &TxnResponse) -> usize {
+    let responses = response.responses.iter().filter_map(|op| op.response.as_ref());
+    let bytes = responses.map(|one| match one {
+        Response::ResponseRange(response) => response.kvs.iter().map(EncodedKv::encoded_len).sum(),
+        Response::ResponsePut(response) => put_bytes(response),
+        Response::ResponseDeleteRange(response) => delete_bytes(response),
+        Response::ResponseTxn(nested) => txn_bytes(nested),
+    });
+    bytes.sum()
 }
 
 /// The machine as openraft drives it.
@@ -504,10 +512,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let took = now.saturating_sub(began);
             if machine.slow.is_slow(took) {
                 machine.counters.slow_apply.inc();
-                if let Some(untold) = machine.slow.tell(now) {
-                    let (index, commands) =
-                        (entry.log_id.index, if let EntryPayload::Normal(proposal) = &entry.payload { proposal.commands.len() } else { 0 });
-                    tracing::warn!(index, commands, ?took, untold, "an entry took long to apply");
+                if let Some(unreported) = machine.slow.tell(now) {
+                    let index = entry.log_id.index;
+                    let commands = if let EntryPayload::Normal(proposal) = &entry.payload { proposal.commands.len() } else { 0 };
+                    tracing::warn!(index, commands, ?took, unreported, "an entry took long to apply");
                 }
             }
             if let Some(responder) = responder {

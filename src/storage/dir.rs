@@ -117,10 +117,14 @@ fn make_dir(dir: &Path) -> Result<()> {
     let missing: Vec<_> = dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(fault)?;
     for made in missing {
-        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(parent).and_then(|parent| parent.sync_all()).map_err(fault)?;
+        sync_dir(made.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
     }
     Ok(())
+}
+
+/// Makes what was created, renamed or removed in a directory durable.
+pub(super) fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(|err| Error::io("sync the directory", path, err))
 }
 
 /// Puts a file in place at once and for good: old content or new, also after a power cut.
@@ -131,10 +135,10 @@ fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(dir)?.sync_all()
+        fs::rename(&temporary, &path)
     };
-    write().map_err(|err| Error::io("writing", &path, err))
+    write().map_err(|err| Error::io("writing", &path, err))?;
+    sync_dir(dir)
 }
 
 fn encode_identity(identity: &Identity) -> String {

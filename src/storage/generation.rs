@@ -5,7 +5,8 @@
 //! - **It recycles segments that it believes durable.** A page that moved from one segment to another may have its old place
 //!   overwritten while the new one is still in a cache, and a power cut then loses what an *earlier* sync had promised.
 //!   Within a batch sled recycles nothing of before the batch; so the owner syncs every batch before it hands over the next,
-//!   and sled's own flusher thread, which moves pages at any time, stays off. Likewise `db` is synced before it is opened,
+//!   and once more right before that one, because reads merge pages and write them, too; and sled's own flusher thread, which
+//!   moves pages at any time, stays off. Likewise `db` is synced before it is opened,
 //!   since recovery clears the segments that it finds unused.
 //! - **A full disk wedges it** until reopened, with half a batch in memory. Room is therefore reserved (fallocate behind the
 //!   end of `db`) before sled sees a batch: a batch that does not fit is refused with nothing changed. A part of the reserve
@@ -49,6 +50,7 @@ use bytes::Bytes;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use super::dir::sync_dir;
 use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use crate::error::{Error, Result};
 
@@ -557,11 +559,6 @@ pub(super) fn generation_name(number: u64) -> String {
 /// Makes a directory that only its owner can look into.
 pub(super) fn make_dir(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| Error::io("create the directory", path, e))
-}
-
-/// Makes what was created, renamed or removed in a directory durable.
-pub(super) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("sync the directory", path, e))
 }
 
 fn sync_file(path: &Path) -> Result<()> {

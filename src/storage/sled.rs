@@ -49,7 +49,8 @@ use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use ::sled::IVec;
 use bytes::Bytes;
 
-use super::generation::{Generation, after, generation_name, make_dir, sled_batch, sync_dir};
+use super::dir::sync_dir;
+use super::generation::{Generation, after, generation_name, make_dir, sled_batch};
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
 use crate::lock::{read, write};

@@ -7,9 +7,12 @@
 //! cannot be read is damage, and the log refuses to open, naming file and offset.
 //!
 //! ```text
-//! append ->  queue ->  [frame 7 ................][mark 7]        one segment file, 64 MiB, written ahead with zeros
+//! append ->  queue ->  [frame 7 ................][mark 7]        one segment file, written ahead with zeros
 //!            cache      opening entry entry vote  "7 is on disk"
 //! ```
+//!
+//! A segment has 64 MiB; the first of a new log is smaller, so that a start need not wait for it, and so are those made on a disk that has
+//! no room for a whole one.
 //!
 //! When nothing more waits, a *mark* is written behind the last frame, without a sync of its own: it says that the frame had reached the
 //! disk, and holds the newest committed log id. The next frame overwrites it. Thanks to it a byte that flips in the last acknowledged

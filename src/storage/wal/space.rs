@@ -16,12 +16,14 @@ use std::sync::{Arc, PoisonError};
 
 /// The name of a file that is being prepared; on opening, what bears it is removed.
 pub(super) const NEW_NAME: &str = "new.tmp";
+
 /// How many zeros are written before a sync: enough to be quick, little enough that a frame's sync beside it does not wait long.
 const ZERO_CHUNK: usize = 1 << 20;
 
 /// How many zeros go into one write. The page cache keeps what one write brought in one folio, and counts and writes back
 /// the whole folio when a byte of it changes: with large ones, each small frame later would cost a megabyte.
 const ZERO_WRITE: usize = 4 << 10;
+
 /// On a disk that has no room for a whole segment, ones down to this part of it are made.
 const SCANT: u64 = 8;
 
@@ -45,8 +47,7 @@ pub(super) fn new_salt(sequence: u64) -> u64 {
 enum Job {
     /// Recycle or remove the oldest dropped segment.
     Drop { segment: Segment, keep: bool },
-    /// Make the next segment, out of a spare if there is one.
-    /// If there is no space for it, a smaller one will do, down to `least`.
+    /// Make the next segment, out of a spare if there is one. If there is no space for it, a smaller one will do, down to `least`.
     Prepare { sequence: u64, capacity: u64, least: u64, spare: Option<String> },
 }
 
