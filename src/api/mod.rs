@@ -13,6 +13,7 @@ use crate::error::{ApplyError, Error};
 use crate::node::Node;
 
 pub(crate) mod cluster;
+mod conversation;
 pub(crate) mod health;
 pub(crate) mod http;
 pub(crate) mod kv;

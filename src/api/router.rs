@@ -1,6 +1,7 @@
 //! Which path leads where: every RPC, in one list.
 //!
-//! Unary calls are served by [`unary`](super::unary) itself; streams by tonic services behind it. A Range whose answer is
+//! Unary calls are served by [`unary`](super::unary) itself, and so is LeaseKeepAlive by [`conversation`](super::conversation); other
+//! streams by tonic services behind it. A Range whose answer is
 //! too large to be held is streamed as one message: its length is known, its bytes are fetched as the client takes them.
 
 use std::sync::Arc;
@@ -19,9 +20,11 @@ use crate::node::RangeAnswer;
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::proto::etcdserverpb::cluster_server::Cluster;
 use crate::proto::etcdserverpb::kv_server::KvServer;
-use crate::proto::etcdserverpb::lease_server::{Lease, LeaseServer};
 use crate::proto::etcdserverpb::maintenance_server::{Maintenance, MaintenanceServer};
-use crate::proto::etcdserverpb::{CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, TxnRequest};
+use crate::proto::etcdserverpb::{
+    CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, LeaseLeasesRequest, LeaseRevokeRequest, PutRequest, RangeRequest,
+    RangeResponse, TxnRequest,
+};
 use crate::proto::health::health_server::{Health, HealthServer};
 
 use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed};
@@ -58,11 +61,15 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
         .unary(KV, "Compact", api, |api: Api, _, request: CompactionRequest| async move { api.node.compact(request).await.map_err(status) })
         .streaming(KV, "RangeStream", MethodKind::ServerStream, Pace::Steady)
         .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream, Pace::Any)
-        .unary(LEASE, "LeaseGrant", api, of!(Lease::lease_grant))
-        .unary(LEASE, "LeaseRevoke", api, of!(Lease::lease_revoke))
-        .unary(LEASE, "LeaseTimeToLive", api, of!(Lease::lease_time_to_live))
-        .unary(LEASE, "LeaseLeases", api, of!(Lease::lease_leases))
-        .streaming(LEASE, "LeaseKeepAlive", MethodKind::BidiStream, Pace::Any)
+        .unary(LEASE, "LeaseGrant", api, |api: Api, _, request: LeaseGrantRequest| async move {
+            api.node.lease_grant(request).await.map_err(status)
+        })
+        .unary(LEASE, "LeaseRevoke", api, |api: Api, _, request: LeaseRevokeRequest| async move {
+            api.node.lease_revoke(request).await.map_err(status)
+        })
+        .unary(LEASE, "LeaseTimeToLive", api, |api: Api, _, request| async move { api.time_to_live(request).await })
+        .unary(LEASE, "LeaseLeases", api, |api: Api, _, _: LeaseLeasesRequest| async move { api.leases().await })
+        .conversation(LEASE, "LeaseKeepAlive", api, api.stop.clone(), |api: Api, request| async move { api.keep_alive(request).await })
         .unary(CLUSTER, "MemberAdd", api, of!(Cluster::member_add))
         .unary(CLUSTER, "MemberRemove", api, of!(Cluster::member_remove))
         .unary(CLUSTER, "MemberUpdate", api, of!(Cluster::member_update))
@@ -85,7 +92,6 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
     let unusable = |err: tonic_reflection::server::Error| crate::error::Error::Failed(format!("describing the services: {err}"));
     let routes = Routes::new(WatchService { api: api.clone(), max_request_bytes: limit })
         .add_service(KvServer::new(api.clone()).max_decoding_message_size(limit))
-        .add_service(LeaseServer::new(api.clone()).max_decoding_message_size(limit))
         .add_service(MaintenanceServer::new(api.clone()).max_decoding_message_size(limit))
         .add_service(HealthServer::new(api.clone()).max_decoding_message_size(limit))
         .add_service(reflection().build_v1().map_err(unusable)?)

@@ -51,11 +51,16 @@ impl<F: Future, G: FnMut(&mut Context<'_>) -> bool + Unpin> Future for Guarded<'
 }
 
 /// Sends bytes as fast as the peer opens its window, and gives up, resetting the stream, when it does not for too long.
-pub(super) async fn send_all(send: &mut SendStream<Bytes>, mut bytes: Bytes, end: bool) -> Result<(), Failure> {
+pub(super) async fn send_all(send: &mut SendStream<Bytes>, bytes: Bytes, end: bool) -> Result<(), Failure> {
+    send_pieces(send, bytes, Pace::Steady, end).await
+}
+
+/// Sends bytes as the peer opens its window, as long as the pace allows. `end`: none follow.
+pub(super) async fn send_pieces(send: &mut SendStream<Bytes>, mut bytes: Bytes, pace: Pace, end: bool) -> Result<(), Failure> {
     while !bytes.is_empty() {
         send.reserve_capacity(bytes.len());
         if send.capacity() == 0 {
-            window(send, Pace::Steady).await?;
+            window(send, pace).await?;
         }
         let piece = bytes.split_to(send.capacity().min(bytes.len()));
         if !piece.is_empty() {
@@ -191,18 +196,9 @@ async fn drain(send: &mut SendStream<Bytes>, body: tonic::body::Body, pace: Pace
             Some(Ok(frame)) => frame,
         };
         match frame.into_data() {
-            Ok(mut data) => {
+            Ok(data) => {
                 counter.count(&data, |len| in_flight.sent(len));
-                while !data.is_empty() {
-                    send.reserve_capacity(data.len());
-                    if send.capacity() == 0 {
-                        window(send, pace).await?;
-                    }
-                    let piece = data.split_to(send.capacity().min(data.len()));
-                    if !piece.is_empty() {
-                        send.send_data(piece, false).map_err(|_| Failure::Gone)?;
-                    }
-                }
+                send_pieces(send, data, pace, false).await?;
             }
             Err(frame) => {
                 if let Ok(trailers) = frame.into_trailers() {

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use h2::client::SendRequest;
 use http::{HeaderMap, Request};
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::http::{Checks, Http, Versions};
@@ -21,8 +22,8 @@ use crate::error::{ApplyError, Error};
 use crate::metrics::{MethodKind, Metrics};
 use crate::proto::etcdserverpb::watch_server::{Watch, WatchServer};
 use crate::proto::etcdserverpb::{
-    DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest, RangeResponse, TxnRequest, TxnResponse, WatchRequest,
-    WatchResponse,
+    DeleteRangeRequest, DeleteRangeResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, PutRequest, PutResponse, RangeRequest,
+    RangeResponse, TxnRequest, TxnResponse, WatchRequest, WatchResponse,
 };
 use crate::proto::{EncodedKv, KeyValue};
 
@@ -43,6 +44,7 @@ pub struct State {
     pub leaderless: AtomicBool,
     pub learner: AtomicBool,
     pub unreadable: AtomicBool,
+    pub stop: CancellationToken,
 }
 
 impl Checks for State {
@@ -121,6 +123,18 @@ async fn txn(_: Arc<State>, _: Metadata, _: TxnRequest) -> Result<TxnResponse, S
     Ok(TxnResponse::default())
 }
 
+/// A renewal whose TTL is the id; none for 0, and an endless one for -1.
+async fn keep_alive(state: Arc<State>, request: LeaseKeepAliveRequest) -> Result<LeaseKeepAliveResponse, Status> {
+    match request.id {
+        0 => Err(Status::not_found("no lease")),
+        -1 => {
+            let _dropped = Dropped(state);
+            std::future::pending().await
+        }
+        id => Ok(LeaseKeepAliveResponse { header: None, id, ttl: id }),
+    }
+}
+
 async fn delete(_: Arc<State>, _: Metadata, _: DeleteRangeRequest) -> Result<DeleteRangeResponse, Status> {
     panic!("a handler's bug")
 }
@@ -186,6 +200,7 @@ pub fn app(state: &Arc<State>, metrics: &Arc<Metrics>) -> App {
         .unary("etcdserverpb.KV", "Range", state, range)
         .unary("etcdserverpb.KV", "Txn", state, txn)
         .unary("etcdserverpb.KV", "DeleteRange", state, delete)
+        .conversation("etcdserverpb.Lease", "LeaseKeepAlive", state, state.stop.clone(), keep_alive)
         .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream, Pace::Any)
         .streaming("endless", "Steady", MethodKind::ServerStream, Pace::Steady)
         .streaming("endless", "Any", MethodKind::ServerStream, Pace::Any)

@@ -40,9 +40,11 @@ use h2::server::SendResponse;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
+use super::conversation::{Conversation, Converse};
 use super::serve::{self, App, Call, REQUEST_TIMEOUT};
 use super::stream::{Guarded, Incoming, Terms, send_all, send_streamed, stream};
 use super::wire::{OpenStream, Partial, Wire};
@@ -177,6 +179,7 @@ pub(crate) struct Router {
 
 enum Entry {
     Unary(Box<dyn Unary>),
+    Conversation(Box<dyn Converse>),
     Streaming(Arc<MethodMetrics>, Pace),
 }
 
@@ -274,7 +277,7 @@ impl From<Status> for Failure {
     }
 }
 
-fn undecodable(err: prost::DecodeError) -> Status {
+pub(super) fn undecodable(err: prost::DecodeError) -> Status {
     let text = err.to_string();
     // Only a Txn contains itself, so only a Txn goes that deep.
     if text.contains("recursion limit reached") {
@@ -311,6 +314,27 @@ impl Router {
         let metrics = self.metrics.method(service, method, MethodKind::Unary);
         let handler = Handler { state: state.clone(), handle, metrics, slow: self.slow.clone(), request: std::marker::PhantomData };
         self.add(service, method, Entry::Unary(Box::new(handler)))
+    }
+
+    /// Adds a method that answers each message of a stream with one, until `stop` is told. Otherwise as [`unary`](Self::unary).
+    pub fn conversation<S, F, Req, Fut, Resp>(
+        self,
+        service: &'static str,
+        method: &'static str,
+        state: &S,
+        stop: CancellationToken,
+        handle: F,
+    ) -> Self
+    where
+        S: Clone + Send + Sync + 'static,
+        F: Fn(S, Req) -> Fut + Clone + Send + Sync + 'static,
+        Fut: Future<Output = Result<Resp, Status>> + Send + 'static,
+        Req: prost::Message + Default + 'static,
+        Resp: prost::Message + 'static,
+    {
+        let metrics = self.metrics.method(service, method, MethodKind::BidiStream);
+        let conversation = Conversation { state: state.clone(), handle, stop, metrics, request: std::marker::PhantomData };
+        self.add(service, method, Entry::Conversation(Box::new(conversation)))
     }
 
     /// Adds a method that [`routes`](Self::routes) handle.
@@ -354,6 +378,10 @@ impl Router {
             Some(Entry::Unary(unary)) => {
                 let headers = std::mem::take(&mut head.headers);
                 unary.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
+            }
+            Some(Entry::Conversation(conversation)) => {
+                let headers = std::mem::take(&mut head.headers);
+                conversation.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
             }
             Some(Entry::Streaming(metrics, pace)) if let Some(routes) = &self.routes => {
                 let in_flight = Arc::new(metrics.start());
@@ -458,13 +486,13 @@ pub(super) fn deadline_exceeded() -> Status {
     Status::deadline_exceeded("context deadline exceeded")
 }
 
-/// A unary call: its request and the way back.
-struct Exchange {
-    respond: SendResponse<Bytes>,
-    body: RecvStream,
+/// A call that is served here: its request and the way back.
+pub(super) struct Exchange {
+    pub respond: SendResponse<Bytes>,
+    pub body: RecvStream,
     headers: HeaderMap,
-    deadline: Option<Instant>,
-    wire: Arc<Wire>,
+    pub deadline: Option<Instant>,
+    pub wire: Arc<Wire>,
     limit: usize,
     open: OpenStream,
 }
@@ -496,7 +524,7 @@ impl Exchange {
         Ok(message)
     }
 
-    fn check_encoding(&self) -> Result<(), Status> {
+    pub fn check_encoding(&self) -> Result<(), Status> {
         match self.headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
             None | Some(b"identity" | b"") => Ok(()),
             // Refused later, if it is used.
@@ -511,7 +539,7 @@ impl Exchange {
     }
 
     /// The length that the prefix announces; none while it is incomplete.
-    fn message_len(&self, bytes: &[u8]) -> Result<Option<usize>, Status> {
+    pub fn message_len(&self, bytes: &[u8]) -> Result<Option<usize>, Status> {
         let [flags, a, b, c, d, ..] = *bytes else { return Ok(None) };
         let len = u32::from_be_bytes([a, b, c, d]) as usize;
         match flags {
@@ -627,19 +655,19 @@ impl Exchange {
         drop(self.open);
     }
 
-    fn fail(self, status: &Status, in_flight: InFlight) {
+    pub fn fail(self, status: &Status, in_flight: InFlight) {
         refuse(self.respond, StatusCode::OK, status);
         in_flight.finish(status.code());
     }
 }
 
-fn head() -> Response<()> {
+pub(super) fn head() -> Response<()> {
     let mut response = Response::new(());
     response.headers_mut().insert(CONTENT_TYPE, GRPC);
     response
 }
 
-fn trailers_ok() -> HeaderMap {
+pub(super) fn trailers_ok() -> HeaderMap {
     let mut trailers = HeaderMap::with_capacity(1);
     trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
     trailers
