@@ -22,7 +22,7 @@ use crate::api::unary;
 use crate::error::{Error, Result};
 use crate::lease::{Lessor, LessorOptions};
 use crate::mvcc::index::{KeyIndex, Meta};
-use crate::mvcc::range::{HOLD_BYTES, RangeScan};
+use crate::mvcc::range::{HOLD_BYTES, RangeResult, RangeScan};
 use crate::mvcc::tree::{Bound, Tree};
 use crate::mvcc::watch::{Session, WatchHub, encode_answer};
 use crate::mvcc::{Committed, Event, Store, txn, write_entry};
@@ -138,13 +138,16 @@ impl Member {
     /// # Errors
     /// A refusal, or a fault of the store.
     pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse> {
+        if let Some((result, revision)) = RangeResult::of_one(self.store(), request) {
+            return RangeAnswer { result, pin: None, keys_only: false, header: header(revision) }.collect();
+        }
         let pin = self.store().pin(request.revision)?;
         let header = header(self.store().revision());
         let result = match RangeScan::new(request, pin.at(), HOLD_BYTES).start(self.store()) {
             Ok(result) => result?,
             Err(scan) => scan.run(&pin)?,
         };
-        RangeAnswer { result, pin, keys_only: request.keys_only, header }.collect()
+        RangeAnswer { result, pin: Some(pin), keys_only: request.keys_only, header }.collect()
     }
 
     /// Compacts at the newest revision and writes everything out, so that the next round finds the store as this one did.

@@ -156,10 +156,10 @@ pub(crate) struct Node {
     stop: CancellationToken,
 }
 
-/// A Range's answer: what was found, and the hold on the revision it was found at.
+/// A Range's answer: what was found, and the hold on the revision it was found at; none when nothing has to be fetched any more.
 pub(crate) struct RangeAnswer {
     pub result: RangeResult,
-    pub pin: Pin,
+    pub pin: Option<Pin>,
     pub keys_only: bool,
     pub header: ResponseHeader,
 }
@@ -330,7 +330,8 @@ impl Node {
         }
     }
 
-    async fn pause(&self, pause: Duration) -> Result<()> {
+    /// Waits for that long, as long as the member runs.
+    pub async fn pause(&self, pause: Duration) -> Result<()> {
         match self.within(pause, std::future::pending()).await {
             Err(Error::Timeout) => Ok(()),
             stopped => stopped,
@@ -415,8 +416,13 @@ impl Node {
             // As etcd does, also behind a compaction that someone else asked for.
             let mut done = self.background.compacted();
             let wanted = revision.min(self.store().revisions().1);
-            // That nothing more will be told of compactions, the member's stop has told before.
-            let _ = self.within(self.request_timeout(), done.wait_for(|done| *done >= wanted)).await?;
+            // However long it takes: the client says what it is ready to wait.
+            tokio::select! {
+                biased;
+                // That nothing more will be told of compactions, the member's stop has told before.
+                _ = done.wait_for(|done| *done >= wanted) => {}
+                () = self.stop.cancelled() => return Err(Error::Stopped),
+            }
         }
         let Reply::Compaction(mut response) = outcome? else { return Err(mismatch()) };
         response.header = self.complete(response.header);
@@ -533,14 +539,17 @@ impl Node {
     /// A Range whose barrier and checks are behind it.
     async fn range_from(&self, request: &RangeRequest) -> Result<RangeAnswer> {
         self.counters().ranges.inc();
+        if let Some((result, revision)) = RangeResult::of_one(self.store(), request) {
+            return Ok(RangeAnswer { result, pin: None, keys_only: false, header: self.header(revision) });
+        }
         let pin = self.store().pin(request.revision)?;
         let header = self.header_now();
         let keys_only = request.keys_only;
         match RangeScan::new(request, pin.at(), HOLD_BYTES).start(self.store()) {
-            Ok(result) => Ok(RangeAnswer { result: result?, pin, keys_only, header }),
+            Ok(result) => Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header }),
             Err(scan) => {
                 let (result, pin) = self.blocking(move || (scan.run(&pin), pin)).await?;
-                Ok(RangeAnswer { result: result?, pin, keys_only, header })
+                Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header })
             }
         }
     }

@@ -35,10 +35,7 @@ impl RangeAnswer {
         let RangeAnswer { result: RangeResult { hits, more, count, .. }, pin, keys_only, header } = self;
         let mut kvs = Vec::with_capacity(hits.len());
         for hit in hits {
-            kvs.push(match hit.kv {
-                Some(kv) => kv,
-                None => range::answer(pin.store(), hit.revision, keys_only)?,
-            });
+            kvs.push(hit.fetch(pin.as_ref(), keys_only)?);
         }
         Ok(RangeResponse { header: Some(header), kvs, more, count })
     }
@@ -95,10 +92,7 @@ fn stream_range(answer: RangeAnswer) -> impl Stream<Item = Result<RangeStreamRes
             let mut bytes = 0;
             while kvs.len() < keys && bytes < CHUNK_BYTES {
                 let Some(hit) = hits.next() else { break };
-                let kv = match hit.kv {
-                    Some(kv) => kv,
-                    None => range::answer(pin.store(), hit.revision, keys_only).map_err(status)?,
-                };
+                let kv = hit.fetch(pin.as_ref(), keys_only).map_err(status)?;
                 bytes += kv.encoded_len();
                 kvs.push(kv);
             }

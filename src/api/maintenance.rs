@@ -39,6 +39,10 @@ pub(crate) const SNAPSHOTS_MAX: usize = 8;
 /// Bytes of a backup that are made in one go. The next are made when these were taken.
 const STEP_BYTES: usize = 512 << 10;
 
+/// While clients write, a backup rests after each step for this many times as long as the step took: they come first. Nobody's write
+/// waits for a backup, and a backup of an idle member goes at full speed.
+const REST_STEPS: u32 = 2;
+
 /// The checksum behind a backup: a SHA-256.
 const CHECKSUM_BYTES: usize = 32;
 
@@ -189,8 +193,12 @@ impl Backup {
                 self.writer = Some(writer);
                 return Ok(None);
             }
+            let (began, revision) = (self.node.machine.now(), self.node.store().revision());
             let step = self.node.blocking(move || writer.step().map(|chunks| (writer, chunks))).await?;
             let (writer, chunks) = step?;
+            if self.node.store().revision() != revision {
+                self.node.pause(REST_STEPS * self.node.machine.now().saturating_sub(began)).await?;
+            }
             if writer.finished {
                 self.node.counters().snapshot.observe(self.node.machine.now().saturating_sub(self.began));
             }

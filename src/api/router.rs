@@ -15,7 +15,6 @@ use tonic::service::Routes;
 use tonic::{Request, Status};
 
 use crate::metrics::{MethodKind, Metrics};
-use crate::mvcc::range;
 use crate::node::RangeAnswer;
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::proto::etcdserverpb::cluster_server::Cluster;
@@ -124,10 +123,7 @@ fn stream_answer(answer: RangeAnswer) -> Streamed {
                     piece.put_slice(&tail.take().unwrap_or_default());
                     break;
                 };
-                let kv = match hit.kv {
-                    Some(kv) => kv,
-                    None => range::answer(pin.store(), hit.revision, keys_only).map_err(status)?,
-                };
+                let kv = hit.fetch(pin.as_ref(), keys_only).map_err(status)?;
                 encode_key(KVS_FIELD, WireType::LengthDelimited, &mut piece);
                 encode_varint(kv.encoded_len() as u64, &mut piece);
                 kv.encode_raw(&mut piece);

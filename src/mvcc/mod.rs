@@ -60,6 +60,12 @@ use txn::Tally;
 /// microseconds. A longer walk takes more steps; nobody else waits for longer than one. Tests take many small steps.
 pub(crate) const STEP_KEYS: usize = if cfg!(any(test, fuzzing)) { 3 } else { 1024 };
 
+/// Revisions that a compaction gathers before it marks them: 16 MiB of them, and those of one step or of one key more.
+const DYING_MAX: usize = if cfg!(any(test, fuzzing)) { 20 } else { 1 << 20 };
+
+/// Keys that a compaction changes under the lock before it lets others have it.
+const LOCKED_KEYS: usize = if cfg!(any(test, fuzzing)) { 2 } else { 128 };
+
 /// Bytes of records that one step of a compaction's hash reads, or one record more.
 const STEP_BYTES: usize = if cfg!(any(test, fuzzing)) { 100 } else { 1 << 20 };
 
@@ -148,11 +154,14 @@ struct Pass {
     hash: Option<HashScan>,
     /// The key to go on from, until all have been looked at.
     from: Option<Vec<u8>>,
-    /// What has left the index and has yet to be marked in the history. One key may have millions of revisions; they are handed
-    /// over in steps, so that they can be written out in between. Those that a crash loses are found again after the restart, which
-    /// must find a sound key: each key's revisions go in ascending order, so that what is left is the end of its history. Kept
-    /// in reverse, to be taken off the end.
+    /// What has left the index and has yet to be marked in the history. It is gathered from many keys, up to [`DYING_MAX`], and then
+    /// handed over in steps, so that it can be written out in between, and in the order of the revisions: so a block of the history
+    /// is marked once, and mostly goes whole, and not once for each key that has a record in it. Those that a crash loses are found
+    /// again after the restart, which must find a sound key: as each key's revisions go in ascending order, what is left is the end
+    /// of its history.
     dying: Vec<Revision>,
+    /// While they are handed over they descend, to be taken off the end.
+    is_sorted: bool,
 }
 
 /// The revisioned store. See the module's head.
@@ -407,7 +416,7 @@ impl Store {
                 // After a restart the history below may be gone in part, and so is what was remembered.
                 let whole = upto == wanted && upto > 0 && upto > self.restored;
                 let hash = whole.then(|| HashScan::of_compaction(upto, compaction.done.max(self.restored)));
-                Pass { upto, hash, from: Some(Vec::new()), dying: Vec::new() }
+                Pass { upto, hash, from: Some(Vec::new()), dying: Vec::new(), is_sorted: false }
             }
         };
         let step = self.pass_step(&mut pass);
@@ -430,16 +439,21 @@ impl Store {
             }
             return Ok(0);
         }
-        if pass.dying.is_empty()
-            && let Some(from) = pass.from.take()
-        {
-            pass.from = self.drop_superseded(&from, pass.upto, &mut pass.dying);
-            pass.dying.reverse();
+        if !pass.is_sorted {
+            if let Some(from) = pass.from.take() {
+                pass.from = self.drop_superseded(&from, pass.upto, &mut pass.dying);
+            }
+            if pass.from.is_some() && pass.dying.len() < DYING_MAX {
+                return Ok(0);
+            }
+            pass.dying.sort_unstable_by(|a, b| b.cmp(a));
+            pass.is_sorted = true;
         }
         let rest = pass.dying.len().saturating_sub(STEP_KEYS);
         let mut dying = pass.dying.split_off(rest);
         dying.reverse();
         self.history.mark_dead(&dying);
+        pass.is_sorted = !pass.dying.is_empty();
         Ok(dying.len())
     }
 
@@ -460,9 +474,9 @@ impl Store {
                 }
             }
         }
-        if !candidates.is_empty() {
+        for candidates in candidates.chunks(LOCKED_KEYS) {
             let mut state = write(&self.state);
-            for key in &candidates {
+            for key in candidates {
                 state.index.update(key, |entry| {
                     let gone = entry.is_some_and(|entry| !entry.compact(upto, dying));
                     (if gone { Edit::Remove } else { Edit::Keep }, ())

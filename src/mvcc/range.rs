@@ -18,13 +18,13 @@
 use bytes::Bytes;
 use prost::Message;
 
-use crate::error::{ApplyError, Result};
+use crate::error::{ApplyError, Error, Result};
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::proto::{EncodedKv, KeyValue};
 use crate::storage::{Record, Revision};
 
-use super::index::{Found, Meta};
+use super::index::{Found, KeyIndex, Meta};
 use super::tree::Bound;
 use super::txn::{Budget, READ_COST};
 use super::{KeyRange, Pin, STEP_KEYS, State, Store, Writer};
@@ -89,6 +89,20 @@ impl Filter {
     }
 }
 
+impl Hit {
+    /// The answer for this key: the one that is held, or fetched at the revision that `pin` holds.
+    ///
+    /// # Errors
+    /// Those of reading the storage.
+    pub fn fetch(self, pin: Option<&Pin>, keys_only: bool) -> Result<EncodedKv> {
+        match (self.kv, pin) {
+            (Some(kv), _) => Ok(kv),
+            (None, Some(pin)) => answer(pin.store(), self.revision, keys_only),
+            (None, None) => Err(Error::Failed(format!("the record {:?} is neither held nor kept", self.revision))),
+        }
+    }
+}
+
 /// A Range under way. See the module's head.
 #[derive(Debug)]
 pub(crate) struct RangeScan {
@@ -125,6 +139,27 @@ pub(crate) struct RangeResult {
     pub count: i64,
     /// Whether all of `hits` hold their answers; if not, those without are to be fetched anew.
     pub held: bool,
+}
+
+impl RangeResult {
+    /// Answers at once what most requests ask for: one key as it is now, whose record is in memory; and at which revision. It takes
+    /// two looks and no hold on a revision. None when it is not that simple.
+    pub fn of_one(store: &Store, request: &RangeRequest) -> Option<(RangeResult, i64)> {
+        let RangeRequest { keys_only, count_only, .. } = *request;
+        let filtered = request.min_mod_revision | request.max_mod_revision | request.min_create_revision | request.max_create_revision != 0;
+        if !request.range_end.is_empty() || request.revision > 0 || keys_only || count_only || filtered {
+            return None;
+        }
+        let (found, revision) = {
+            let state = store.state();
+            (state.index.get(&request.key).and_then(KeyIndex::current), state.revision)
+        };
+        let Some(found) = found else { return Some((RangeResult { held: true, ..RangeResult::default() }, revision)) };
+        // A compaction that has passed in between took an older record, or this one with the key: then the long way finds out.
+        let kv = EncodedKv::from_encoded(store.history().reader().at_hand(found.revision)?.bytes);
+        let hit = Hit { revision: found.revision, meta: found.meta, len: kv.encoded_len(), kv: Some(kv) };
+        Some((RangeResult { hits: vec![hit], more: false, count: 1, held: true }, revision))
+    }
 }
 
 impl RangeScan {

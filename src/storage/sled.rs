@@ -335,9 +335,10 @@ impl Backend for Sled {
                 Ok(Some(bytes)) => copied += bytes,
                 Err(error) => break Err(error),
             }
-            // Not more than one chunk in flight: what sled has not written yet is in memory.
+            // Not more than one chunk in flight: what sled has not written yet is in memory. And to the disk at once: the log's next sync
+            // has to wait for all that the device has taken until then.
             if let Some(rewrite) = &self.read().rewrite
-                && let Err(error) = rewrite.to.flush()
+                && let Err(error) = rewrite.to.sync()
             {
                 break Err(error);
             }
