@@ -25,7 +25,7 @@ const PUBLIC: [&str; 6] = [
 ];
 
 /// What stays between members and on disk.
-const PRIVATE: [&str; 1] = ["quorate/internal.proto"];
+const PRIVATE: [&str; 2] = ["quorate/internal.proto", "quorate/peer.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("proto");

@@ -198,8 +198,9 @@ impl Client {
     /// As [`get`](Self::get).
     pub async fn lease_time_to_live(&self, id: i64) -> Result<Option<LeaseTime>> {
         self.node.read_barrier().await?;
+        let remaining = self.node.lease_remaining(id).await?;
         let found = lock(&self.node.machine.lessor).time_to_live(id, self.node.machine.now(), true);
-        Ok(found.map(|found| LeaseTime { granted: found.granted, remaining: found.remaining, keys: found.keys }))
+        Ok(found.map(|found| LeaseTime { granted: found.granted, remaining, keys: found.keys }))
     }
 
     /// The ids of all leases, the one to expire first at the front.

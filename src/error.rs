@@ -99,6 +99,9 @@ macro_rules! apply_errors {
         }
 
         impl ApplyError {
+            /// All of them.
+            pub(crate) const ALL: &'static [ApplyError] = &[$(ApplyError::$name,)*];
+
             /// The gRPC status code, as its number on the wire.
             pub fn code(self) -> i32 {
                 match self { $(ApplyError::$name => code::$code,)* }
@@ -160,6 +163,8 @@ apply_errors! {
     Stopped = UNAVAILABLE, "etcdserver: server stopped";
     /// The request was not finished in time.
     Timeout = UNAVAILABLE, "etcdserver: request timed out";
+    /// The member that led was not heard of any more before the request was finished: whether it was, is not known.
+    TimeoutLeaderFail = UNAVAILABLE, "etcdserver: request timed out, possibly due to previous leader failure";
     /// A member's data differs from the others'.
     Corrupt = DATA_LOSS, "etcdserver: corrupt cluster";
     /// An RPC that is not built yet.

@@ -44,11 +44,13 @@ use crate::proto::etcdserverpb::{
 };
 use crate::proto::internal::{self, command::Op};
 use crate::raft::apply::{BY_QUOTA, Machine};
+use crate::raft::network::{Link, Network};
 use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
 use crate::storage::dir::Identity;
 use crate::storage::wal::Wal;
 
 mod duties;
+mod peers;
 mod propose;
 
 /// Entries of the Raft log under way at the same time. More would make smaller batches, fewer would let the disk rest while
@@ -151,6 +153,12 @@ pub(crate) struct Node {
     alone: AtomicBool,
     /// Revocations may be due: a lease was granted, or shortened.
     leases_changed: Notify,
+    network: Network,
+    /// The way to the leader, if it is another member.
+    leader_link: Mutex<Option<Link>>,
+    /// Reads that wait for a leader's confirmation. As many as there are requests: connections bound them.
+    reads: Mutex<Vec<oneshot::Sender<u64>>>,
+    read_wanted: Notify,
     runtime: tokio::runtime::Handle,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -185,6 +193,7 @@ impl Node {
         background: Arc<Background>,
         health: watch::Sender<Health>,
     ) -> Arc<Node> {
+        let network = Network { cluster_id: identity.cluster_id, member_id: identity.member_id };
         let node = Arc::new(Node {
             identity,
             options,
@@ -201,12 +210,17 @@ impl Node {
             leader: AtomicU64::new(0),
             alone: AtomicBool::new(false),
             leases_changed: Notify::new(),
+            network,
+            leader_link: Mutex::new(None),
+            reads: Mutex::default(),
+            read_wanted: Notify::new(),
             runtime: tokio::runtime::Handle::current(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
         node.spawn(node.clone().propose_batches());
         node.spawn(node.clone().follow_raft());
+        node.spawn(node.clone().confirm_reads());
         node.spawn(node.clone().revoke_expired());
         node.spawn(node.clone().watch_space());
         if let Some(auto) = node.options.auto_compaction {
@@ -280,6 +294,11 @@ impl Node {
 
     pub fn is_leader(&self) -> bool {
         self.leader() == self.identity.member_id
+    }
+
+    /// Whether there are other members.
+    pub fn has_peers(&self) -> bool {
+        self.raft.metrics().borrow_watched().membership_config.membership().nodes().count() > 1
     }
 
     /// A header with this member's ids and the given revision.
@@ -472,6 +491,11 @@ impl Node {
                 Ok(Renewal::Expired) if Instant::now() < deadline => self.pause(EXPIRED_RETRY).await?,
                 Ok(Renewal::Expired) => return Err(Error::Timeout),
                 Err(ApplyError::LeaseNotFound) => return Ok(0),
+                Err(ApplyError::NotLeader) if Instant::now() < deadline => match self.renew_elsewhere(id).await {
+                    Some(ttl) => return Ok(ttl),
+                    None => self.pause(EXPIRED_RETRY).await?,
+                },
+                Err(ApplyError::NotLeader) => return Err(Error::Timeout),
                 Err(err) => return Err(err.into()),
             }
         }
@@ -510,20 +534,7 @@ impl Node {
         if self.alone.load(Ordering::Acquire) {
             return Ok(());
         }
-        let confirmed = self.within(self.request_timeout(), self.raft.ensure_linearizable(openraft::ReadPolicy::ReadIndex)).await;
-        match confirmed {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) => {
-                self.counters().read_indexes_failed.inc();
-                Err(ApplyError::NoLeader.into())
-            }
-            Err(err) => {
-                if matches!(err, Error::Timeout) {
-                    self.counters().slow_read_indexes.inc();
-                }
-                Err(err)
-            }
-        }
+        self.confirm_read().await
     }
 
     pub async fn range(&self, request: &RangeRequest) -> Result<RangeAnswer> {

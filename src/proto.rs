@@ -92,12 +92,18 @@ mod quorate {
     pub mod internal {
         tonic::include_proto!("quorate.internal");
     }
+    #[allow(missing_docs, clippy::all, clippy::pedantic)]
+    pub mod peer {
+        tonic::include_proto!("quorate.peer");
+    }
 }
 
 #[doc(inline)]
 pub use self::grpc::health::v1 as health;
 #[doc(inline)]
 pub use self::quorate::internal;
+#[doc(inline)]
+pub use self::quorate::peer;
 
 /// The public packages as an encoded `google.protobuf.FileDescriptorSet`, imports included and comments left out: what
 /// server reflection serves.

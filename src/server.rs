@@ -287,7 +287,7 @@ impl Member {
         let fresh = dir.identity().is_none();
         if fresh {
             config.validate_bootstrap()?;
-            dir.set_identity(found(config, &peer_urls))?;
+            dir.set_identity(found(config, &peer_urls)?)?;
         }
         let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.name != config.name {
@@ -331,25 +331,36 @@ impl Member {
             election_timeout_max: 2 * config.election_timeout_ms,
             // Snapshots follow the background writer's syncs, not the number of entries.
             snapshot_policy: openraft::SnapshotPolicy::Never,
-            max_in_snapshot_log_to_keep: 0,
+            // Alone nobody else needs them; with others about, who was away for a while gets them from here.
+            max_in_snapshot_log_to_keep: if config.unfinished_clusters { config.snapshot_catchup_entries } else { 0 },
             purge_batch_size: 1,
             enable_pre_vote: Some(config.pre_vote),
             ..openraft::Config::default()
         };
         let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
         let log = LogStore::new(wal.clone());
-        let raft = Raft::new(identity.member_id, Arc::new(raft_config), Network, log, StateMachine { machine: machine.clone() }).await;
+        let raft = Raft::new(
+            identity.member_id,
+            Arc::new(raft_config),
+            Network { cluster_id: identity.cluster_id, member_id: identity.member_id },
+            log,
+            StateMachine { machine: machine.clone() },
+        )
+        .await;
         let raft = raft.map_err(|err| wal.failed().unwrap_or(Error::Failed(err.to_string())))?;
         let initialized = raft.is_initialized().await.map_err(|err| Error::Failed(err.to_string()))?;
         if !initialized {
-            let member = internal::Member {
-                name: identity.name.clone(),
-                peer_urls: peer_urls.iter().map(Url::to_string).collect(),
-                client_urls: config.advertise_client_urls.iter().map(Url::to_string).collect(),
-            };
-            let members = BTreeMap::from([(identity.member_id, member)]);
+            // Each founder says the same, to the byte, so that it does not matter who is heard: of the others' client URLs none knows.
+            let founders = founders(config, &peer_urls)?;
+            let alone = founders.len() == 1;
+            let members = founders.into_iter().map(|(id, name, urls)| {
+                let client_urls = if alone { &config.advertise_client_urls[..] } else { &[] };
+                let texts = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
+                (id, internal::Member { name, peer_urls: texts(&urls), client_urls: texts(client_urls) })
+            });
+            let members: BTreeMap<u64, internal::Member> = members.collect();
             raft.initialize(members).await.map_err(|err| Error::Failed(err.to_string()))?;
-        } else {
+        } else if machine.applied().membership.voter_ids().count() == 1 {
             // The only voter need not wait for a leader to be heard of.
             raft.trigger().elect(false).await.map_err(|err| Error::Failed(err.to_string()))?;
         }
@@ -377,7 +388,7 @@ impl Member {
         let clients = bind_all(&config.listen_client_urls).await?;
         let https = bind_all(&config.listen_client_http_urls).await?;
         let metrics_only = bind_all(&config.listen_metrics_urls).await?;
-        // Nothing is spoken between members yet; who asks is told the version and the health, as on etcd's peer port.
+        // Other members, and whoever asks for the version and the health, as on etcd's peer port.
         let peers = bind_all(&config.listen_peer_urls).await?;
         let peer_addrs = addrs_of(&peers);
         let addrs = addrs_of(&clients);
@@ -404,7 +415,14 @@ impl Member {
         for listener in clients {
             serving.push(Serving::start(listener, limits.clone(), client.clone()));
         }
-        for listener in https.into_iter().chain(metrics_only).chain(peers) {
+        let peer = App {
+            grpc: Some(Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics))),
+            http: plain.http.clone(),
+        };
+        for listener in peers {
+            serving.push(Serving::start(listener, limits.clone(), peer.clone()));
+        }
+        for listener in https.into_iter().chain(metrics_only) {
             serving.push(Serving::start(listener, limits.clone(), plain.clone()));
         }
         Ok(Listening { api, addrs, peer_addrs, serving, metrics })
@@ -525,20 +543,41 @@ fn min_ttl(config: &Config) -> i64 {
     i64::try_from(ms.div_ceil(1000)).unwrap_or(i64::MAX).max(1)
 }
 
-/// The ids of a new cluster of one. They follow from its peer URLs and its token, so that founders who are told the same
-/// come to the same ids.
-fn found(config: &Config, peer_urls: &[Url]) -> Identity {
-    let mut urls: Vec<String> = peer_urls.iter().map(Url::to_string).collect();
+/// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
+/// are told the same come to the same ids.
+fn founders(config: &Config, peer_urls: &[Url]) -> Result<Vec<(u64, String, Vec<Url>)>> {
+    let mut members = config.initial_members()?;
+    if members.is_empty() {
+        members.push((config.name.clone(), peer_urls.to_vec()));
+    }
+    let mut founders: Vec<_> =
+        members.into_iter().map(|(name, urls)| (member_id(&urls, &config.initial_cluster_token), name, urls)).collect();
+    founders.sort_by_key(|(id, ..)| *id);
+    Ok(founders)
+}
+
+fn member_id(urls: &[Url], token: &str) -> u64 {
+    let mut urls: Vec<String> = urls.iter().map(Url::to_string).collect();
     urls.sort();
     let mut member = Sha256::new();
-    for part in urls.iter().map(String::as_str).chain([config.initial_cluster_token.as_str()]) {
+    for part in urls.iter().map(String::as_str).chain([token]) {
         // Each part with its length, so that no two lists look alike.
         member.update((part.len() as u64).to_be_bytes());
         member.update(part);
     }
-    let member_id = first_u64(&member.finalize());
-    let cluster_id = first_u64(&Sha256::digest(member_id.to_be_bytes()));
-    Identity { cluster_id, member_id, name: config.name.clone() }
+    first_u64(&member.finalize())
+}
+
+/// The identity of a new member. The cluster's id follows from those of its founders.
+fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
+    let founders = founders(config, peer_urls)?;
+    let ours = founders.iter().find(|(_, name, _)| *name == config.name);
+    let (member_id, ..) = ours.ok_or_else(|| Error::Config(format!("initial-cluster does not name this member, {:?}", config.name)))?;
+    let mut cluster = Sha256::new();
+    for (id, ..) in &founders {
+        cluster.update(id.to_be_bytes());
+    }
+    Ok(Identity { cluster_id: first_u64(&cluster.finalize()), member_id: *member_id, name: config.name.clone() })
 }
 
 fn first_u64(digest: &[u8]) -> u64 {

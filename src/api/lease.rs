@@ -21,12 +21,11 @@ impl Api {
 
     pub async fn time_to_live(&self, request: LeaseTimeToLiveRequest) -> Result<LeaseTimeToLiveResponse, Status> {
         self.node.read_barrier().await.map_err(status)?;
+        let remaining = self.node.lease_remaining(request.id).await.map_err(status)?;
         let found = lock(&self.node.machine.lessor).time_to_live(request.id, self.node.machine.now(), request.keys);
         let header = Some(self.node.header_now());
         Ok(match found {
-            Some(found) => {
-                LeaseTimeToLiveResponse { header, id: request.id, ttl: found.remaining, granted_ttl: found.granted, keys: found.keys }
-            }
+            Some(found) => LeaseTimeToLiveResponse { header, id: request.id, ttl: remaining, granted_ttl: found.granted, keys: found.keys },
             None => LeaseTimeToLiveResponse { header, id: request.id, ttl: -1, granted_ttl: 0, keys: Vec::new() },
         })
     }

@@ -19,6 +19,7 @@ pub(crate) mod http;
 pub(crate) mod kv;
 pub(crate) mod lease;
 pub(crate) mod maintenance;
+pub(crate) mod peer;
 pub(crate) mod router;
 pub(crate) mod serve;
 pub(crate) mod stream;

@@ -172,10 +172,14 @@ pub(crate) struct Router {
     methods: BTreeMap<String, Entry>,
     services: BTreeSet<&'static str>,
     routes: Option<Routes>,
+    guard: Option<Guard>,
     limit: usize,
     metrics: Arc<Metrics>,
     slow: Arc<SlowRequests>,
 }
+
+/// Looks at a call's headers before anything else is looked at.
+type Guard = Box<dyn Fn(&HeaderMap) -> Result<(), Status> + Send + Sync>;
 
 enum Entry {
     Unary(Box<dyn Unary>),
@@ -292,7 +296,7 @@ impl Router {
     /// Unary requests that take longer than `slow` are logged.
     pub fn new(limit: usize, slow: Duration, metrics: Arc<Metrics>) -> Self {
         let slow = Arc::new(SlowRequests { slow: Slow::new(slow), epoch: Instant::now() });
-        Router { methods: BTreeMap::new(), services: BTreeSet::new(), routes: None, limit, metrics, slow }
+        Router { methods: BTreeMap::new(), services: BTreeSet::new(), routes: None, guard: None, limit, metrics, slow }
     }
 
     /// Adds a unary method.
@@ -343,6 +347,12 @@ impl Router {
         self.add(service, method, Entry::Streaming(metrics, pace))
     }
 
+    /// Sets who looks at the headers of every call first, and may refuse it for them.
+    pub fn guard(mut self, guard: impl Fn(&HeaderMap) -> Result<(), Status> + Send + Sync + 'static) -> Self {
+        self.guard = Some(Box::new(guard));
+        self
+    }
+
     /// Sets the tonic services that handle the streaming methods. They enforce their own limit on a message's size.
     pub fn routes(mut self, routes: Routes) -> Self {
         self.routes = Some(routes.prepare());
@@ -364,7 +374,10 @@ impl Router {
             let text = format!("Received a HEADERS frame with :method {:?} which should be POST", head.method.as_str());
             Err((StatusCode::METHOD_NOT_ALLOWED, Status::internal(text)))
         } else {
-            timeout(&head.headers).map_err(|text| (StatusCode::BAD_REQUEST, Status::internal(text)))
+            let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard(&head.headers));
+            guarded
+                .map_err(|status| (StatusCode::OK, status))
+                .and_then(|()| timeout(&head.headers).map_err(|text| (StatusCode::BAD_REQUEST, Status::internal(text))))
         };
         let timeout = match refused {
             Ok(timeout) => timeout,

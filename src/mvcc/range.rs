@@ -156,7 +156,7 @@ impl RangeResult {
         };
         let Some(found) = found else { return Some((RangeResult { held: true, ..RangeResult::default() }, revision)) };
         // A compaction that has passed in between took an older record, or this one with the key: then the long way finds out.
-        let kv = EncodedKv::from_encoded(store.history().reader().at_hand(found.revision)?.bytes);
+        let kv = EncodedKv::from_encoded(store.history().at_hand(found.revision)?.bytes);
         let hit = Hit { revision: found.revision, meta: found.meta, len: kv.encoded_len(), kv: Some(kv) };
         Some((RangeResult { hits: vec![hit], more: false, count: 1, held: true }, revision))
     }

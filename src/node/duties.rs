@@ -43,11 +43,12 @@ impl Node {
         }
     }
 
-    /// Returns when this member can serve: it knows a leader, and has applied what the log held.
+    /// Returns when this member can serve: it knows a leader, and has applied what the log held. One that has peers does not wait for
+    /// them, for they may not have been started yet: until a quorum is there, requests wait.
     pub async fn ready(&self) -> Result<()> {
         let mut health = self.health();
         loop {
-            if self.alone.load(Ordering::Acquire) {
+            if self.alone.load(Ordering::Acquire) || self.has_peers() {
                 return Ok(());
             }
             tokio::select! {

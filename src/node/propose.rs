@@ -14,10 +14,15 @@ impl Node {
 
     pub(super) async fn propose_command(&self, command: internal::Command) -> Result<Reply> {
         self.check_running()?;
-        let bytes = command.encoded_len();
-        if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
+        if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
         }
+        if self.is_leader() { self.propose_here(command).await } else { self.propose_elsewhere(command).await }
+    }
+
+    /// Proposes a command to Raft, as the leader.
+    pub(super) async fn propose_here(&self, command: internal::Command) -> Result<Reply> {
+        let bytes = command.encoded_len();
         let is_behind = self.store().history().is_behind();
         let free = if is_behind { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
         let room = match free {
@@ -116,10 +121,10 @@ impl Node {
                             }
                         }
                         Err(_) => {
-                            // Not the leader (any more): nothing of the batch was appended.
+                            // Not the leader any more. Whether the batch was appended, and is committed by the next leader, is not known.
                             machine.counters.proposals_failed.add(answers.len() as u64);
                             for answer in answers {
-                                let _ = answer.send(Err(ApplyError::NoLeader));
+                                let _ = answer.send(Err(ApplyError::TimeoutLeaderFail));
                             }
                         }
                     }

@@ -45,7 +45,7 @@ use crate::proto::internal::{self, command};
 use crate::slow::Slow;
 
 use super::{
-    LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id, log_id_to_proto, stored_membership_from_proto,
+    LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id_from_proto, log_id_to_proto, stored_membership_from_proto,
     stored_membership_to_proto, to_io,
 };
 
@@ -117,7 +117,7 @@ impl Machine {
                 let what = format!("the history ends at revision {}, but the applied position says {}", store.revision(), applied.revision);
                 return Err(damaged(what));
             }
-            position.log_id = applied.log_id.map(|id| log_id(id.term, id.index));
+            position.log_id = applied.log_id.map(log_id_from_proto);
         }
         let mut leases = Vec::new();
         let mut alarms = BTreeSet::new();
@@ -172,7 +172,7 @@ impl Machine {
     /// Notes what the storage has synced: the bytes given with the last commit it covers. Returns the log index.
     pub fn set_durable(&self, applied: Bytes) -> Option<u64> {
         let applied = internal::Applied::decode(applied).ok()?;
-        let log_id = applied.log_id.map(|id| log_id(id.term, id.index))?;
+        let log_id = applied.log_id.map(log_id_from_proto)?;
         let membership = {
             let now = lock(&self.applied);
             // The membership was stored in the batch of its own entry or before; a newer one is not durable yet.

@@ -25,7 +25,10 @@ use crate::lock::lock;
 use crate::proto::internal;
 use crate::storage::wal::{self, LogEntry, Wal};
 
-use super::{LogId, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id, log_id_to_proto, to_io};
+use super::{
+    LogId, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id, log_id_from_proto, log_id_to_proto, to_io, vote_from_proto,
+    vote_to_proto,
+};
 
 /// Entries kept as they were appended. Beyond it the oldest are forgotten, and read from the segments if need be; entries
 /// in flight are far fewer.
@@ -85,13 +88,11 @@ fn to_wal(id: LogId) -> wal::LogId {
 }
 
 fn encode_vote(vote: &Vote) -> Bytes {
-    let vote = internal::Vote { term: vote.leader_id.term, node: vote.leader_id.voted_for, committed: vote.committed };
-    vote.encode_to_vec().into()
+    vote_to_proto(vote).encode_to_vec().into()
 }
 
 fn decode_vote(bytes: Bytes) -> io::Result<Vote> {
-    let vote = internal::Vote::decode(bytes).map_err(io::Error::other)?;
-    Ok(if vote.committed { Vote::new_committed(vote.term, vote.node) } else { Vote::new(vote.term, vote.node) })
+    internal::Vote::decode(bytes).map(vote_from_proto).map_err(io::Error::other)
 }
 
 /// Runs a change of the log and waits until it is durable.
@@ -147,8 +148,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
         let Some(bytes) = self.wal.log_state().committed else { return Ok(None) };
-        let id = internal::LogId::decode(bytes).map_err(io::Error::other)?;
-        Ok(Some(log_id(id.term, id.index)))
+        internal::LogId::decode(bytes).map(|id| Some(log_id_from_proto(id))).map_err(io::Error::other)
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> io::Result<()>

@@ -187,6 +187,18 @@ pub(crate) fn log_id_to_proto(log_id: LogId) -> internal::LogId {
     internal::LogId { term: *log_id.leader_id, index: log_id.index }
 }
 
+pub(crate) fn log_id_from_proto(id: internal::LogId) -> LogId {
+    log_id(id.term, id.index)
+}
+
+pub(crate) fn vote_to_proto(vote: &Vote) -> internal::Vote {
+    internal::Vote { term: vote.leader_id.term, node: vote.leader_id.voted_for, committed: vote.committed }
+}
+
+pub(crate) fn vote_from_proto(vote: internal::Vote) -> Vote {
+    if vote.committed { Vote::new_committed(vote.term, vote.node) } else { Vote::new(vote.term, vote.node) }
+}
+
 pub(crate) fn log_id(term: u64, index: u64) -> LogId {
     LogId::new(openraft::vote::leader_id_std::CommittedLeaderId::new(term), index)
 }
@@ -196,7 +208,7 @@ pub(crate) fn stored_membership_to_proto(stored: &StoredMembership) -> internal:
 }
 
 pub(crate) fn stored_membership_from_proto(stored: internal::StoredMembership) -> Result<StoredMembership, String> {
-    let log_id = stored.log_id.map(|id| log_id(id.term, id.index));
+    let log_id = stored.log_id.map(log_id_from_proto);
     Ok(StoredMembership::new(log_id, membership_from_proto(stored.membership.unwrap_or_default())?))
 }
 

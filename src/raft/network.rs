@@ -1,58 +1,196 @@
-//! Messages between members.
+//! Messages between members: a [`Link`] to each of them, for Raft and for what members do for each other's clients.
 //!
-//! A cluster of one has nobody to talk to: openraft asks for a connection to another member only when the membership has
-//! one, and until clusters of more can be formed it never does. Every call therefore says that the member cannot be
-//! reached, which is what Raft has to cope with anyway.
+//! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke; a member with several peer URLs
+//! is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a heartbeat never
+//! waits behind entries in one queue.
+//!
+//! ```text
+//! Append {vote, previous, entries} + headers quorate-cluster, quorate-from, quorate-to  ->  success | conflict | higher vote
+//! ```
+//!
+//! Every failure is told to openraft as that the member cannot be reached: it waits a moment and tries again, whatever the reason.
+//!
+//! # Not yet
+//! A member that lags so far that the log has been cut off before it cannot be helped: its snapshot is not sent.
 
 use std::future::Future;
+use std::time::Duration;
 
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
 use openraft::{AnyError, OptionalSend};
+use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
 
 use crate::proto::internal;
+use crate::proto::peer::append_response::Outcome;
+use crate::proto::peer::peer_client::PeerClient;
+use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
 
 use super::apply::SnapshotHandle;
-use super::{TypeConfig, Vote};
+use super::{
+    RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto,
+};
 
-/// Makes connections to members.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Network;
+/// Headers of every call: the cluster, who calls, and who is meant; each as 16 hexadecimal digits.
+pub(crate) const CLUSTER: &str = "quorate-cluster";
+pub(crate) const FROM: &str = "quorate-from";
+pub(crate) const TO: &str = "quorate-to";
 
-/// A connection to one member.
-#[derive(Debug)]
-pub(crate) struct Peer {
-    id: u64,
+/// How long making a connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The largest message between members: entries as they go into the log's frames, and what surrounds them.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// Makes links to members.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    pub cluster_id: u64,
+    pub member_id: u64,
 }
 
-impl Peer {
-    fn unreachable(&self) -> Unreachable<TypeConfig> {
-        Unreachable::new(&AnyError::error(format!("no way to member {:x}", self.id)))
+/// The way to one member.
+#[derive(Clone, Debug)]
+pub(crate) struct Link {
+    ours: Network,
+    id: u64,
+    urls: Vec<String>,
+    /// The URL to try, counted on after each failure.
+    turn: usize,
+    client: Option<PeerClient<Channel>>,
+}
+
+impl Network {
+    /// A link to a member.
+    pub fn link(&self, id: u64, member: &internal::Member) -> Link {
+        Link { ours: self.clone(), id, urls: member.peer_urls.clone(), turn: 0, client: None }
+    }
+}
+
+impl Link {
+    /// Whom it leads to.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Makes the connection, unless there is one.
+    ///
+    /// # Errors
+    /// That the member cannot be reached; nothing was sent then.
+    pub async fn reach(&mut self) -> Result<PeerClient<Channel>, Status> {
+        if let Some(client) = &self.client {
+            return Ok(client.clone());
+        }
+        let url = self.urls.get(self.turn % self.urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?.clone();
+        let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).http2_adaptive_window(true);
+        let channel = endpoint.connect().await.map_err(|err| {
+            self.turn = self.turn.wrapping_add(1);
+            Status::unavailable(format!("{url}: {err}"))
+        })?;
+        let client = PeerClient::new(channel);
+        let client = client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        self.client = Some(client.clone());
+        Ok(client)
+    }
+
+    /// Calls the member.
+    ///
+    /// # Errors
+    /// Its refusal, or that it cannot be reached; then the next call tries a new connection.
+    pub async fn call<Req, Resp, F, Fut>(&mut self, message: Req, limit: Duration, method: F) -> Result<Resp, Status>
+    where
+        F: FnOnce(PeerClient<Channel>, Request<Req>) -> Fut,
+        Fut: Future<Output = Result<tonic::Response<Resp>, Status>>,
+    {
+        let client = match tokio::time::timeout(limit, self.reach()).await {
+            Ok(client) => client?,
+            Err(_) => return Err(Status::unavailable("it cannot be connected to in time")),
+        };
+        let mut request = Request::new(message);
+        request.set_timeout(limit);
+        for (name, id) in [(CLUSTER, self.ours.cluster_id), (FROM, self.ours.member_id), (TO, self.id)] {
+            let value = AsciiMetadataValue::try_from(format!("{id:016x}")).map_err(|err| Status::internal(err.to_string()))?;
+            request.metadata_mut().insert(AsciiMetadataKey::from_static(name), value);
+        }
+        let answer = match tokio::time::timeout(limit, method(client, request)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))),
+        };
+        answer.map(tonic::Response::into_inner).inspect_err(|status| {
+            if status.code() != Code::FailedPrecondition {
+                self.turn = self.turn.wrapping_add(1);
+                self.client = None;
+            }
+        })
+    }
+
+    fn unreachable(&self, status: &Status) -> RPCError<TypeConfig> {
+        if status.code() == Code::FailedPrecondition {
+            tracing::warn!(peer = %format_args!("{:x}", self.id), error = status.message(), "a member refuses this one");
+        }
+        RPCError::Unreachable(Unreachable::new(&AnyError::error(format!("member {:x}: {}", self.id, status.message()))))
+    }
+
+    async fn ask(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        limit: Duration,
+        ask_only: bool,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let request = peer::VoteRequest {
+            vote: Some(vote_to_proto(&rpc.vote)),
+            last: rpc.last_log_id.map(log_id_to_proto),
+            transfer: rpc.leadership_transfer,
+            ask_only,
+        };
+        let answer = self.call(request, limit, |mut client, request| async move { client.vote(request).await }).await;
+        let answer = answer.map_err(|status| self.unreachable(&status))?;
+        Ok(VoteResponse::new(vote_from_proto(answer.vote.unwrap_or_default()), answer.last.map(log_id_from_proto), answer.granted))
     }
 }
 
 impl RaftNetworkFactory<TypeConfig> for Network {
-    type Network = Peer;
+    type Network = Link;
 
-    async fn new_client(&mut self, id: u64, _: &internal::Member) -> Peer {
-        Peer { id }
+    async fn new_client(&mut self, id: u64, member: &internal::Member) -> Link {
+        self.link(id, member)
     }
 }
 
-impl RaftNetworkV2<TypeConfig> for Peer {
+impl RaftNetworkV2<TypeConfig> for Link {
     type SnapshotData = SnapshotHandle;
 
     async fn append_entries(
         &mut self,
-        _: AppendEntriesRequest<TypeConfig>,
-        _: RPCOption,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(RPCError::Unreachable(self.unreachable()))
+        let request = append_to_proto(&rpc);
+        let answer = self.call(request, option.hard_ttl(), |mut client, request| async move { client.append(request).await }).await;
+        let answer = answer.map_err(|status| self.unreachable(&status))?;
+        match answer.outcome {
+            Some(Outcome::Success(_)) => Ok(AppendEntriesResponse::Success),
+            Some(Outcome::Partial(upto)) => Ok(AppendEntriesResponse::PartialSuccess(upto.id.map(log_id_from_proto))),
+            Some(Outcome::Conflict(_)) => Ok(AppendEntriesResponse::Conflict),
+            Some(Outcome::HigherVote(vote)) => Ok(AppendEntriesResponse::HigherVote(vote_from_proto(vote))),
+            None => Err(self.unreachable(&Status::internal("an answer without an outcome"))),
+        }
     }
 
-    async fn vote(&mut self, _: VoteRequest<TypeConfig>, _: RPCOption) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        Err(RPCError::Unreachable(self.unreachable()))
+    async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.ask(rpc, option.hard_ttl(), false).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
+        self.ask(rpc, option.hard_ttl(), true).await
     }
 
     async fn full_snapshot(
@@ -62,6 +200,48 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         _: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        Err(StreamingError::Unreachable(self.unreachable()))
+        let what = format!("member {:x} lacks entries that are no longer in the log, and snapshots are not sent yet", self.id);
+        tracing::error!("{what}");
+        Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))))
     }
+}
+
+fn append_to_proto(rpc: &AppendEntriesRequest<TypeConfig>) -> AppendRequest {
+    let entries =
+        rpc.entries.iter().map(|entry| LogEntry { id: Some(log_id_to_proto(entry.log_id)), payload: encode_payload(&entry.payload) });
+    AppendRequest {
+        vote: Some(vote_to_proto(&rpc.vote)),
+        previous: rpc.prev_log_id.map(log_id_to_proto),
+        entries: entries.collect(),
+        committed: rpc.leader_commit.map(log_id_to_proto),
+    }
+}
+
+/// Reads back what [`append_to_proto`] wrote.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn append_from_proto(request: AppendRequest) -> Result<AppendEntriesRequest<TypeConfig>, String> {
+    let mut entries = Vec::with_capacity(request.entries.len());
+    for entry in request.entries {
+        let log_id = log_id_from_proto(entry.id.ok_or("an entry without an id")?);
+        let payload = decode_payload(entry.payload).map_err(|what| format!("entry {}: {what}", log_id.index))?;
+        entries.push(RaftEntry { log_id, payload });
+    }
+    Ok(AppendEntriesRequest {
+        vote: vote_from_proto(request.vote.ok_or("entries without a vote")?),
+        prev_log_id: request.previous.map(log_id_from_proto),
+        entries,
+        leader_commit: request.committed.map(log_id_from_proto),
+    })
+}
+
+pub(crate) fn append_answer(answer: AppendEntriesResponse<TypeConfig>) -> AppendResponse {
+    let outcome = match answer {
+        AppendEntriesResponse::Success => Outcome::Success(peer::Nothing {}),
+        AppendEntriesResponse::PartialSuccess(upto) => Outcome::Partial(peer::Upto { id: upto.map(log_id_to_proto) }),
+        AppendEntriesResponse::Conflict => Outcome::Conflict(peer::Nothing {}),
+        AppendEntriesResponse::HigherVote(vote) => Outcome::HigherVote(vote_to_proto(&vote)),
+    };
+    AppendResponse { outcome: Some(outcome) }
 }

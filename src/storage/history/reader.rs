@@ -12,6 +12,14 @@ pub struct Reader<'a> {
 }
 
 impl History {
+    /// One record, if it is in memory: as [`Reader::at_hand`], for who wants no other.
+    pub fn at_hand(&self, rev: Revision) -> Option<Record> {
+        if let Some(record) = self.tail().get(rev) {
+            return Some(record.clone());
+        }
+        whole(self.map().find(rev)?.1.block()?, rev)
+    }
+
     /// A reader for a few or many records.
     pub fn reader(&self) -> Reader<'_> {
         Reader { history: self, open: None }

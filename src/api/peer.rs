@@ -1,0 +1,78 @@
+//! The peer port: what members ask each other. See `proto/quorate/peer.proto`.
+//!
+//! Who calls says in three headers of which cluster it is, who it is and whom it means; see [`network`]. They are looked at
+//! before anything else of the call is: a member of another cluster, or one that takes this member for another, is refused with
+//! FAILED_PRECONDITION and a text that names both sides.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderMap;
+use tonic::Status;
+
+use crate::metrics::Metrics;
+use crate::node::Node;
+use crate::proto::peer::{AppendRequest, ProposeRequest, ReadIndexRequest, RenewRequest, TimeToLiveRequest, VoteRequest};
+use crate::raft::network::{self, MESSAGE_BYTES_MAX};
+use crate::storage::dir::Identity;
+
+use super::status;
+use super::unary::Router;
+
+const PEER: &str = "quorate.peer.Peer";
+
+/// The router of a peer port. Requests that take longer than `slow` are logged.
+pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -> Router {
+    macro_rules! of {
+        ($method:ident, $request:ty) => {
+            |node: Arc<Node>, _, request: $request| async move { node.$method(request).await.map_err(status) }
+        };
+    }
+    let identity = node.identity.clone();
+    Router::new(MESSAGE_BYTES_MAX, slow, metrics.clone())
+        .guard(move |headers| check(&identity, headers))
+        .unary(PEER, "Append", node, of!(peer_append, AppendRequest))
+        .unary(PEER, "Vote", node, of!(peer_vote, VoteRequest))
+        .unary(PEER, "Propose", node, of!(peer_propose, ProposeRequest))
+        .unary(PEER, "ReadIndex", node, of!(peer_read_index, ReadIndexRequest))
+        .unary(PEER, "Renew", node, of!(peer_renew, RenewRequest))
+        .unary(PEER, "TimeToLive", node, of!(peer_time_to_live, TimeToLiveRequest))
+}
+
+fn check(ours: &Identity, headers: &HeaderMap) -> Result<(), Status> {
+    let id = |name: &str| {
+        let text = headers.get(name).and_then(|value| value.to_str().ok());
+        let id = text.and_then(|text| u64::from_str_radix(text, 16).ok());
+        id.ok_or_else(|| Status::failed_precondition(format!("this is a peer port, and the header {name} says nothing of a member")))
+    };
+    let (cluster, to) = (id(network::CLUSTER)?, id(network::TO)?);
+    if cluster != ours.cluster_id {
+        let text = format!("member {:x} belongs to cluster {:x}, not to {cluster:x}", ours.member_id, ours.cluster_id);
+        return Err(Status::failed_precondition(text));
+    }
+    if to != ours.member_id {
+        return Err(Status::failed_precondition(format!("this is member {:x}, not {to:x}", ours.member_id)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_are_told_apart() {
+        let ours = Identity { cluster_id: 0xc, member_id: 0xa, name: String::new() };
+        let checked = |cluster: &str, to: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(network::CLUSTER, cluster.parse().unwrap());
+            headers.insert(network::TO, to.parse().unwrap());
+            check(&ours, &headers).map_err(|status| status.message().to_owned())
+        };
+        assert_eq!(checked("000000000000000c", "000000000000000a"), Ok(()));
+        assert_eq!(checked("d", "a").unwrap_err(), "member a belongs to cluster c, not to d");
+        assert_eq!(checked("c", "b").unwrap_err(), "this is member a, not b");
+        assert!(checked("c", "x").unwrap_err().contains("quorate-to"));
+        assert!(check(&ours, &HeaderMap::new()).unwrap_err().message().contains("quorate-cluster"));
+    }
+}

@@ -1,0 +1,311 @@
+//! What members do for each other's clients: a member that does not lead hands writes to the one that does, asks it how far a
+//! linearizable read must see, and renews leases with it.
+//!
+//! ```text
+//! put at b:   b --Propose--> a (leads): log, quorum, apply   --index 17, PutResponse-->  b waits until it has applied 17, answers
+//! get at b:   b --ReadIndex--> a: confirms that it leads     --index 17-->               b waits until it has applied 17, reads its own
+//! ```
+//!
+//! # Invariants
+//! - A command is sent again only after an answer that says that it was not proposed, or when it was never sent. When that is not known,
+//!   the client is told that the request has timed out: it may have been carried out, and is never carried out twice by our own doing.
+//! - One confirmation serves all reads that wait for one when it begins, and none that come later.
+
+use super::*;
+use crate::proto::peer::propose_response::Outcome as Answer;
+use crate::proto::peer::{
+    AppendRequest, AppendResponse, Nothing, ProposeRequest, ProposeResponse, ReadIndexRequest, ReadIndexResponse, RenewRequest,
+    RenewResponse, TimeToLiveRequest, TimeToLiveResponse, VoteRequest, VoteResponse,
+};
+use crate::raft::network::{self, Link};
+use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
+
+/// How long a request waits before it looks again for a leader.
+const LEADER_RETRY: Duration = Duration::from_millis(10);
+
+/// What came of handing something to the leader.
+enum Handed<T> {
+    Done(T),
+    /// Nothing was done: try again.
+    Refused,
+    /// It is not known whether it was done.
+    Unknown,
+}
+
+impl Node {
+    /// A link to the leader; none when there is no leader, or it is this member.
+    fn leader_link(&self) -> Option<Link> {
+        let leader = self.leader();
+        if leader == 0 || self.is_leader() {
+            return None;
+        }
+        let mut link = lock(&self.leader_link);
+        if link.as_ref().is_none_or(|link| link.id() != leader) {
+            let membership = self.machine.applied().membership;
+            let member = membership.membership().get_node(&leader)?.clone();
+            *link = Some(self.network.link(leader, &member));
+        }
+        link.clone()
+    }
+
+    /// Puts a link back that may have learnt that its connection is broken.
+    fn keep_link(&self, link: Link) {
+        let mut kept = lock(&self.leader_link);
+        if kept.as_ref().is_some_and(|kept| kept.id() == link.id()) {
+            *kept = Some(link);
+        }
+    }
+
+    /// Has the leader carry out a command, and waits until this member has applied it, too.
+    pub(super) async fn propose_elsewhere(&self, command: internal::Command) -> Result<Reply> {
+        let began = Instant::now();
+        loop {
+            let left = self.request_timeout().saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(Error::Timeout);
+            }
+            if self.is_leader() {
+                return self.propose_here(command).await;
+            }
+            let Some(mut link) = self.leader_link() else {
+                self.pause(LEADER_RETRY).await?;
+                continue;
+            };
+            let request = ProposeRequest { command: Some(command.clone()) };
+            let handed = match self.within(left, link.reach()).await? {
+                Err(_) => Handed::Refused,
+                Ok(_) => {
+                    let answer = link.call(request, left, |mut client, request| async move { client.propose(request).await }).await;
+                    match answer.map(|answer| (answer.index, answer.outcome)) {
+                        Ok((_, Some(Answer::NotLeader(_)))) => Handed::Refused,
+                        Ok((_, Some(Answer::Unknown(_)) | None)) => Handed::Unknown,
+                        Ok((index, Some(outcome))) => Handed::Done((index, outcome)),
+                        Err(status) if status.code() == tonic::Code::FailedPrecondition => Handed::Refused,
+                        Err(_) => Handed::Unknown,
+                    }
+                }
+            };
+            self.keep_link(link);
+            match handed {
+                Handed::Refused => self.pause(LEADER_RETRY).await?,
+                Handed::Unknown => return Err(ApplyError::TimeoutLeaderFail.into()),
+                Handed::Done((index, outcome)) => {
+                    self.applied_upto(index).await?;
+                    return Ok(from_answer(outcome)?);
+                }
+            }
+        }
+    }
+
+    /// Waits until this member has applied the log up to an index.
+    async fn applied_upto(&self, index: u64) -> Result<()> {
+        let applied = || self.machine.applied().log_id.is_some_and(|id| id.index >= index);
+        if applied() {
+            return Ok(());
+        }
+        let mut metrics = self.raft.metrics();
+        let reached = async {
+            while !applied() {
+                metrics.changed().await.map_err(|_| Error::Stopped)?;
+            }
+            Ok(())
+        };
+        self.within(self.request_timeout(), reached).await?
+    }
+
+    /// Waits for the next confirmation that a leader leads, and until this member has applied what it had committed by then.
+    pub(super) async fn confirm_read(&self) -> Result<()> {
+        let (answer, wait) = oneshot::channel();
+        lock(&self.reads).push(answer);
+        self.read_wanted.notify_one();
+        let index = match self.within(self.request_timeout(), wait).await {
+            Ok(Ok(index)) => index,
+            Ok(Err(_)) => return Err(Error::Stopped),
+            Err(err) => {
+                if matches!(err, Error::Timeout) {
+                    self.counters().slow_read_indexes.inc();
+                }
+                return Err(err);
+            }
+        };
+        self.applied_upto(index).await
+    }
+
+    /// Confirms reads, all that wait in one round.
+    pub(super) async fn confirm_reads(self: Arc<Self>) {
+        loop {
+            self.read_wanted.notified().await;
+            loop {
+                let mut waiting = std::mem::take(&mut *lock(&self.reads));
+                // Who has given up needs no answer.
+                waiting.retain(|answer| !answer.is_closed());
+                if waiting.is_empty() {
+                    break;
+                }
+                match self.confirm().await {
+                    Some(index) => {
+                        for answer in waiting {
+                            let _ = answer.send(index);
+                        }
+                    }
+                    None => {
+                        self.counters().read_indexes_failed.inc();
+                        lock(&self.reads).append(&mut waiting);
+                        if self.pause(LEADER_RETRY).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// One confirmation: how far a read must see. None when nobody can say so now.
+    async fn confirm(&self) -> Option<u64> {
+        let limit = 2 * self.options.election_timeout;
+        if self.is_leader() {
+            return self.confirm_here().await;
+        }
+        let mut link = self.leader_link()?;
+        let answer = link.call(ReadIndexRequest {}, limit, |mut client, request| async move { client.read_index(request).await }).await;
+        self.keep_link(link);
+        answer.ok().filter(|answer| !answer.not_leader).map(|answer| answer.index)
+    }
+
+    /// As above, by this member, which believes that it leads.
+    async fn confirm_here(&self) -> Option<u64> {
+        let confirmed = self.raft.get_read_log_id(openraft::ReadPolicy::ReadIndex);
+        let (read, _) = tokio::time::timeout(2 * self.options.election_timeout, confirmed).await.ok()?.ok()?;
+        Some(read.index())
+    }
+
+    /// Has the leader renew a lease. None: try again.
+    pub(super) async fn renew_elsewhere(&self, id: i64) -> Option<i64> {
+        let mut link = self.leader_link()?;
+        let limit = self.request_timeout();
+        let answer = link.call(RenewRequest { id }, limit, |mut client, request| async move { client.renew(request).await }).await;
+        self.keep_link(link);
+        answer.ok().filter(|answer| !answer.not_leader).map(|answer| answer.ttl)
+    }
+
+    /// The time that a lease has left, in seconds; -1 when there is no such lease.
+    pub async fn lease_remaining(&self, id: i64) -> Result<i64> {
+        let began = Instant::now();
+        loop {
+            {
+                let lessor = lock(&self.machine.lessor);
+                if lessor.is_primary() {
+                    return Ok(lessor.time_to_live(id, self.machine.now(), false).map_or(-1, |found| found.remaining));
+                }
+            }
+            if let Some(mut link) = self.leader_link() {
+                let limit = self.request_timeout();
+                let answer = link
+                    .call(TimeToLiveRequest { id }, limit, |mut client, request| async move { client.time_to_live(request).await })
+                    .await;
+                self.keep_link(link);
+                if let Ok(answer) = answer
+                    && !answer.not_leader
+                {
+                    return Ok(answer.remaining);
+                }
+            }
+            if began.elapsed() >= self.request_timeout() {
+                return Err(Error::Timeout);
+            }
+            self.pause(LEADER_RETRY).await?;
+        }
+    }
+
+    // ---- What other members ask
+
+    /// Takes entries, or a heartbeat.
+    pub async fn peer_append(&self, request: AppendRequest) -> Result<AppendResponse> {
+        let request = network::append_from_proto(request).map_err(Error::Failed)?;
+        let answer = self.raft.append_entries(request).await.map_err(|err| Error::Failed(err.to_string()))?;
+        Ok(network::append_answer(answer))
+    }
+
+    /// Votes, or says how it would vote.
+    pub async fn peer_vote(&self, request: VoteRequest) -> Result<VoteResponse> {
+        let mut rpc =
+            openraft::raft::VoteRequest::new(vote_from_proto(request.vote.unwrap_or_default()), request.last.map(log_id_from_proto));
+        rpc.leadership_transfer = request.transfer;
+        let answer = if request.ask_only { self.raft.pre_vote(rpc).await } else { self.raft.vote(rpc).await };
+        let answer = answer.map_err(|err| Error::Failed(err.to_string()))?;
+        Ok(VoteResponse {
+            vote: Some(vote_to_proto(&answer.vote)),
+            granted: answer.vote_granted,
+            last: answer.last_log_id.map(log_id_to_proto),
+        })
+    }
+
+    /// Carries out a command of another member's client.
+    pub async fn peer_propose(&self, request: ProposeRequest) -> Result<ProposeResponse> {
+        let command = request.command.ok_or_else(|| Error::Failed("a proposal without a command".into()))?;
+        if !self.is_leader() {
+            return Ok(ProposeResponse { index: 0, outcome: Some(Answer::NotLeader(Nothing {})) });
+        }
+        let outcome = match self.propose_here(command).await {
+            Ok(reply) => to_answer(reply),
+            Err(Error::Apply(ApplyError::TimeoutLeaderFail) | Error::Timeout) => Answer::Unknown(Nothing {}),
+            Err(Error::Apply(refused)) => Answer::Refused(refused.to_string()),
+            Err(Error::Stopped) => Answer::Unknown(Nothing {}),
+            Err(err) => return Err(err),
+        };
+        let index = self.machine.applied().log_id.map_or(0, |id| id.index);
+        Ok(ProposeResponse { index, outcome: Some(outcome) })
+    }
+
+    pub async fn peer_read_index(&self, _: ReadIndexRequest) -> Result<ReadIndexResponse> {
+        let index = if self.is_leader() { self.confirm_here().await } else { None };
+        Ok(ReadIndexResponse { index: index.unwrap_or(0), not_leader: index.is_none() })
+    }
+
+    pub async fn peer_renew(&self, request: RenewRequest) -> Result<RenewResponse> {
+        if !lock(&self.machine.lessor).is_primary() {
+            return Ok(RenewResponse { ttl: 0, not_leader: true });
+        }
+        Ok(RenewResponse { ttl: self.lease_renew(request.id).await?, not_leader: false })
+    }
+
+    pub async fn peer_time_to_live(&self, request: TimeToLiveRequest) -> Result<TimeToLiveResponse> {
+        let lessor = lock(&self.machine.lessor);
+        let not_leader = !lessor.is_primary();
+        let remaining = lessor.time_to_live(request.id, self.machine.now(), false).map_or(-1, |found| found.remaining);
+        Ok(TimeToLiveResponse { remaining, not_leader })
+    }
+}
+
+fn to_answer(reply: Reply) -> Answer {
+    match reply {
+        Reply::Put(response) => Answer::Put(response),
+        Reply::DeleteRange(response) => Answer::DeleteRange(response),
+        Reply::Txn(response) => Answer::Txn(response),
+        Reply::Compaction(response) => Answer::Compaction(response),
+        Reply::LeaseGrant(response) => Answer::LeaseGrant(response),
+        Reply::LeaseRevoke(response) => Answer::LeaseRevoke(response),
+        Reply::LeaseCheckpoint => Answer::LeaseCheckpoint(Nothing {}),
+        Reply::Alarm(response) => Answer::Alarm(response),
+        Reply::ClusterVersion => Answer::ClusterVersion(Nothing {}),
+    }
+}
+
+fn from_answer(answer: Answer) -> Outcome {
+    Ok(match answer {
+        Answer::Put(response) => Reply::Put(response),
+        Answer::DeleteRange(response) => Reply::DeleteRange(response),
+        Answer::Txn(response) => Reply::Txn(response),
+        Answer::Compaction(response) => Reply::Compaction(response),
+        Answer::LeaseGrant(response) => Reply::LeaseGrant(response),
+        Answer::LeaseRevoke(response) => Reply::LeaseRevoke(response),
+        Answer::LeaseCheckpoint(_) => Reply::LeaseCheckpoint,
+        Answer::Alarm(response) => Reply::Alarm(response),
+        Answer::ClusterVersion(_) => Reply::ClusterVersion,
+        Answer::Refused(text) => {
+            let known = ApplyError::ALL.iter().find(|err| err.to_string() == text);
+            return Err(known.copied().unwrap_or(ApplyError::Internal));
+        }
+        Answer::NotLeader(_) | Answer::Unknown(_) => return Err(ApplyError::TimeoutLeaderFail),
+    })
+}
