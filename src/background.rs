@@ -157,6 +157,11 @@ impl Background {
         self.shared.rewriting.load(Ordering::Relaxed)
     }
 
+    /// Whether the thread is there to do what it is asked.
+    pub fn is_at_work(&self) -> bool {
+        lock(&self.thread).as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Has the thread look around now: there is much to write, or a compaction to do.
     pub fn wake(&self) {
         lock(&self.shared.wants).wake = true;
@@ -255,7 +260,10 @@ impl Worker {
             busy |= tidied.unwrap_or_else(|err| self.fault(err));
             self.tell_compacted();
             tried = (self.clock)();
-            rest = if busy {
+            rest = if self.store.history().is_behind() && !self.failed {
+                // Writers are held back until this has caught up.
+                Duration::ZERO
+            } else if busy {
                 let took = tried.saturating_sub(began);
                 let quiet = self.store.revision() == revision;
                 if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(WRITE_INTERVAL) }

@@ -83,7 +83,8 @@ impl Client {
     /// Puts a key.
     ///
     /// # Errors
-    /// etcd's outcomes as [`Error::Apply`]; `Timeout` when it is not known whether it was written.
+    /// etcd's outcomes as [`Error::Apply`]. After [`Error::Timeout`], [`Error::Stopped`] and [`ApplyError::TimeoutLeaderFail`] it is open
+    /// whether it was written, or will be.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<PutResponse> {
         self.put_with(PutRequest { key: key.into(), value: value.into(), ..PutRequest::default() }).await
     }
@@ -133,8 +134,7 @@ impl Client {
     /// Compares, and carries out one of two lists of operations, as one.
     ///
     /// # Errors
-    /// As [`put`](Self::put). After [`Error::Timeout`] and [`Error::Stopped`] all of it or nothing may have been done, or may yet be;
-    /// after any other error, none of it.
+    /// As [`put`](Self::put): after an error that leaves it open all of it or nothing may have been done; after any other, none of it.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
         self.node.txn(request).await
     }
@@ -150,7 +150,7 @@ impl Client {
     /// Compacts, with all that a request can say: with `physical` it returns only when the storage has let the history go.
     ///
     /// # Errors
-    /// As [`compact`](Self::compact); with `physical`, `Timeout` when the storage is not done in time, and goes on with it.
+    /// As [`compact`](Self::compact); with `physical`, `Timeout` when a long read keeps what was compacted, which goes when that ends.
     pub async fn compact_with(&self, request: CompactionRequest) -> Result<CompactionResponse> {
         self.node.compact(request).await
     }
@@ -200,7 +200,7 @@ impl Client {
         self.node.read_barrier().await?;
         let remaining = self.node.lease_remaining(id).await?;
         let found = lock(&self.node.machine.lessor).time_to_live(id, self.node.machine.now(), true);
-        Ok(found.map(|found| LeaseTime { granted: found.granted, remaining, keys: found.keys }))
+        Ok(found.filter(|_| remaining >= 0).map(|found| LeaseTime { granted: found.granted, remaining, keys: found.keys }))
     }
 
     /// The ids of all leases, the one to expire first at the front.

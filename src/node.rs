@@ -435,12 +435,13 @@ impl Node {
             // As etcd does, also behind a compaction that someone else asked for.
             let mut done = self.background.compacted();
             let wanted = revision.min(self.store().revisions().1);
-            // However long it takes: the client says what it is ready to wait.
-            tokio::select! {
-                biased;
-                // That nothing more will be told of compactions, the member's stop has told before.
-                _ = done.wait_for(|done| *done >= wanted) => {}
-                () = self.stop.cancelled() => return Err(Error::Stopped),
+            // However long it takes, for the client says what it is ready to wait; but not for another's read to end.
+            loop {
+                match self.within(self.request_timeout(), done.wait_for(|done| *done >= wanted)).await {
+                    Ok(_) => break,
+                    Err(Error::Timeout) if !self.store().is_held(wanted) && self.background.is_at_work() => {}
+                    Err(err) => return Err(err),
+                }
             }
         }
         let Reply::Compaction(mut response) = outcome? else { return Err(mismatch()) };

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use openraft::async_runtime::watch::WatchReceiver;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -351,8 +352,15 @@ impl Member {
         let initialized = raft.is_initialized().await.map_err(|err| Error::Failed(err.to_string()))?;
         if !initialized {
             // Each founder says the same, to the byte, so that it does not matter who is heard: of the others' client URLs none knows.
-            let founders = founders(config, &peer_urls)?;
+            let mut founders = founders(config, &peer_urls)?;
             let alone = founders.len() == 1;
+            if let [(id, name, _)] = &mut founders[..] {
+                // Who it is was settled when the directory was made; a first start that was interrupted may be repeated with other settings.
+                (*id, *name) = (identity.member_id, identity.name.clone());
+            } else if !founders.iter().any(|(id, ..)| *id == identity.member_id) {
+                let what = format!("initial-cluster and its token do not make member {:x}, whose directory this is", identity.member_id);
+                return Err(Error::Config(what));
+            }
             let members = founders.into_iter().map(|(id, name, urls)| {
                 let client_urls = if alone { &config.advertise_client_urls[..] } else { &[] };
                 let texts = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
@@ -360,7 +368,7 @@ impl Member {
             });
             let members: BTreeMap<u64, internal::Member> = members.collect();
             raft.initialize(members).await.map_err(|err| Error::Failed(err.to_string()))?;
-        } else if machine.applied().membership.voter_ids().count() == 1 {
+        } else if raft.metrics().borrow_watched().membership_config.membership().voter_ids().eq([identity.member_id]) {
             // The only voter need not wait for a leader to be heard of.
             raft.trigger().elect(false).await.map_err(|err| Error::Failed(err.to_string()))?;
         }
@@ -388,7 +396,7 @@ impl Member {
         let clients = bind_all(&config.listen_client_urls).await?;
         let https = bind_all(&config.listen_client_http_urls).await?;
         let metrics_only = bind_all(&config.listen_metrics_urls).await?;
-        // Other members, and whoever asks for the version and the health, as on etcd's peer port.
+        // Whoever asks is told the version and the health; members speak to each other only in clusters, which are not whole yet.
         let peers = bind_all(&config.listen_peer_urls).await?;
         let peer_addrs = addrs_of(&peers);
         let addrs = addrs_of(&clients);
@@ -415,10 +423,8 @@ impl Member {
         for listener in clients {
             serving.push(Serving::start(listener, limits.clone(), client.clone()));
         }
-        let peer = App {
-            grpc: Some(Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics))),
-            http: plain.http.clone(),
-        };
+        let router = || Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics));
+        let peer = App { grpc: config.unfinished_clusters.then(router), http: plain.http.clone() };
         for listener in peers {
             serving.push(Serving::start(listener, limits.clone(), peer.clone()));
         }

@@ -19,7 +19,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use http::HeaderMap;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -67,7 +67,7 @@ where
             let deadline = exchange.deadline;
             let talk = async {
                 let mut stopped = pin!(stop.cancelled_owned());
-                let mut rest = Bytes::new();
+                let mut rest = BytesMut::new();
                 loop {
                     let message = {
                         let mut next = pin!(next(&mut exchange, &mut rest));
@@ -106,7 +106,7 @@ where
 }
 
 /// The next message, without its prefix; none at the end. `rest` is what has come and was not handled.
-async fn next(exchange: &mut Exchange, rest: &mut Bytes) -> Result<Option<Bytes>, Failure> {
+async fn next(exchange: &mut Exchange, rest: &mut BytesMut) -> Result<Option<Bytes>, Failure> {
     // Of a message that has begun: how it is counted, and until when the rest of it has to come.
     let mut begun: Option<(Partial, Instant)> = None;
     loop {
@@ -115,7 +115,7 @@ async fn next(exchange: &mut Exchange, rest: &mut Bytes) -> Result<Option<Bytes>
         {
             let mut message = rest.split_to(PREFIX + len);
             message.advance(PREFIX);
-            return Ok(Some(message));
+            return Ok(Some(message.freeze()));
         }
         if begun.is_none() && !rest.is_empty() {
             let mut partial = exchange.wire.partial();
@@ -136,10 +136,8 @@ async fn next(exchange: &mut Exchange, rest: &mut Bytes) -> Result<Option<Bytes>
         let _ = exchange.body.flow_control().release_capacity(frame.len());
         if let Some((partial, _)) = &mut begun {
             grow(partial, frame.len())?;
-            *rest = [&rest[..], &frame].concat().into();
-        } else {
-            *rest = frame;
         }
+        rest.extend_from_slice(&frame);
     }
 }
 

@@ -24,7 +24,8 @@ impl Api {
         let remaining = self.node.lease_remaining(request.id).await.map_err(status)?;
         let found = lock(&self.node.machine.lessor).time_to_live(request.id, self.node.machine.now(), request.keys);
         let header = Some(self.node.header_now());
-        Ok(match found {
+        // Without the second, it came or went between the two looks.
+        Ok(match found.filter(|_| remaining >= 0) {
             Some(found) => LeaseTimeToLiveResponse { header, id: request.id, ttl: remaining, granted_ttl: found.granted, keys: found.keys },
             None => LeaseTimeToLiveResponse { header, id: request.id, ttl: -1, granted_ttl: 0, keys: Vec::new() },
         })

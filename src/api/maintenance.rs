@@ -196,7 +196,7 @@ impl Backup {
             let (began, revision) = (self.node.machine.now(), self.node.store().revision());
             let step = self.node.blocking(move || writer.step().map(|chunks| (writer, chunks))).await?;
             let (writer, chunks) = step?;
-            if self.node.store().revision() != revision {
+            if !writer.finished && self.node.store().revision() != revision {
                 self.node.pause(REST_STEPS * self.node.machine.now().saturating_sub(began)).await?;
             }
             if writer.finished {

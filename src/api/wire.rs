@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::Notify;
@@ -57,7 +57,8 @@ const SERVER_PARTIAL_BYTES_MAX: usize = 512 << 20;
 /// A connection of which the peer takes nothing although there is something to take is cut after this long.
 pub(super) const WRITE_STALL: Duration = Duration::from_secs(20);
 
-/// Bytes that wait for the end of their connection's turn, to leave in one write. Beyond it they leave earlier, or wait in h2.
+/// Bytes that wait for the end of their connection's turn, to leave in one write. Beyond it they leave earlier, or wait in h2. The
+/// allocation may be twice that.
 const GATHER_MAX: usize = 64 << 10;
 
 /// What is kept allocated for them between two turns.
@@ -263,21 +264,29 @@ enum WriteHalf {
 /// The way out of a connection: what has been written to it and has not left yet.
 pub(super) struct Outgoing {
     half: WriteHalf,
-    gathered: BytesMut,
+    gathered: Vec<u8>,
+    /// How many of these have left.
+    sent: usize,
     wire: Arc<Wire>,
 }
 
 impl Outgoing {
     /// Sends what was gathered. Ready when all of it has left.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.gathered.has_remaining() {
-            let written = match &mut self.half {
-                WriteHalf::Tcp(half) => Pin::new(half).poll_write(cx, &self.gathered),
-                WriteHalf::Unix(half) => Pin::new(half).poll_write(cx, &self.gathered),
+        while let Some(left) = self.gathered.get(self.sent..).filter(|left| !left.is_empty()) {
+            // Whatever budget this turn has used up: only the socket may say that it takes no more.
+            let write = match &mut self.half {
+                WriteHalf::Tcp(half) => half.try_write(left),
+                WriteHalf::Unix(half) => half.try_write(left),
+            };
+            let written = match (write, &mut self.half) {
+                (Err(err), WriteHalf::Tcp(half)) if err.kind() == io::ErrorKind::WouldBlock => Pin::new(half).poll_write(cx, left),
+                (Err(err), WriteHalf::Unix(half)) if err.kind() == io::ErrorKind::WouldBlock => Pin::new(half).poll_write(cx, left),
+                (written, _) => Poll::Ready(written),
             };
             match written {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(len)) => self.gathered.advance(len),
+                Poll::Ready(Ok(len)) => self.sent += len,
                 Poll::Ready(Err(err)) => return Poll::Ready(Err(err)),
                 Poll::Pending => {
                     self.wire.note_blocked();
@@ -286,11 +295,9 @@ impl Outgoing {
             }
             self.wire.note_taken();
         }
-        if self.gathered.capacity() > GATHER_KEPT {
-            self.gathered = BytesMut::new();
-        } else {
-            self.gathered.clear();
-        }
+        self.gathered.clear();
+        self.gathered.shrink_to(GATHER_KEPT);
+        self.sent = 0;
         Poll::Ready(Ok(()))
     }
 
@@ -334,7 +341,7 @@ impl Io {
                 (ReadHalf::Unix(read), WriteHalf::Unix(write))
             }
         };
-        let out = Arc::new(Mutex::new(Outgoing { half: out, gathered: BytesMut::new(), wire }));
+        let out = Arc::new(Mutex::new(Outgoing { half: out, gathered: Vec::new(), sent: 0, wire }));
         Io { read: Bytes::new(), half, out, is_gathering: false }
     }
 

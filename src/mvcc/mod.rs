@@ -318,6 +318,11 @@ impl Store {
         }
     }
 
+    /// Whether a read holds what a compaction at `upto` would take away.
+    pub fn is_held(&self, upto: i64) -> bool {
+        lock(&self.pins).keys().next().is_some_and(|pinned| *pinned < upto)
+    }
+
     /// Reads that hold a revision now.
     pub fn open_reads(&self) -> usize {
         lock(&self.pins).values().sum()

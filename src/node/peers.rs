@@ -246,6 +246,10 @@ impl Node {
         if !self.is_leader() {
             return Ok(ProposeResponse { index: 0, outcome: Some(Answer::NotLeader(Nothing {})) });
         }
+        self.check_running()?;
+        if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
+            return Ok(ProposeResponse { index: 0, outcome: Some(Answer::Refused(ApplyError::RequestTooLarge.to_string())) });
+        }
         let outcome = match self.propose_here(command).await {
             Ok(reply) => to_answer(reply),
             Err(Error::Apply(ApplyError::TimeoutLeaderFail) | Error::Timeout) => Answer::Unknown(Nothing {}),

@@ -6,8 +6,8 @@ impl Node {
     /// Proposes a command and waits until it was applied.
     ///
     /// # Errors
-    /// Its outcome, if it is a refusal; `Timeout` when it is not known whether it will be applied; `Stopped` when the
-    /// member stops in the meantime.
+    /// Its outcome, if it is a refusal; `Timeout` and `TimeoutLeaderFail` when it is not known whether it will be applied, and `Stopped`
+    /// when the member stops in the meantime, which leaves that open, too.
     pub(super) async fn propose(&self, op: Op) -> Result<Reply> {
         self.propose_command(internal::Command { id: 0, op: Some(op) }).await
     }
@@ -52,7 +52,7 @@ impl Node {
         match self.within(self.request_timeout(), wait).await {
             Ok(Ok(outcome)) => Ok(outcome?),
             // The member stopped before it knew the outcome.
-            Ok(Err(_)) | Err(Error::Stopped) => Err(ApplyError::Stopped.into()),
+            Ok(Err(_)) | Err(Error::Stopped) => Err(Error::Stopped),
             Err(err) => {
                 self.counters().proposals_failed.inc();
                 Err(err)

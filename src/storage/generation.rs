@@ -32,7 +32,9 @@
 //!   released when a [`Generation`] is dropped, some of it a moment later by one of them; opening waits for that
 //!   ([`LOCK_TRIES`]).
 //! - A flipped byte may cost keys silently, or bring back older content: at open sled skips the rest of a damaged log
-//!   segment. The digest of `history.rs` finds it.
+//!   segment. The digest of `history.rs` finds it. By then sled may have taken the rest for free space and written there, so that
+//!   a damage that a start was refused for cannot always be undone in place: about one of a hundred flips. Whoever has another
+//!   copy of the bytes should put it back before the first start.
 //! - sled's batches take one lock for the process: several servers in one process wait for each other's.
 
 use std::fs::{self, DirBuilder, File};

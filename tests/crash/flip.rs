@@ -165,7 +165,7 @@ fn a_flipped_byte_is_found_or_harmless() {
         for killed in [false, true] {
             let how = if killed { "killed" } else { "closed" };
             let (data, expected) = template(&program, &home, how, &mut rng, killed).await;
-            let mut tally: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+            let (mut tally, mut undone): (BTreeMap<String, (u64, u64)>, u64) = Default::default();
             for file in files(&data) {
                 let used = used(&data.join(&file));
                 for at in places(used, count, &mut rng) {
@@ -180,8 +180,16 @@ fn a_flipped_byte_is_found_or_harmless() {
                     if refused {
                         flip(&damaged.join(&file), at, mask);
                         let mut member = Member::new(&program, home.path(), &damaged, &[]);
-                        member.start().await;
-                        assert_eq!(served(&member).await, expected, "what is served once the byte is flipped back");
+                        match member.try_start().await {
+                            Ok(()) => assert_eq!(served(&member).await, expected, "what is served once the byte is flipped back"),
+                            // sled takes what stands behind a damaged message for free space, and may have used it by the time that
+                            // we find the damage: see the head of `generation.rs`. Then it is refused for good, and not served.
+                            Err(refusal) => {
+                                assert!(kind(&file) == "db", "it did not start:\n{}", tail(&refusal.log));
+                                println!("not undone: {what}");
+                                undone += 1;
+                            }
+                        }
                         member.kill();
                     }
                     let (all, refusals) = tally.entry(kind(&file)).or_default();
@@ -189,6 +197,7 @@ fn a_flipped_byte_is_found_or_harmless() {
                     *refusals += u64::from(refused);
                 }
             }
+            println!("flip, {how}: {undone} in sled's file could not be undone");
             for (kind, (all, refused)) in tally {
                 println!("flip, {how}, {kind}: {all} flips, {refused} refused, {} harmless, 0 wrong", all - refused);
             }
