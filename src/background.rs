@@ -246,6 +246,12 @@ impl Worker {
                 rest = if busy { Duration::ZERO } else { FULL_RETRY };
                 continue;
             }
+            // While a compaction only gathers, what clients write goes out as often as otherwise: small batches cost most.
+            let gathers = busy && self.store.history().deaths_waiting() == 0 && !self.store.history().is_behind();
+            if gathers && !must_sync && (self.clock)().saturating_sub(tried) < WRITE_INTERVAL {
+                rest = self.rest(began, revision);
+                continue;
+            }
             let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
             if must_sync {
                 synced = (self.clock)();
@@ -264,15 +270,20 @@ impl Worker {
                 // Writers are held back until this has caught up.
                 Duration::ZERO
             } else if busy {
-                let took = tried.saturating_sub(began);
-                let quiet = self.store.revision() == revision;
-                if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(WRITE_INTERVAL) }
+                self.rest(began, revision)
             } else if self.shared.full.load(Ordering::Relaxed) {
                 FULL_RETRY
             } else {
                 WRITE_INTERVAL
             };
         }
+    }
+
+    /// How long to rest after a round that began at `began`, when the store was at `revision`, and that has left something to do.
+    fn rest(&self, began: Duration, revision: i64) -> Duration {
+        let took = (self.clock)().saturating_sub(began);
+        let quiet = self.store.revision() == revision;
+        if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(WRITE_INTERVAL) }
     }
 
     /// Tells how far compaction has come, once the storage has got what it marked.

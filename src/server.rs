@@ -317,6 +317,7 @@ impl Member {
         let slow = config.warning_apply_duration;
         let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock.clone(), slow, counters.clone())?);
         check_reach(&machine, &recovered.state, &backend.path())?;
+        backend.accept();
 
         let health = watch::Sender::new(Health::Running);
         let durable = watch::Sender::new(0);

@@ -35,6 +35,14 @@ async fn start(dir: &Path, ports: &[u16; 3], at: usize) -> Server {
     Server::start(config(dir, ports, at)).await.unwrap()
 }
 
+async fn start_all(dir: &Path, ports: &[u16; 3]) -> Vec<Server> {
+    let mut servers = Vec::new();
+    for at in 0..3 {
+        servers.push(start(dir, ports, at).await);
+    }
+    servers
+}
+
 /// Puts, however often it takes. While there is no leader it may.
 async fn put(client: &Client, key: &str, value: &str) {
     let began = Instant::now();
@@ -57,10 +65,7 @@ async fn get(client: &Client, key: &str) -> Option<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn any_member_takes_every_request() {
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
-    let mut servers = Vec::new();
-    for at in 0..3 {
-        servers.push(start(dir.path(), &ports, at).await);
-    }
+    let servers = start_all(dir.path(), &ports).await;
     let clients: Vec<Client> = servers.iter().map(Server::client).collect();
     assert!(servers.iter().all(|server| server.cluster_id() == servers[0].cluster_id()));
     for (at, client) in clients.iter().enumerate() {
@@ -88,10 +93,7 @@ async fn any_member_takes_every_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn any_member_may_be_gone() {
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
-    let mut servers: Vec<Option<Server>> = Vec::new();
-    for at in 0..3 {
-        servers.push(Some(start(dir.path(), &ports, at).await));
-    }
+    let mut servers: Vec<Option<Server>> = start_all(dir.path(), &ports).await.into_iter().map(Some).collect();
     put(&servers[0].as_ref().unwrap().client(), "before", "0").await;
     for gone in 0..3 {
         servers[gone].take().unwrap().shutdown().await.unwrap();
@@ -123,10 +125,7 @@ async fn any_member_may_be_gone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_quorum_nothing_is_promised() {
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
-    let mut servers = Vec::new();
-    for at in 0..3 {
-        servers.push(start(dir.path(), &ports, at).await);
-    }
+    let mut servers = start_all(dir.path(), &ports).await;
     let client = servers[0].client();
     put(&client, "key", "value").await;
     for server in servers.drain(1..) {

@@ -16,7 +16,6 @@
 use std::future::{Future, poll_fn};
 use std::marker::PhantomData;
 use std::pin::pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -31,21 +30,26 @@ use super::stream::{Guarded, by, send_pieces};
 use super::unary::{Exchange, Failure, PREFIX, Pace, deadline_exceeded, frame, head, status_headers, trailers_ok, undecodable};
 use super::wire::Partial;
 use crate::error::ApplyError;
-use crate::metrics::MethodMetrics;
+use crate::metrics::InFlight;
 
 /// A method of this kind.
 pub(super) trait Converse: Send + Sync {
-    fn call(&self, exchange: Exchange) -> Call;
+    fn call(&self, exchange: Exchange, in_flight: InFlight) -> Call;
 }
 
 /// One with its handler, which is called for each message, and dropped when the client goes away. When `stop` is told, the stream ends
-/// with an error.
+/// with an error. `state` is cloned for each message; an `Arc`, or a few of them.
 pub(super) struct Conversation<S, F, Req> {
-    pub state: S,
-    pub handle: F,
-    pub stop: CancellationToken,
-    pub metrics: Arc<MethodMetrics>,
-    pub request: PhantomData<fn() -> Req>,
+    state: S,
+    handle: F,
+    stop: CancellationToken,
+    request: PhantomData<fn() -> Req>,
+}
+
+impl<S: Clone, F, Req> Conversation<S, F, Req> {
+    pub fn new(state: &S, stop: CancellationToken, handle: F) -> Self {
+        Conversation { state: state.clone(), handle, stop, request: PhantomData }
+    }
 }
 
 impl<S, F, Req, Fut, Resp> Converse for Conversation<S, F, Req>
@@ -56,8 +60,7 @@ where
     Req: prost::Message + Default + 'static,
     Resp: prost::Message + 'static,
 {
-    fn call(&self, mut exchange: Exchange) -> Call {
-        let in_flight = self.metrics.start();
+    fn call(&self, mut exchange: Exchange, in_flight: InFlight) -> Call {
         let (state, handle, stop) = (self.state.clone(), self.handle.clone(), self.stop.clone());
         Box::pin(async move {
             if let Err(status) = exchange.check_encoding() {
@@ -119,7 +122,7 @@ async fn next(exchange: &mut Exchange, rest: &mut BytesMut) -> Result<Option<Byt
         }
         if begun.is_none() && !rest.is_empty() {
             let mut partial = exchange.wire.partial();
-            grow(&mut partial, rest.len())?;
+            partial.grow(rest.len())?;
             begun = Some((partial, Instant::now() + REQUEST_TIMEOUT));
         }
         let data = poll_fn(|cx| exchange.body.poll_data(cx));
@@ -135,14 +138,10 @@ async fn next(exchange: &mut Exchange, rest: &mut BytesMut) -> Result<Option<Byt
         };
         let _ = exchange.body.flow_control().release_capacity(frame.len());
         if let Some((partial, _)) = &mut begun {
-            grow(partial, frame.len())?;
+            partial.grow(frame.len())?;
         }
         rest.extend_from_slice(&frame);
     }
-}
-
-fn grow(partial: &mut Partial, bytes: usize) -> Result<(), Status> {
-    if partial.grow(bytes) { Ok(()) } else { Err(Status::resource_exhausted("etcdserver: too many requests")) }
 }
 
 #[cfg(test)]

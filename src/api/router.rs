@@ -1,8 +1,8 @@
 //! Which path leads where: every RPC, in one list.
 //!
 //! Unary calls are served by [`unary`](super::unary) itself, and so is LeaseKeepAlive by [`conversation`](super::conversation); other
-//! streams by tonic services behind it. A Range whose answer is
-//! too large to be held is streamed as one message: its length is known, its bytes are fetched as the client takes them.
+//! streams by tonic services behind it. A Range whose answer is too large to be held is streamed as one message: its length is known, its
+//! bytes are fetched as the client takes them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,7 @@ use crate::proto::etcdserverpb::{
 };
 use crate::proto::health::health_server::{Health, HealthServer};
 
+use super::conversation::Conversation;
 use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed};
 use super::watch::WatchService;
 use super::{Api, status};
@@ -49,6 +50,7 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
             |api: Api, _, request| async move { $trait::$method(&api, Request::new(request)).await.map(tonic::Response::into_inner) }
         };
     }
+    let keep_alive = |api: Api, request| async move { api.keep_alive(request).await };
     let limit = api.node.options.max_request_bytes + MESSAGE_OVERHEAD;
     let mut router = Router::new(limit, slow, metrics.clone())
         .unary(KV, "Range", api, |api: Api, _, request: RangeRequest| async move { range_answer(api, request).await })
@@ -68,7 +70,7 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
         })
         .unary(LEASE, "LeaseTimeToLive", api, |api: Api, _, request| async move { api.time_to_live(request).await })
         .unary(LEASE, "LeaseLeases", api, |api: Api, _, _: LeaseLeasesRequest| async move { api.leases().await })
-        .conversation(LEASE, "LeaseKeepAlive", api, api.stop.clone(), |api: Api, request| async move { api.keep_alive(request).await })
+        .conversation(LEASE, "LeaseKeepAlive", Conversation::new(api, api.stop.clone(), keep_alive))
         .unary(CLUSTER, "MemberAdd", api, of!(Cluster::member_add))
         .unary(CLUSTER, "MemberRemove", api, of!(Cluster::member_remove))
         .unary(CLUSTER, "MemberUpdate", api, of!(Cluster::member_update))

@@ -22,10 +22,11 @@
 //!   gives no window for); one that says nothing at first, after [`PREFACE_TIMEOUT`]; one that answers no ping, after the ping's timeout.
 //!
 //! # What a peer can make us hold
-//! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`](super::wire) of requests whose end is missing,
-//! [`HELD_BYTES_MAX`](super::wire) of answers (and the one that went beyond), 64 KiB that are about to be sent, one frame, one header block, and h2's record of each open stream (about 1 KiB,
-//! [`STREAMS_MAX`] of them). All connections together: [`SERVER_PARTIAL_BYTES_MAX`](super::wire) of unfinished requests, [`SERVER_HELD_BYTES_MAX`](super::wire) of
-//! answers (and one for each connection that has no other), [`SERVER_STREAMS_MAX`](super::wire) streams.
+//! For each connection: [`CONNECTION_WINDOW`] of data not yet looked at, [`PARTIAL_BYTES_MAX`](super::wire) of requests whose end is
+//! missing, [`HELD_BYTES_MAX`](super::wire) of answers (and the one that went beyond), 64 KiB that are about to be sent, one frame, one
+//! header block, and h2's record of each open stream (about 1 KiB, [`STREAMS_MAX`] of them). All connections together:
+//! [`SERVER_PARTIAL_BYTES_MAX`](super::wire) of unfinished requests, [`SERVER_HELD_BYTES_MAX`](super::wire) of answers (and one for
+//! each connection that has no other), [`SERVER_STREAMS_MAX`](super::wire) streams.
 //!
 //! An answer counts from when it is encoded until the peer has given window for all of it. There being no room is looked at twice: before
 //! a request is attended to, and, for one whose outcome had to be waited for, before a large answer is encoded. A connection that is
@@ -108,6 +109,7 @@ const TURNS_MAX: usize = 8;
 /// How long a connection on which each request follows the answer before it within this time is looked at again and again before its
 /// thread sleeps. To put a thread to sleep and wake it takes 50 us and more on a virtual machine, in latency and in CPU: one client's
 /// gets were found to be 1.7 times as many, at the same CPU for each. Beyond it, or for a client that thinks longer, it sleeps at once.
+/// All connections of a server share one thread, and take turns: however many linger, it is that one thread that stays awake.
 const LINGER: Duration = Duration::from_micros(200);
 
 /// How long a new connection may take to say which protocol it speaks.
@@ -1045,13 +1047,13 @@ mod tests {
         let limits = Limits::new(ServeOptions { max_concurrent_streams: 10, keepalive: None });
         let wire = Wire::new(limits.clone());
         let (mut one, mut other) = (wire.partial(), wire.partial());
-        assert!(one.grow(PARTIAL_BYTES_MAX - 10) && other.grow(10) && !other.grow(1));
+        assert!(one.grow(PARTIAL_BYTES_MAX - 10).is_ok() && other.grow(10).is_ok() && other.grow(1).is_err());
         drop(one);
-        assert!(wire.partial().grow(PARTIAL_BYTES_MAX - 11) && other.grow(1));
+        assert!(wire.partial().grow(PARTIAL_BYTES_MAX - 11).is_ok() && other.grow(1).is_ok());
         drop(other);
         let wires: Vec<_> = (0..9).map(|_| Wire::new(limits.clone())).collect();
         let mut partials: Vec<_> = wires.iter().map(Wire::partial).collect();
-        let refused = partials.iter_mut().filter_map(|partial| (!partial.grow(PARTIAL_BYTES_MAX)).then_some(())).count();
+        let refused = partials.iter_mut().filter_map(|partial| partial.grow(PARTIAL_BYTES_MAX).err()).count();
         assert_eq!(refused, 1, "all connections together");
         drop((partials, wires, wire));
         assert_eq!((limits.partial.load(Relaxed), limits.connections()), (0, 0));

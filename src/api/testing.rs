@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use super::conversation::Conversation;
 use super::http::{Checks, Http, Versions};
 use super::serve::{App, Listener, Serving};
 use super::unary::{Either, Metadata, Pace, Router, Streamed};
@@ -200,7 +201,7 @@ pub fn app(state: &Arc<State>, metrics: &Arc<Metrics>) -> App {
         .unary("etcdserverpb.KV", "Range", state, range)
         .unary("etcdserverpb.KV", "Txn", state, txn)
         .unary("etcdserverpb.KV", "DeleteRange", state, delete)
-        .conversation("etcdserverpb.Lease", "LeaseKeepAlive", state, state.stop.clone(), keep_alive)
+        .conversation("etcdserverpb.Lease", "LeaseKeepAlive", Conversation::new(state, state.stop.clone(), keep_alive))
         .streaming("etcdserverpb.Watch", "Watch", MethodKind::BidiStream, Pace::Any)
         .streaming("endless", "Steady", MethodKind::ServerStream, Pace::Steady)
         .streaming("endless", "Any", MethodKind::ServerStream, Pace::Any)

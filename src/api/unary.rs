@@ -40,11 +40,10 @@ use h2::server::SendResponse;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::conversation::{Conversation, Converse};
+use super::conversation::Converse;
 use super::serve::{self, App, Call, REQUEST_TIMEOUT};
 use super::stream::{Guarded, Incoming, Terms, send_all, send_streamed, stream};
 use super::wire::{OpenStream, Partial, Wire};
@@ -183,7 +182,7 @@ type Guard = Box<dyn Fn(&HeaderMap) -> Result<(), Status> + Send + Sync>;
 
 enum Entry {
     Unary(Box<dyn Unary>),
-    Conversation(Box<dyn Converse>),
+    Conversation(Box<dyn Converse>, Arc<MethodMetrics>),
     Streaming(Arc<MethodMetrics>, Pace),
 }
 
@@ -320,25 +319,10 @@ impl Router {
         self.add(service, method, Entry::Unary(Box::new(handler)))
     }
 
-    /// Adds a method that answers each message of a stream with one, until `stop` is told. Otherwise as [`unary`](Self::unary).
-    pub fn conversation<S, F, Req, Fut, Resp>(
-        self,
-        service: &'static str,
-        method: &'static str,
-        state: &S,
-        stop: CancellationToken,
-        handle: F,
-    ) -> Self
-    where
-        S: Clone + Send + Sync + 'static,
-        F: Fn(S, Req) -> Fut + Clone + Send + Sync + 'static,
-        Fut: Future<Output = Result<Resp, Status>> + Send + 'static,
-        Req: prost::Message + Default + 'static,
-        Resp: prost::Message + 'static,
-    {
+    /// Adds a method that answers each message of a stream with one.
+    pub(super) fn conversation(self, service: &'static str, method: &'static str, conversation: impl Converse + 'static) -> Self {
         let metrics = self.metrics.method(service, method, MethodKind::BidiStream);
-        let conversation = Conversation { state: state.clone(), handle, stop, metrics, request: std::marker::PhantomData };
-        self.add(service, method, Entry::Conversation(Box::new(conversation)))
+        self.add(service, method, Entry::Conversation(Box::new(conversation), metrics))
     }
 
     /// Adds a method that [`routes`](Self::routes) handle.
@@ -392,9 +376,10 @@ impl Router {
                 let headers = std::mem::take(&mut head.headers);
                 unary.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
             }
-            Some(Entry::Conversation(conversation)) => {
+            Some(Entry::Conversation(conversation, metrics)) => {
                 let headers = std::mem::take(&mut head.headers);
-                conversation.call(Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open })
+                let exchange = Exchange { respond, body, headers, deadline, wire: wire.clone(), limit: self.limit, open };
+                conversation.call(exchange, metrics.start())
             }
             Some(Entry::Streaming(metrics, pace)) if let Some(routes) = &self.routes => {
                 let in_flight = Arc::new(metrics.start());
@@ -584,9 +569,7 @@ impl Exchange {
         let mut partial: Partial = self.wire.partial();
         let mut all = BytesMut::new();
         loop {
-            if !partial.grow(frame.len()) {
-                return Err(Status::resource_exhausted("etcdserver: too many requests").into());
-            }
+            partial.grow(frame.len())?;
             if all.is_empty() && !frame.is_empty() {
                 // Not the announced length: who announces much and sends little must not cost much.
                 all.reserve(GATHER_START);

@@ -27,6 +27,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tonic::Status;
 
 use crate::lock::lock;
 
@@ -229,12 +230,16 @@ pub(super) struct Partial {
 }
 
 impl Partial {
-    /// Counts more; false if that is too many, of this connection or of all.
-    pub fn grow(&mut self, bytes: usize) -> bool {
+    /// Counts more.
+    ///
+    /// # Errors
+    /// When that is too many, of this connection or of all.
+    pub fn grow(&mut self, bytes: usize) -> Result<(), Status> {
         self.bytes += bytes;
         let here = self.wire.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let all = self.wire.limits.partial.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        here <= PARTIAL_BYTES_MAX && all <= SERVER_PARTIAL_BYTES_MAX
+        let fits = here <= PARTIAL_BYTES_MAX && all <= SERVER_PARTIAL_BYTES_MAX;
+        if fits { Ok(()) } else { Err(Status::resource_exhausted("etcdserver: too many requests")) }
     }
 }
 

@@ -86,7 +86,7 @@ impl Node {
         }
     }
 
-    /// Takes back the quota's alarm when there is room again, and has the storage written out when much has gathered.
+    /// Takes back the quota's alarm when there is room again.
     pub(super) async fn watch_space(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(WATCHDOG_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

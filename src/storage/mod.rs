@@ -37,6 +37,8 @@ use crate::error::Result;
 pub mod dir;
 mod generation;
 pub mod history;
+mod inspect;
+mod keep;
 pub mod mem;
 pub mod sled;
 pub mod wal;
@@ -169,6 +171,9 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// As opening. The backend then stays unusable, and `reopen` may be called again.
     fn reopen(&self) -> Result<()>;
+
+    /// What was opened has been found whole. Before that the files are put back as they were when they are given up.
+    fn accept(&self) {}
 
     /// Gives the files up, for good: every later call ends with `Stopped`. Readers may still hold the backend by then.
     fn close(&self) {}

@@ -5,6 +5,7 @@
 //!   CURRENT                "quorate-state v1 gen-0000002 crc32c=...": which generation counts
 //!   gen-0000002/           0700; db, conf, snap.*, blobs/ are sled's own
 //!   gen-0000003/           only while a rewrite is under way; removed by the next start when the process died in it
+//!   gen-0000002.keep/      as it was before a start that was not sure of it, until it is; see `keep.rs`
 //! ```
 //!
 //! What it takes to trust one sled database is in `generation.rs`. This file adds what sled cannot do at all: shrink.
@@ -44,16 +45,17 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use ::sled::IVec;
 use bytes::Bytes;
 
 use super::dir::sync_dir;
 use super::generation::{Generation, after, generation_name, make_dir, sled_batch};
+use super::keep::Kept;
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
-use crate::lock::{read, write};
+use crate::lock::{lock, read, write};
 
 /// Bytes that a scan holds at a time between two calls of its visitor, and that a rewrite copies in one batch.
 const CHUNK_BYTES: usize = 512 * 1024;
@@ -72,6 +74,8 @@ pub struct Sled {
     fsync: bool,
     /// Read: get, scan, flush and fsync. Written: changes of content and of generation, for as long as readers must wait.
     state: RwLock<State>,
+    /// The files as they were, until what stands in them is [accepted](Backend::accept).
+    kept: Mutex<Option<Kept>>,
 }
 
 struct State {
@@ -93,8 +97,7 @@ impl Sled {
     /// earlier process left half done is removed.
     ///
     /// # Errors
-    /// `Corrupt` names the file when `CURRENT`, or the generation it names, is missing or damaged; nothing has been changed
-    /// then except by sled's own recovery. `Format` for a `CURRENT` of a newer release. `Locked` when another handle is open.
+    /// `Corrupt` names the file when `CURRENT`, or the generation it names, is missing or damaged; it is left as it was. `Format` for a `CURRENT` of a newer release. `Locked` when another handle is open.
     pub fn open(dir: &Path) -> Result<Sled> {
         Self::open_with(dir, true)
     }
@@ -123,14 +126,15 @@ impl Sled {
                 fs::remove_dir_all(&path).map_err(|e| Error::io("remove the leftover generation", &path, e))?;
             }
         }
-        let live = if number == 0 {
+        let (live, kept) = if number == 0 {
             let live = Generation::create(dir, 1, fsync)?;
             write_current(dir, 1)?;
-            live
+            (live, None)
         } else {
-            Generation::open(dir, number, fsync)?
+            Generation::open_kept(dir, number, fsync)?
         };
-        Ok(Sled { dir: dir.to_owned(), fsync, state: RwLock::new(State { live: Ok(live), rewrite: None, given_up: None }) })
+        let state = RwLock::new(State { live: Ok(live), rewrite: None, given_up: None });
+        Ok(Sled { dir: dir.to_owned(), fsync, state, kept: Mutex::new(kept) })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -294,11 +298,20 @@ impl Backend for Sled {
         Ok(())
     }
 
+    fn accept(&self) {
+        if let Some(kept) = lock(&self.kept).take() {
+            kept.release();
+        }
+    }
+
     fn close(&self) {
         self.give_up_rewrite(None);
         let old = std::mem::replace(&mut self.write().live, Err(Error::Stopped));
         // Outside of the lock: sled writes out what it still has.
         drop(old);
+        if let Some(Err(error)) = lock(&self.kept).take().map(Kept::restore) {
+            tracing::warn!(%error, "putting the state back as it was; the next start tries again");
+        }
     }
 
     fn start_rewrite(&self) -> Result<()> {
@@ -355,8 +368,7 @@ impl Backend for Sled {
 
 impl Drop for Sled {
     fn drop(&mut self) {
-        // The copy is worth nothing without its end; the next open would remove it just the same.
-        self.give_up_rewrite(None);
+        self.close();
     }
 }
 
@@ -908,6 +920,34 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_state_is_left_as_it_was() {
+        let dir = tempdir();
+        let backend = Sled::open(dir.path()).unwrap();
+        (0..20).for_each(|n| backend.apply(&puts(n * 30..(n + 1) * 30, 0, 8000)).unwrap());
+        let expected = dump(&backend).unwrap();
+        drop(backend);
+        let db = dir.path().join("gen-0000001/db");
+        let good = fs::read(&db).unwrap();
+        let end = good.iter().rposition(|byte| *byte != 0).unwrap();
+        let mut wrong = 0;
+        for at in (1..end).step_by(end / 16) {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&db, &bad).unwrap();
+            // Nobody accepts what it holds: the digest, which this test does without, would not fit.
+            let found = Sled::open(dir.path()).and_then(|backend| dump(&backend));
+            wrong += usize::from(!found.is_ok_and(|found| found == expected));
+            assert!(fs::read(&db).unwrap() == bad, "{at}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "CURRENT and the generation");
+        }
+        assert!(wrong > 8, "{wrong}");
+        fs::write(&db, &good).unwrap();
+        let backend = Sled::open(dir.path()).unwrap();
+        backend.accept();
+        assert_eq!(dump(&backend).unwrap(), expected);
+    }
+
+    #[test]
     fn a_batch_cut_short_by_damage_is_never_taken_for_whole() {
         let dir = tempdir();
         let backend = Sled::open(dir.path()).unwrap();
@@ -928,6 +968,8 @@ mod tests {
                 Sled::open(dir.path()).ok().filter(|backend| dump(backend).is_err())
             })
             .unwrap();
+        // Otherwise closing it would undo what follows.
+        backend.accept();
         let change = Batch { puts: expected.keys().map(|key| (key.clone(), Bytes::from_static(b"new"))).collect(), deletes: Vec::new() };
         assert_corrupt(&backend.apply(&change).unwrap_err(), "gen-0000001");
         assert!(backend.get(&key(1)).is_err() && backend.sync().is_err());

@@ -117,14 +117,21 @@ async fn template(program: &Program, home: &Home, name: &str, rng: &mut StdRng, 
     let mut member = Member::new(program, home.path(), &data, &[]);
     let mut ledger = Ledger::new();
     member.start().await;
-    let shape = Shape { writers: 3, heavy: false, compact: true, defragment: true };
-    let load = Load::start(&member, &ledger, shape, rng).await;
-    while load.acknowledged() < 600 {
-        assert!(member.exited().is_none(), "it has ended:\n{}", tail(&member.log()));
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    // Two lives, for a clean stop leaves nothing in the log that the state holds: what is damaged there then is nowhere else.
+    for life in 0..2 {
+        if life > 0 {
+            member.stop().await;
+            member.start().await;
+        }
+        let shape = Shape { writers: 3, heavy: false, compact: true, defragment: true };
+        let load = Load::start(&member, &ledger, shape, rng).await;
+        while load.acknowledged() < 600 {
+            assert!(member.exited().is_none(), "it has ended:\n{}", tail(&member.log()));
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let round = load.finish().await;
+        ledger.settle(&member, round, rng).await;
     }
-    let round = load.finish().await;
-    ledger.settle(&member, round, rng).await;
     let served = served(&member).await;
     if killed {
         member.kill();
@@ -165,7 +172,7 @@ fn a_flipped_byte_is_found_or_harmless() {
         for killed in [false, true] {
             let how = if killed { "killed" } else { "closed" };
             let (data, expected) = template(&program, &home, how, &mut rng, killed).await;
-            let (mut tally, mut undone): (BTreeMap<String, (u64, u64)>, u64) = Default::default();
+            let mut tally: BTreeMap<String, (u64, u64)> = BTreeMap::new();
             for file in files(&data) {
                 let used = used(&data.join(&file));
                 for at in places(used, count, &mut rng) {
@@ -180,16 +187,8 @@ fn a_flipped_byte_is_found_or_harmless() {
                     if refused {
                         flip(&damaged.join(&file), at, mask);
                         let mut member = Member::new(&program, home.path(), &damaged, &[]);
-                        match member.try_start().await {
-                            Ok(()) => assert_eq!(served(&member).await, expected, "what is served once the byte is flipped back"),
-                            // sled takes what stands behind a damaged message for free space, and may have used it by the time that
-                            // we find the damage: see the head of `generation.rs`. Then it is refused for good, and not served.
-                            Err(refusal) => {
-                                assert!(kind(&file) == "db", "it did not start:\n{}", tail(&refusal.log));
-                                println!("not undone: {what}");
-                                undone += 1;
-                            }
-                        }
+                        member.start().await;
+                        assert_eq!(served(&member).await, expected, "what is served once the byte is flipped back");
                         member.kill();
                     }
                     let (all, refusals) = tally.entry(kind(&file)).or_default();
@@ -197,7 +196,6 @@ fn a_flipped_byte_is_found_or_harmless() {
                     *refusals += u64::from(refused);
                 }
             }
-            println!("flip, {how}: {undone} in sled's file could not be undone");
             for (kind, (all, refused)) in tally {
                 println!("flip, {how}, {kind}: {all} flips, {refused} refused, {} harmless, 0 wrong", all - refused);
             }
