@@ -4,7 +4,7 @@
 //! ports between two starts, and its client URL stays the same.
 
 use std::fs::File;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -115,6 +115,11 @@ impl Member {
         format!("http://{}:{CLIENT_PORT}", self.address)
     }
 
+    /// Where it listens for its peers.
+    pub fn peer_address(&self) -> SocketAddrV4 {
+        SocketAddrV4::new(self.address, PEER_PORT)
+    }
+
     /// Starts the process, without waiting for anything.
     pub fn spawn(&mut self) {
         assert!(self.child.is_none(), "it runs already");
@@ -124,7 +129,7 @@ impl Member {
         }
         self.earlier += &log;
         let log = File::create(&self.log).expect("a log file");
-        let (client, peer) = (self.client_url(), format!("http://{}:{PEER_PORT}", self.address));
+        let (client, peer) = (self.client_url(), format!("http://{}", self.peer_address()));
         let mut command = Command::new(&self.program.path);
         command.env_clear().stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log);
         command.arg("--data-dir").arg(&self.data);

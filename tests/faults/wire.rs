@@ -1,0 +1,189 @@
+//! The wire: one connection to one member, in the words of the histories.
+
+use std::time::Duration;
+
+use quorate::proto::EncodedKv;
+use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
+use quorate::proto::etcdserverpb::kv_client::KvClient;
+use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
+use quorate::proto::etcdserverpb::request_op::Request as Union;
+use quorate::proto::etcdserverpb::response_op::Response as Reply;
+use quorate::proto::etcdserverpb::watch_client::WatchClient;
+use quorate::proto::etcdserverpb::watch_request::RequestUnion;
+use quorate::proto::etcdserverpb::*;
+use quorate::proto::mvccpb::event::EventType;
+use tokio::sync::mpsc;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+use crate::checkers::history::{Answer, Change, Item, Request};
+use crate::checkers::log::Hash;
+use crate::checkers::watch::Told;
+
+/// How long a connection may take to come about.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// The range that holds all keys begins and ends with this.
+const ALL: &[u8] = b"\0";
+
+#[derive(Clone)]
+pub struct Client {
+    kv: KvClient<Channel>,
+    watch: WatchClient<Channel>,
+    maintenance: MaintenanceClient<Channel>,
+}
+
+impl Client {
+    /// Connects with the first request, and anew after a connection has broken.
+    pub fn new(url: &str) -> Client {
+        let endpoint = Endpoint::from_shared(url.to_owned()).expect("a valid URL");
+        let channel = endpoint.connect_timeout(CONNECT_LIMIT).connect_lazy();
+        Client {
+            kv: KvClient::new(channel.clone()),
+            watch: WatchClient::new(channel.clone()),
+            maintenance: MaintenanceClient::new(channel),
+        }
+    }
+
+    /// Whether a linearizable read is answered; for `member.rs`.
+    pub async fn read(&mut self, key: &str, _: i64) -> Result<(), Status> {
+        self.send(&Request::get(key)).await.map(drop)
+    }
+
+    /// Sends a request, in the plainest form that etcd has for it.
+    pub async fn send(&mut self, request: &Request) -> Result<Answer, Status> {
+        match (&request.guard, &request.writes[..], &request.reads[..]) {
+            (None, [Change { key, value: Some(value) }], []) => {
+                let answer = self.kv.put(put(key, *value)).await?.into_inner();
+                Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() })
+            }
+            (None, [Change { key, value: None }], []) => {
+                let answer = self.kv.delete_range(delete(key)).await?.into_inner();
+                Ok(Answer { revision: revision(answer.header), applied: true, deleted: answer.deleted, found: Vec::new() })
+            }
+            (None, [], [key]) => {
+                let answer = self.kv.range(range(key, request.serializable)).await?.into_inner();
+                Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: vec![found(&answer)] })
+            }
+            _ => self.txn(request).await,
+        }
+    }
+
+    async fn txn(&mut self, request: &Request) -> Result<Answer, Status> {
+        let op = |request| RequestOp { request: Some(request) };
+        let reads = || request.reads.iter().map(|key| op(Union::RequestRange(range(key, request.serializable))));
+        let writes = request.writes.iter().map(|change| match change.value {
+            Some(value) => op(Union::RequestPut(put(&change.key, value))),
+            None => op(Union::RequestDeleteRange(delete(&change.key))),
+        });
+        let compare = request.guard.iter().map(|(key, modified)| Compare {
+            result: CompareResult::Equal as i32,
+            target: CompareTarget::Mod as i32,
+            key: key.clone().into(),
+            target_union: Some(TargetUnion::ModRevision(*modified)),
+            ..Default::default()
+        });
+        let txn = TxnRequest { compare: compare.collect(), success: writes.chain(reads()).collect(), failure: reads().collect() };
+        let answer = self.kv.txn(txn).await?.into_inner();
+        let mut deleted = 0;
+        let mut seen = Vec::new();
+        for one in answer.responses {
+            match one.response.expect("each operation has its answer") {
+                Reply::ResponseRange(answer) => seen.push(found(&answer)),
+                Reply::ResponseDeleteRange(answer) => deleted += answer.deleted,
+                Reply::ResponsePut(_) | Reply::ResponseTxn(_) => {}
+            }
+        }
+        Ok(Answer { revision: revision(answer.header), applied: answer.succeeded, deleted, found: seen })
+    }
+
+    /// Watches all keys from a revision on, with bookmarks. Whatever is sent into the watch's channel asks for one more.
+    pub async fn watch(&mut self, start_revision: i64) -> Result<Watching, Status> {
+        let request =
+            WatchCreateRequest { key: ALL.into(), range_end: ALL.into(), start_revision, progress_notify: true, ..Default::default() };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(request)) };
+        let (requests, receiver) = mpsc::channel(1);
+        requests.send(request).await.expect("there is room for one");
+        let answers = self.watch.watch(tokio_stream::wrappers::ReceiverStream::new(receiver)).await?.into_inner();
+        Ok(Watching { answers, requests })
+    }
+
+    pub async fn compact(&mut self, revision: i64) -> Result<(), Status> {
+        self.kv.compact(CompactionRequest { revision, physical: false }).await.map(drop)
+    }
+
+    /// The hash of the history up to a revision.
+    pub async fn hash(&mut self, at: i64) -> Result<Hash, Status> {
+        let answer = self.maintenance.hash_kv(HashKvRequest { revision: at }).await?.into_inner();
+        Ok(Hash { revision: at, compacted: answer.compact_revision, hash: answer.hash })
+    }
+
+    /// The member's own id, and the leader's (0: none).
+    pub async fn leader(&mut self) -> Result<(u64, u64), Status> {
+        let answer = self.maintenance.status(StatusRequest {}).await?.into_inner();
+        Ok((answer.header.map_or(0, |header| header.member_id), answer.leader))
+    }
+}
+
+/// A watch under way.
+pub struct Watching {
+    answers: Streaming<WatchResponse>,
+    requests: mpsc::Sender<WatchRequest>,
+}
+
+impl Watching {
+    /// What it is told next; None at the end of the stream.
+    pub async fn next(&mut self) -> Result<Option<Told>, Status> {
+        loop {
+            let Some(answer) = self.answers.message().await? else { return Ok(None) };
+            if answer.canceled {
+                return Err(Status::aborted(format!("cancelled: {} (compacted at {})", answer.cancel_reason, answer.compact_revision)));
+            }
+            if answer.created {
+                continue;
+            }
+            let header = revision(answer.header);
+            if answer.events.is_empty() {
+                return Ok(Some(Told::Progress(header)));
+            }
+            let events = answer.events.iter().map(|event| {
+                let kv = decode(event.kv.as_ref().expect("an event has a key"));
+                let value = (event.r#type != EventType::Delete as i32).then_some(kv.1.value);
+                (kv.1.modified, Change { key: kv.0, value })
+            });
+            return Ok(Some(Told::Events(header, events.collect())));
+        }
+    }
+
+    /// Asks for a bookmark; not if the last one asked for is still on its way out.
+    pub fn ask_for_progress(&self) {
+        let _ = self.requests.try_send(WatchRequest { request_union: Some(RequestUnion::ProgressRequest(WatchProgressRequest {})) });
+    }
+}
+
+fn revision(header: Option<ResponseHeader>) -> i64 {
+    header.map_or(0, |header| header.revision)
+}
+
+fn put(key: &str, value: u64) -> PutRequest {
+    PutRequest { key: key.to_owned().into(), value: value.to_string().into(), ..Default::default() }
+}
+
+fn delete(key: &str) -> DeleteRangeRequest {
+    DeleteRangeRequest { key: key.to_owned().into(), ..Default::default() }
+}
+
+fn range(key: &str, serializable: bool) -> RangeRequest {
+    RangeRequest { key: key.to_owned().into(), serializable, ..Default::default() }
+}
+
+fn found(answer: &RangeResponse) -> Option<Item> {
+    answer.kvs.first().map(|kv| decode(kv).1)
+}
+
+/// A deletion has no value: it counts as 0 here.
+fn decode(kv: &EncodedKv) -> (String, Item) {
+    let kv = kv.decode().expect("a member sends well-formed pairs");
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("only texts are written");
+    (text(&kv.key), Item { value: text(&kv.value).parse().unwrap_or(0), modified: kv.mod_revision })
+}
