@@ -9,6 +9,9 @@
 //! apply -> tail (memory) --write_out--> storage --sync--> durable up to entry 900 -> the log before 900 may go
 //! ```
 //!
+//! It works on the store that is the member's [at the time](Current). When a snapshot has put another one in its place, the old one is
+//! let go of at the next turn, with all that was to be written: nothing of it is wanted any more.
+//!
 //! # Compaction
 //! It goes in rounds of about [`COMPACT_TIME`], and what a round has marked dead is written out before the next one, so that
 //! neither the memory for it grows nor the batch. It needs no log entry to follow: also an idle store gets its space back. A
@@ -40,7 +43,7 @@ use tokio::sync::{oneshot, watch};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Counters;
-use crate::mvcc::Store;
+use crate::mvcc::{Current, Store};
 use crate::raft::apply::Clock;
 use crate::storage::Backend;
 
@@ -115,18 +118,14 @@ impl Background {
     ///
     /// # Errors
     /// `Io` when the system gives no thread.
-    pub fn start(
-        store: Arc<Store>,
-        backend: Arc<dyn Backend>,
-        events: impl Events,
-        name: &str,
-        clock: Clock,
-        counters: Arc<Counters>,
-    ) -> Result<Background> {
+    pub fn start(current: Arc<Current>, events: impl Events, name: &str, clock: Clock, counters: Arc<Counters>) -> Result<Background> {
+        let store = current.get();
+        let backend = store.history().backend().clone();
         let compacted = watch::Sender::new(store.compaction_done());
         let (full, rewriting) = (AtomicBool::new(false), AtomicBool::new(false));
         let shared = Arc::new(Shared { wants: Mutex::default(), woken: Condvar::new(), full, rewriting, compacted });
         let worker = Worker {
+            current,
             store,
             backend,
             events: Box::new(events),
@@ -206,6 +205,8 @@ impl Drop for Background {
 }
 
 struct Worker {
+    current: Arc<Current>,
+    /// The store it works on, and where that is stored.
     store: Arc<Store>,
     backend: Arc<dyn Backend>,
     events: Box<dyn Events>,
@@ -236,6 +237,7 @@ impl Worker {
         loop {
             let full = self.shared.full.load(Ordering::Relaxed);
             let (stop, defragments) = self.wait(rest);
+            self.follow();
             let (began, revision) = ((self.clock)(), self.store.revision());
             let ask_rewrite = !defragments.is_empty();
             self.rewriting.extend(defragments);
@@ -286,6 +288,19 @@ impl Worker {
         if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(WRITE_INTERVAL) }
     }
 
+    /// Goes over to another store, if the member has.
+    fn follow(&mut self) {
+        if self.current.is(&self.store) {
+            return;
+        }
+        tracing::debug!("the background writer goes over to another store");
+        self.end_rewrite(&Err(Error::Failed("a snapshot from the leader has taken the storage's place".into())));
+        self.store = self.current.get();
+        self.backend = self.store.history().backend().clone();
+        self.shared.full.store(false, Ordering::Relaxed);
+        (self.dirty, self.unwritten, self.rewritten, self.rest_until) = (false, false, 0, Duration::ZERO);
+    }
+
     /// Tells how far compaction has come, once the storage has got what it marked.
     fn tell_compacted(&self) {
         if self.unwritten {
@@ -334,6 +349,10 @@ impl Worker {
     /// Notes a failure. A full disk passes; everything else is final.
     fn fault(&mut self, err: Error) -> bool {
         if self.failed {
+            return false;
+        }
+        if !self.current.is(&self.store) {
+            tracing::info!(error = %err, "the storage that a snapshot has replaced has failed");
             return false;
         }
         if err.is_disk_full() {

@@ -102,7 +102,8 @@ pub struct Config {
     pub election_timeout_ms: u64,
     /// Log entries between two snapshots. Without effect: the log is cut off as the state reaches the disk. Default: 10,000.
     pub snapshot_count: u64,
-    /// Log entries kept behind a snapshot for followers that lag. Without effect while there are none. Default: 5,000.
+    /// Log entries kept behind what is durable, for members that lag; one that lags further is sent a snapshot. Without effect on a member
+    /// that is alone. Default: 5,000.
     pub snapshot_catchup_entries: u64,
 
     /// Bytes that the data may take before writes are refused. 0: [`DEFAULT_QUOTA_BYTES`]; negative: no quota. See [`Config::quota`].

@@ -100,8 +100,8 @@ impl Member {
         Ok(Member { state: StateMachine { machine: Arc::new(machine) }, index: 0 })
     }
 
-    fn store(&self) -> &Arc<Store> {
-        &self.state.machine.store
+    fn store(&self) -> Arc<Store> {
+        self.state.machine.store()
     }
 
     /// The log's next entry, with these commands.
@@ -127,7 +127,8 @@ impl Member {
     /// # Errors
     /// A refusal, or a fault of the store.
     pub fn txn(&mut self, request: &TxnRequest) -> Result<TxnResponse> {
-        let mut writer = self.store().begin();
+        let store = self.store();
+        let mut writer = store.begin();
         let response = txn::txn(&mut writer, request, &|_| false)?;
         drop(writer.finish());
         Ok(response)
@@ -138,12 +139,13 @@ impl Member {
     /// # Errors
     /// A refusal, or a fault of the store.
     pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse> {
-        if let Some((result, revision)) = RangeResult::of_one(self.store(), request) {
+        let store = self.store();
+        if let Some((result, revision)) = RangeResult::of_one(&store, request) {
             return RangeAnswer { result, pin: None, keys_only: false, header: header(revision) }.collect();
         }
-        let pin = self.store().pin(request.revision)?;
-        let header = header(self.store().revision());
-        let result = match RangeScan::new(request, pin.at(), HOLD_BYTES).start(self.store()) {
+        let pin = store.pin(request.revision)?;
+        let header = header(store.revision());
+        let result = match RangeScan::new(request, pin.at(), HOLD_BYTES).start(&store) {
             Ok(result) => result?,
             Err(scan) => scan.run(&pin)?,
         };

@@ -260,6 +260,11 @@ impl Lessor {
         Lessor { options, primary: false, leases: BTreeMap::new(), queues: Queues::default() }
     }
 
+    /// One with the same settings, with no leases and not primary.
+    pub fn fresh(&self) -> Self {
+        Lessor::new(self.options)
+    }
+
     // What is replicated.
 
     /// Whether a grant would succeed, and the TTL in seconds it would give. This is the part of [`grant`](Lessor::grant) that

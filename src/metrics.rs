@@ -174,6 +174,11 @@ pub struct Counters {
     pub snapshot: Latency,
     /// HashKV.
     pub hash_rev: Latency,
+    /// Snapshots that members were sent, or that this one was sent and has installed; and their bytes, of unfinished ones too.
+    pub snapshots_sent: Counter,
+    pub snapshots_received: Counter,
+    pub snapshot_sent_bytes: Counter,
+    pub snapshot_received_bytes: Counter,
     /// Messages of gRPC clients, in bytes.
     pub grpc_received_bytes: Counter,
     pub grpc_sent_bytes: Counter,
@@ -206,6 +211,10 @@ impl Default for Counters {
             defragment: Latency::new(&REWRITE_BUCKETS),
             snapshot: Latency::new(&LONG_BUCKETS),
             hash_rev: Latency::new(&LONG_BUCKETS[..15]),
+            snapshots_sent: Counter::default(),
+            snapshots_received: Counter::default(),
+            snapshot_sent_bytes: Counter::default(),
+            snapshot_received_bytes: Counter::default(),
             grpc_received_bytes: Counter::default(),
             grpc_sent_bytes: Counter::default(),
         }
@@ -714,6 +723,11 @@ impl Catalogue {
         let (name, help) = ("etcd_network_client_grpc_received_bytes", "The total number of bytes received from grpc clients");
         page.counter(name, help, c.grpc_received_bytes.get())?;
         page.counter("etcd_network_client_grpc_sent_bytes", "The total number of bytes sent to grpc clients", c.grpc_sent_bytes.get())?;
+
+        page.counter("quorate_snapshots_sent", "Snapshots that other members were sent", c.snapshots_sent.get())?;
+        page.counter("quorate_snapshots_received", "Snapshots that took the place of this member's state", c.snapshots_received.get())?;
+        page.counter("quorate_snapshot_sent_bytes", "Bytes of snapshots sent to other members", c.snapshot_sent_bytes.get())?;
+        page.counter("quorate_snapshot_received_bytes", "Bytes of snapshots received", c.snapshot_received_bytes.get())?;
 
         let mut methods = lock(&self.methods).clone();
         methods.sort_unstable_by_key(|method| (method.service, method.method));

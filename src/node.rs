@@ -14,6 +14,7 @@
 //! Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
 //! if so configured. The storage is the [background writer's](crate::background) business.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -45,13 +46,16 @@ use crate::proto::etcdserverpb::{
 use crate::proto::internal::{self, command::Op};
 use crate::raft::apply::{BY_QUOTA, Machine};
 use crate::raft::network::{Link, Network};
+use crate::raft::outgoing::SnapshotStart;
 use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
 use crate::storage::dir::Identity;
+use crate::storage::history::HistoryOptions;
 use crate::storage::wal::Wal;
 
 mod duties;
 mod peers;
 mod propose;
+mod snapshots;
 
 /// Entries of the Raft log under way at the same time. More would make smaller batches, fewer would let the disk rest while
 /// a batch is applied.
@@ -89,6 +93,10 @@ const HEAL_PERCENT: u64 = 90;
 /// Log left in the current segment below which nothing is proposed while the disk is full: room for Raft's own entries.
 const LOG_RESERVE_BYTES: u64 = 256 << 10;
 
+/// Bytes of log up to which it is kept whole for members that are being sent a snapshot. Beyond it, or when the disk is full, it is cut
+/// off all the same, and they may need another snapshot.
+const LOG_KEPT_BYTES: u64 = 4 << 30;
+
 /// What etcd adds to a request before it measures it against `max-request-bytes`, about.
 const ENVELOPE_BYTES: usize = 20;
 
@@ -104,6 +112,10 @@ pub(crate) struct NodeOptions {
     pub max_txn_ops: usize,
     pub election_timeout: Duration,
     pub auto_compaction: Option<AutoCompaction>,
+    /// How the history is opened when a snapshot takes the state's place.
+    pub history: HistoryOptions,
+    /// Where snapshots are put while they are received.
+    pub member_dir: PathBuf,
 }
 
 /// Whether the member can do its work.
@@ -159,6 +171,9 @@ pub(crate) struct Node {
     /// Reads that wait for a leader's confirmation. As many as there are requests: connections bound them.
     reads: Mutex<Vec<oneshot::Sender<u64>>>,
     read_wanted: Notify,
+    /// The snapshot that is being received.
+    receiving: tokio::sync::Mutex<Option<snapshots::Incoming>>,
+    installing: AtomicBool,
     runtime: tokio::runtime::Handle,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -170,15 +185,6 @@ pub(crate) struct RangeAnswer {
     pub pin: Option<Pin>,
     pub keys_only: bool,
     pub header: ResponseHeader,
-}
-
-/// Where a backup begins.
-pub(crate) struct BackupStart {
-    pub pin: Pin,
-    pub compacted: i64,
-    pub applied: Option<LogId>,
-    /// What is kept beside the history, by ascending name.
-    pub metas: std::collections::BTreeMap<Vec<u8>, bytes::Bytes>,
 }
 
 impl Node {
@@ -193,7 +199,8 @@ impl Node {
         background: Arc<Background>,
         health: watch::Sender<Health>,
     ) -> Arc<Node> {
-        let network = Network { cluster_id: identity.cluster_id, member_id: identity.member_id };
+        let counters = machine.counters.clone();
+        let network = Network { cluster_id: identity.cluster_id, member_id: identity.member_id, counters };
         let node = Arc::new(Node {
             identity,
             options,
@@ -214,6 +221,8 @@ impl Node {
             leader_link: Mutex::new(None),
             reads: Mutex::default(),
             read_wanted: Notify::new(),
+            receiving: tokio::sync::Mutex::new(None),
+            installing: AtomicBool::new(false),
             runtime: tokio::runtime::Handle::current(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -267,8 +276,14 @@ impl Node {
         self.health.subscribe()
     }
 
-    pub fn store(&self) -> &Arc<Store> {
-        &self.machine.store
+    /// The store as it is now. A snapshot may put another one in its place: whoever asks it more than one thing asks the same one.
+    pub fn store(&self) -> Arc<Store> {
+        self.machine.store()
+    }
+
+    /// Whether a snapshot is being made into a state.
+    pub fn is_installing(&self) -> bool {
+        self.installing.load(Ordering::Relaxed)
     }
 
     pub fn counters(&self) -> &Counters {
@@ -408,7 +423,8 @@ impl Node {
                 self.read_barrier().await?;
             }
             self.check_running()?;
-            let mut reader = self.store().begin();
+            let store = self.store();
+            let mut reader = store.begin();
             let response = txn::txn(&mut reader, &request, &|_| false);
             reader.tally.end_txn();
             reader.tally.count(self.counters());
@@ -551,13 +567,14 @@ impl Node {
     /// A Range whose barrier and checks are behind it.
     async fn range_from(&self, request: &RangeRequest) -> Result<RangeAnswer> {
         self.counters().ranges.inc();
-        if let Some((result, revision)) = RangeResult::of_one(self.store(), request) {
+        let store = self.store();
+        if let Some((result, revision)) = RangeResult::of_one(&store, request) {
             return Ok(RangeAnswer { result, pin: None, keys_only: false, header: self.header(revision) });
         }
-        let pin = self.store().pin(request.revision)?;
-        let header = self.header_now();
+        let pin = store.pin(request.revision)?;
+        let header = self.header(store.revision());
         let keys_only = request.keys_only;
-        match RangeScan::new(request, pin.at(), HOLD_BYTES).start(self.store()) {
+        match RangeScan::new(request, pin.at(), HOLD_BYTES).start(&store) {
             Ok(result) => Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header }),
             Err(scan) => {
                 let (result, pin) = self.blocking(move || (scan.run(&pin), pin)).await?;
@@ -573,7 +590,7 @@ impl Node {
     }
 
     pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
-        let store = self.store().clone();
+        let store = self.store();
         let began = self.machine.now();
         let hash = self.blocking(move || store.hash(revision)).await?;
         self.counters().hash_rev.observe(self.machine.now().saturating_sub(began));
@@ -581,17 +598,11 @@ impl Node {
     }
 
     /// Begins a backup: a point of the log, held, and the small things as they are there.
-    pub async fn start_backup(&self) -> Result<BackupStart> {
+    pub async fn start_backup(&self) -> Result<SnapshotStart> {
         self.read_barrier().await?;
         let machine = self.machine.clone();
         // Run by the applier between two entries, so that revision, leases and alarms belong together.
-        let taken = self.raft.with_state_machine(move |_| {
-            Box::pin(async move {
-                let compacted = machine.store.revisions().1;
-                let pin = machine.store.pin(0)?;
-                Ok::<_, Error>(BackupStart { pin, compacted, applied: machine.applied().log_id, metas: machine.metas() })
-            })
-        });
+        let taken = self.raft.with_state_machine(move |_| Box::pin(async move { machine.begin_snapshot(false) }));
         taken.await.map_err(|err| Error::Failed(err.to_string()))?
     }
 
@@ -599,7 +610,7 @@ impl Node {
     pub fn watch(&self) -> Session {
         let runtime = self.runtime.clone();
         let elsewhere = move |step: Box<dyn FnOnce() + Send>| drop(runtime.spawn_blocking(step));
-        Session::new(self.machine.hub.clone(), self.store().clone()).reading_elsewhere(Arc::new(elsewhere))
+        Session::new(self.machine.hub.clone(), self.store()).reading_elsewhere(Arc::new(elsewhere))
     }
 }
 

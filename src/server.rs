@@ -272,7 +272,6 @@ async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, fini
 struct Member {
     node: Arc<Node>,
     background: Arc<Background>,
-    backend: Arc<dyn Backend>,
     wal: Arc<Wal>,
     metrics: Arc<Metrics>,
     compacted_at: Arc<AtomicU64>,
@@ -307,16 +306,17 @@ impl Member {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
         let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
-        let options = HistoryOptions { cache_bytes: config.value_cache_bytes };
+        let history = HistoryOptions { cache_bytes: config.value_cache_bytes };
         let mut attached = Vec::new();
-        let (store, saved) = Store::open(backend.clone(), options, &mut |lease, key| attached.push((lease, key)))?;
+        let (store, saved) = Store::open(backend.clone(), history.clone(), &mut |lease, key| attached.push((lease, key)))?;
         let store = Arc::new(store);
         let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
         let metrics = Metrics::new(ETCD_VERSION, "3.7");
         let counters = metrics.counters.clone();
         let slow = config.warning_apply_duration;
-        let machine = Arc::new(Machine::new(store.clone(), saved, attached, lessor, clock.clone(), slow, counters.clone())?);
-        check_reach(&machine, &recovered.state, &backend.path())?;
+        let machine = Arc::new(Machine::new(store, saved, attached, lessor, clock.clone(), slow, counters.clone())?);
+        finish_install(&machine, &wal, &recovered.state).await?;
+        check_reach(&machine, &wal.log_state(), &backend.path())?;
         backend.accept();
 
         let health = watch::Sender::new(Health::Running);
@@ -324,7 +324,7 @@ impl Member {
         let purge = durable.subscribe();
         let compacted_at = Arc::new(AtomicU64::new(0));
         let events = StorageEvents { machine: machine.clone(), health: health.clone(), durable, compacted_at: compacted_at.clone() };
-        let background = Arc::new(Background::start(store, backend.clone(), events, &config.name, clock, counters)?);
+        let background = Arc::new(Background::start(machine.current.clone(), events, &config.name, clock, counters.clone())?);
 
         let raft_config = openraft::Config {
             cluster_name: format!("{:x}", identity.cluster_id),
@@ -344,7 +344,7 @@ impl Member {
         let raft = Raft::new(
             identity.member_id,
             Arc::new(raft_config),
-            Network { cluster_id: identity.cluster_id, member_id: identity.member_id },
+            Network { cluster_id: identity.cluster_id, member_id: identity.member_id, counters },
             log,
             StateMachine { machine: machine.clone() },
         )
@@ -379,10 +379,12 @@ impl Member {
             max_txn_ops: config.max_txn_ops,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             auto_compaction: config.auto_compaction()?,
+            history,
+            member_dir: dir.member().to_owned(),
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health);
         node.spawn_purge(purge);
-        let member = Member { node, background, backend, wal, metrics, compacted_at, _dir: dir };
+        let member = Member { node, background, wal, metrics, compacted_at, _dir: dir };
         match member.node.ready().await {
             Ok(()) => Ok(member),
             Err(err) => {
@@ -439,7 +441,7 @@ impl Member {
     async fn close(self) -> Result<()> {
         self.node.stop().await;
         self.background.stop();
-        self.backend.close();
+        self.node.machine.close();
         self.wal.close()
     }
 }
@@ -510,6 +512,7 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) ->
             member_id: node.identity.member_id,
             has_leader: node.leader() != 0,
             is_leader: node.is_leader(),
+            snapshot_apply_in_progress: node.is_installing(),
             proposals_committed: applied,
             proposals_applied: applied,
             proposals_pending: node.waiting() as u64,
@@ -591,6 +594,20 @@ fn first_u64(digest: &[u8]) -> u64 {
     let first = digest.iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte));
     // 0 stands for nobody.
     first.max(1)
+}
+
+/// Finishes what a crash has interrupted: a snapshot has taken the state's place, and the log up to it was still to be purged.
+///
+/// Only if the state is exactly what came as that snapshot, and the log is there, with the vote that the snapshot came under: a state
+/// that has gone on since, beyond its log, has lost its log.
+async fn finish_install(machine: &Machine, wal: &Wal, log: &crate::storage::wal::LogState) -> Result<()> {
+    let Some(installed) = machine.installed() else { return Ok(()) };
+    let done = log.purged.is_some_and(|purged| purged.index >= installed.index);
+    if done || log.vote.is_none() || machine.applied().log_id != Some(installed) {
+        return Ok(());
+    }
+    tracing::info!(entry = installed.index, "finishing the installation of a snapshot: the log before it goes");
+    crate::raft::log::purge(wal, installed).await
 }
 
 /// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets

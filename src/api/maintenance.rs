@@ -16,16 +16,14 @@ use tonic::{Request, Response, Status};
 
 use crate::config::ETCD_VERSION;
 use crate::error::{ApplyError, Error, Result};
-use crate::mvcc::Pin as RevisionPin;
-use crate::node::{BackupStart, Node};
+use crate::node::Node;
 use crate::proto::etcdserverpb::maintenance_server::Maintenance;
 use crate::proto::etcdserverpb::{
     AlarmRequest, AlarmResponse, AlarmType, DefragmentRequest, DefragmentResponse, DowngradeInfo, DowngradeRequest, DowngradeResponse,
     HashKvRequest, HashKvResponse, HashRequest, HashResponse, MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse,
     StatusRequest, StatusResponse,
 };
-use crate::snapshot::{Encoder, Header, Item, LogPosition};
-use crate::storage::Revision;
+use crate::raft::outgoing::Writer;
 
 use super::{Api, status};
 
@@ -36,15 +34,9 @@ pub(crate) const STORAGE_VERSION: &str = "3.7.0";
 /// holds a revision, which compaction has to keep, and up to a step's bytes and one record.
 pub(crate) const SNAPSHOTS_MAX: usize = 8;
 
-/// Bytes of a backup that are made in one go. The next are made when these were taken.
-const STEP_BYTES: usize = 512 << 10;
-
 /// While clients write, a backup rests after each step for this many times as long as the step took: they come first. Nobody's write
 /// waits for a backup, and a backup of an idle member goes at full speed.
 const REST_STEPS: u32 = 2;
-
-/// The checksum behind a backup: a SHA-256.
-const CHECKSUM_BYTES: usize = 32;
 
 impl Api {
     /// How this member is, as far as it knows without asking anyone.
@@ -160,20 +152,9 @@ impl Backup {
     /// As a linearizable read.
     pub async fn start(node: Arc<Node>) -> Result<Backup> {
         let began = node.machine.now();
-        let BackupStart { pin, compacted, applied, metas } = node.start_backup().await?;
+        let start = node.start_backup().await?;
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let header = Header {
-            cluster_id: node.identity.cluster_id,
-            member_id: node.identity.member_id,
-            revision: pin.at(),
-            compact_revision: compacted,
-            applied: LogPosition { term: applied.map_or(0, |id| *id.leader_id), node: 0, index: applied.map_or(0, |id| id.index) },
-            created_unix_s: created.as_secs(),
-            version: env!("CARGO_PKG_VERSION").into(),
-        };
-        let encoder = Encoder::new(&header)?;
-        let metas = metas.into_iter().map(|(key, value)| (key.into(), value)).collect();
-        let writer = Writer { encoder, metas, pin, next: Revision::default(), last: Bytes::new(), finished: false };
+        let writer = Writer::new(node.identity.cluster_id, node.identity.member_id, created.as_secs(), start)?;
         Ok(Backup { node, began, writer: Some(writer), ready: VecDeque::new() })
     }
 
@@ -189,83 +170,21 @@ impl Backup {
                 return Ok(Some(chunk));
             }
             let Some(mut writer) = self.writer.take() else { return Err(Error::Failed("a backup was given up halfway".into())) };
-            if writer.finished {
+            if writer.is_finished() {
                 self.writer = Some(writer);
                 return Ok(None);
             }
             let (began, revision) = (self.node.machine.now(), self.node.store().revision());
             let step = self.node.blocking(move || writer.step().map(|chunks| (writer, chunks))).await?;
             let (writer, chunks) = step?;
-            if !writer.finished && self.node.store().revision() != revision {
+            if !writer.is_finished() && self.node.store().revision() != revision {
                 self.node.pause(REST_STEPS * self.node.machine.now().saturating_sub(began)).await?;
             }
-            if writer.finished {
+            if writer.is_finished() {
                 self.node.counters().snapshot.observe(self.node.machine.now().saturating_sub(self.began));
             }
             self.writer = Some(writer);
             self.ready = chunks;
         }
     }
-}
-
-/// Where a backup has come to.
-struct Writer {
-    encoder: Encoder,
-    metas: VecDeque<(Bytes, Bytes)>,
-    pin: RevisionPin,
-    /// The records before it are written.
-    next: Revision,
-    /// The newest chunk: the last one has the checksum at its end, which goes into a part of its own.
-    last: Bytes,
-    finished: bool,
-}
-
-impl Writer {
-    /// Makes the next chunks: some, or the last of all.
-    fn step(&mut self) -> Result<VecDeque<Bytes>> {
-        let mut chunks = VecDeque::new();
-        let mut bytes = 0;
-        while let Some((key, value)) = self.metas.pop_front() {
-            self.encoder.push(&Item::Meta { key, value })?;
-            bytes += take_chunks(&mut self.encoder, &mut self.last, &mut chunks);
-            if bytes >= STEP_BYTES {
-                return Ok(chunks);
-            }
-        }
-        let end = Revision { main: self.pin.at() + 1, sub: 0 };
-        let Writer { encoder, pin, next, last, .. } = self;
-        pin.store().history().scan(*next, end, &mut |revision, record| {
-            encoder.push(&Item::Record {
-                main: revision.main,
-                sub: revision.sub,
-                tombstone: record.tombstone,
-                bytes: record.bytes.clone(),
-            })?;
-            *next = Revision { main: revision.main, sub: revision.sub + 1 };
-            bytes += take_chunks(encoder, last, &mut chunks);
-            Ok(bytes < STEP_BYTES)
-        })?;
-        if bytes >= STEP_BYTES {
-            return Ok(chunks);
-        }
-        self.encoder.finish();
-        take_chunks(&mut self.encoder, &mut self.last, &mut chunks);
-        let sum = self.last.split_off(self.last.len().saturating_sub(CHECKSUM_BYTES));
-        chunks.extend([std::mem::take(&mut self.last), sum].into_iter().filter(|chunk| !chunk.is_empty()));
-        self.finished = true;
-        Ok(chunks)
-    }
-}
-
-/// Takes what the encoder has ready, and keeps the newest chunk back. Returns how many bytes there were.
-fn take_chunks(encoder: &mut Encoder, last: &mut Bytes, chunks: &mut VecDeque<Bytes>) -> usize {
-    let mut bytes = 0;
-    while let Some(chunk) = encoder.next_chunk() {
-        bytes += chunk.len();
-        let before = std::mem::replace(last, chunk);
-        if !before.is_empty() {
-            chunks.push_back(before);
-        }
-    }
-    bytes
 }

@@ -12,7 +12,10 @@ use tonic::Status;
 
 use crate::metrics::Metrics;
 use crate::node::Node;
-use crate::proto::peer::{AppendRequest, ProposeRequest, ReadIndexRequest, RenewRequest, TimeToLiveRequest, VoteRequest};
+use crate::proto::peer::{
+    AppendRequest, InstallSnapshotRequest, ProposeRequest, PutSnapshotRequest, ReadIndexRequest, RenewRequest, TimeToLiveRequest,
+    VoteRequest,
+};
 use crate::raft::network::{self, MESSAGE_BYTES_MAX};
 use crate::storage::dir::Identity;
 
@@ -37,6 +40,8 @@ pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -
         .unary(PEER, "ReadIndex", node, of!(peer_read_index, ReadIndexRequest))
         .unary(PEER, "Renew", node, of!(peer_renew, RenewRequest))
         .unary(PEER, "TimeToLive", node, of!(peer_time_to_live, TimeToLiveRequest))
+        .unary(PEER, "PutSnapshot", node, of!(peer_put_snapshot, PutSnapshotRequest))
+        .unary(PEER, "InstallSnapshot", node, of!(peer_install_snapshot, InstallSnapshotRequest))
 }
 
 fn check(ours: &Identity, headers: &HeaderMap) -> Result<(), Status> {

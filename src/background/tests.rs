@@ -77,7 +77,8 @@ fn open(disk: &Arc<Disk>) -> Arc<Store> {
 }
 
 fn start(store: &Arc<Store>, disk: &Arc<Disk>, told: &Told, clock: Clock) -> Background {
-    Background::start(store.clone(), disk.clone(), told.clone(), "test", clock, Arc::default()).unwrap()
+    debug_assert_eq!(store.history().backend().path(), disk.path());
+    Background::start(Arc::new(Current::new(store.clone())), told.clone(), "test", clock, Arc::default()).unwrap()
 }
 
 fn real_clock() -> Clock {

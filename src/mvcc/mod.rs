@@ -177,6 +177,30 @@ pub(crate) struct Store {
     hashes: Mutex<VecDeque<KvHash>>,
 }
 
+/// The store that holds a member's state now. It is another one once a snapshot has taken the old one's place: whoever reads in several
+/// steps keeps the store that it began with, and whoever works on the newest asks each time.
+pub(crate) struct Current(RwLock<Arc<Store>>);
+
+impl Current {
+    pub fn new(store: Arc<Store>) -> Self {
+        Current(RwLock::new(store))
+    }
+
+    pub fn get(&self) -> Arc<Store> {
+        read(&self.0).clone()
+    }
+
+    /// Puts another store in the place of the one that is returned.
+    pub fn replace(&self, store: Arc<Store>) -> Arc<Store> {
+        std::mem::replace(&mut *write(&self.0), store)
+    }
+
+    /// Whether it is this very one.
+    pub fn is(&self, store: &Arc<Store>) -> bool {
+        Arc::ptr_eq(&read(&self.0), store)
+    }
+}
+
 /// Holds a revision against compaction while a read in several steps uses it.
 pub(crate) struct Pin {
     store: Arc<Store>,

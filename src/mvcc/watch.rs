@@ -18,6 +18,11 @@
 //!                            ... client reads again: history 7..=11, published is 11: synced, next 12
 //! ```
 //!
+//! # Another store
+//! When a snapshot takes the place of the member's store ([`WatchHub::replace`]), every watch is thrown back to where it stands, and
+//! reads on in the new history: it gets what it would have got, unless that history begins behind it. Then it is canceled as by a
+//! compaction. What a step has read in the old store is as good as ever, for one history is the continuation of the other.
+//!
 //! # What catching up costs
 //! It goes in steps. A step reads for all watches of its stream that are behind: it looks at each record once, finds the
 //! watches that its key concerns as a publication does, and reads the rest of a large value only if there are any. It ends
@@ -38,6 +43,7 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
 
@@ -235,6 +241,8 @@ type Groups = BTreeMap<Filters, Group>;
 /// All watches of a server. See the module's head.
 pub(crate) struct WatchHub {
     inner: Mutex<Inner>,
+    /// How many stores have taken the place of another. Grows under the lock; a session that finds it grown asks for the store.
+    stores: AtomicU64,
     limits: Limits,
     counters: Arc<Counters>,
 }
@@ -258,6 +266,8 @@ struct Inner {
     watches: usize,
     sessions: BTreeMap<u64, Arc<Queue>>,
     next_session: u64,
+    /// The store that has taken the place of the one with which it began.
+    store: Option<Arc<Store>>,
 }
 
 impl Inner {
@@ -306,8 +316,8 @@ impl WatchHub {
     /// A hub for a store whose newest revision is `revision`. The events that it sends are counted.
     pub fn new(revision: i64, counters: Arc<Counters>) -> Self {
         let (keys, spans, sessions) = (BTreeMap::new(), Intervals::new(), BTreeMap::new());
-        let inner = Inner { keys, spans, published: revision, watches: 0, sessions, next_session: 0 };
-        WatchHub { inner: Mutex::new(inner), limits: LIMITS, counters }
+        let inner = Inner { keys, spans, published: revision, watches: 0, sessions, next_session: 0, store: None };
+        WatchHub { inner: Mutex::new(inner), stores: AtomicU64::new(0), limits: LIMITS, counters }
     }
 
     /// A hub with bounds that a test can reach.
@@ -364,6 +374,24 @@ impl WatchHub {
                 share.group.tell(&Batch::new(committed.revision, events));
             }
         }
+    }
+
+    /// Goes over to another store, whose history continues the one of the store before. Nothing is published meanwhile.
+    pub fn replace(&self, store: &Arc<Store>) {
+        let mut inner = lock(&self.inner);
+        let told = std::mem::replace(&mut inner.published, store.revision());
+        inner.store = Some(store.clone());
+        self.stores.fetch_add(1, Ordering::Release);
+        for queue in inner.sessions.values() {
+            lock(&queue.state).throw_all_back(told);
+            queue.waker.wake();
+        }
+    }
+
+    /// How many stores there were before the present one, and that one, if there were any.
+    fn store(&self) -> (u64, Option<Arc<Store>>) {
+        let inner = lock(&self.inner);
+        (self.stores.load(Ordering::Acquire), inner.store.clone())
     }
 
     fn add(&self, range: &KeyRange, filters: Filters, queue: &Arc<Queue>, id: i64) -> bool {
@@ -490,6 +518,18 @@ impl QueueState {
         }
         self.behind.insert(id, from);
     }
+
+    /// Each watch reads on where it stands, from a revision of which it was not told.
+    fn throw_all_back(&mut self, published: i64) {
+        self.ready.clear();
+        self.load = Load::default();
+        for (&id, slot) in &mut self.slots {
+            let waiting = std::mem::take(&mut slot.waiting);
+            let from = waiting.first().map_or(published + 1, |first| first.revision);
+            // Of one that begins later, or was just synced, `next` says more.
+            self.behind.entry(id).or_insert(from.max(slot.next));
+        }
+    }
 }
 
 #[derive(Default)]
@@ -557,7 +597,7 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use std::task::Waker;
 
     use super::*;
@@ -723,6 +763,51 @@ mod tests {
         lock(&away).clear();
         let end = session.poll_next(&mut Context::from_waker(Waker::noop()));
         assert!(matches!(end, Poll::Ready(Err(Error::Stopped))));
+    }
+
+    /// A snapshot takes the store's place: whoever watches is told of every revision once and in order, or that it was compacted.
+    #[test]
+    fn another_store_goes_on_where_the_old_one_was() {
+        let value = Bytes::from_static(b"value");
+        let key = |number: i64| [format!("k{}", number % 3)];
+        let ((_, old, hub), (_, new, other)) = (furnished(LIMITS), furnished(LIMITS));
+        for number in 0..20 {
+            put(&new, &other, key(number), &value);
+        }
+        new.compact(4).unwrap();
+        for number in 0..5 {
+            put(&old, &hub, key(number), &value);
+        }
+        let mut session = Session::new(hub.clone(), old.clone());
+        // From now on, from what will be compacted, from what will not, from what only the new store has, and from what is to come.
+        for start in [0, 2, 5, 12, 22] {
+            session.create(&from(start, watch("k".to_owned(), "l")));
+        }
+        for _ in 0..5 {
+            assert!(poll(&mut session).unwrap().created);
+        }
+        for number in 5..10 {
+            put(&old, &hub, key(number), &value);
+        }
+        hub.replace(&new);
+        // Whoever asked for the store before that watches the new one all the same.
+        let mut later = Session::new(hub.clone(), old);
+        later.create(&watch("k".to_owned(), "l"));
+        put(&new, &hub, key(20), &value);
+        let mut seen: BTreeMap<i64, Vec<i64>> = BTreeMap::new();
+        let mut compacted = Vec::new();
+        while let Some(answer) = poll(&mut session) {
+            if answer.canceled {
+                compacted.push((answer.watch_id, answer.compact_revision));
+            }
+            seen.entry(answer.watch_id).or_default().extend(answer.batches.iter().map(|batch| batch.revision));
+        }
+        assert_eq!(compacted, [(1, 4)]);
+        for (id, first) in [(0, 7), (2, 5), (3, 12), (4, 22)] {
+            assert_eq!(seen[&id], (first..=22).collect::<Vec<_>>(), "watch {id}");
+        }
+        assert_eq!(told(&mut later), [(0, 1)].into());
+        assert!(session.behind().is_empty() && later.behind().is_empty());
     }
 
     /// A large revision under many overlapping ranges: no step holds it for all of them, and all get it whole.

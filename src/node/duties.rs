@@ -92,6 +92,7 @@ impl Node {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            self.give_up_replaced().await;
             let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
             if room && self.machine.raised_by_quota(self.identity.member_id) && self.is_leader() {
                 match self.propose_alarm(AlarmAction::Deactivate).await {
@@ -138,9 +139,13 @@ impl Node {
         }
     }
 
-    /// Has openraft cut the log off below what is durable, as that moves.
+    /// Has openraft cut the log off below what is durable, as that moves. While a member is sent a snapshot, and somewhat longer, nothing
+    /// is cut off: what is written meanwhile it will want from the log.
     pub async fn purge_log(self: Arc<Self>, mut durable: watch::Receiver<u64>) {
         while durable.changed().await.is_ok() {
+            while self.machine.sendings.need_log() && !self.wal.space_low() && self.wal.metrics().disk_bytes < LOG_KEPT_BYTES {
+                tokio::time::sleep(WATCHDOG_INTERVAL).await;
+            }
             let index = *durable.borrow_and_update();
             tracing::debug!(index, "the state is durable, the log before it may go");
             if let Err(err) = self.raft.trigger().snapshot().await {

@@ -11,6 +11,11 @@
 //! commit  : records 2 and 3, lease 5 gone, applied = 17
 //! ```
 //!
+//! # Another state
+//! A member that lags too far is sent a snapshot. It is [made into a state](super::incoming) beside the one in use, and takes its place
+//! [between two entries](Machine::replace): the store, the leases, the alarms, the membership and the position change together. Who
+//! reads the old store in several steps keeps it until the end, and its files with it.
+//!
 //! # Invariants
 //! - The outcome of a command depends on the state and the command alone. What is not an outcome ([`ApplyError`]) but a
 //!   fault, such as a record that cannot be read, stops the member: to go on would make it differ from the others.
@@ -33,7 +38,7 @@ use crate::lock::lock;
 use crate::metrics::Counters;
 use crate::mvcc::txn::{self, Tally};
 use crate::mvcc::watch::WatchHub;
-use crate::mvcc::{Committed, Saved, Store, Writer};
+use crate::mvcc::{Committed, Current, Saved, Store, Writer};
 use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::response_op::Response;
@@ -44,6 +49,7 @@ use crate::proto::etcdserverpb::{
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
 
+use super::outgoing::{Sendings, SnapshotStart};
 use super::{
     LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id_from_proto, log_id_to_proto, stored_membership_from_proto,
     stored_membership_to_proto, to_io,
@@ -55,6 +61,8 @@ const META_ALARM: &[u8] = b"alarm/";
 const META_QUOTA: &[u8] = b"alarm-by-quota/";
 const META_MEMBERSHIP: &[u8] = b"raft/membership";
 const META_VERSION: &[u8] = b"cluster/version";
+/// The entry up to which the state came as a snapshot; of this member alone, and of no snapshot.
+pub(super) const META_INSTALLED: &[u8] = b"raft/installed";
 
 /// The command id of an alarm that the space quota raises, and no client.
 pub(crate) const BY_QUOTA: u64 = 1;
@@ -71,7 +79,7 @@ pub(crate) type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 
 /// The applied state of a member. See the module's head.
 pub(crate) struct Machine {
-    pub store: Arc<Store>,
+    pub current: Arc<Current>,
     pub hub: Arc<WatchHub>,
     pub lessor: Mutex<Lessor>,
     pub counters: Arc<Counters>,
@@ -83,6 +91,46 @@ pub(crate) struct Machine {
     /// What has been applied, and what of it is on disk.
     applied: Mutex<Position>,
     durable: Mutex<Position>,
+    /// See [`Machine::installed`].
+    installed: Option<LogId>,
+    /// Stores that nobody is given any more, until those who still read them have come to their end; and what goes with them.
+    retired: Mutex<Vec<Retired>>,
+    pub sendings: Arc<Sendings>,
+}
+
+/// A store that is not the member's any more.
+pub(crate) struct Retired {
+    store: Arc<Store>,
+    /// The leases of its time.
+    #[allow(dead_code, reason = "kept for its drop, which may take long")]
+    leases: Option<Lessor>,
+}
+
+/// A whole state on disk that nobody uses yet: what a snapshot was made into.
+pub(crate) struct Prepared {
+    store: Arc<Store>,
+    held: Held,
+}
+
+impl Prepared {
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// What openraft is to know of it.
+    pub fn meta(&self) -> SnapshotMeta {
+        let Position { log_id, membership } = self.held.position.clone();
+        SnapshotMeta { last_log_id: log_id, last_membership: membership }
+    }
+}
+
+/// What is kept beside the history, in memory.
+struct Held {
+    lessor: Lessor,
+    alarms: BTreeSet<(i32, u64)>,
+    by_quota: BTreeSet<u64>,
+    position: Position,
+    installed: Option<LogId>,
 }
 
 /// How far the state has come.
@@ -104,49 +152,16 @@ impl Machine {
         store: Arc<Store>,
         saved: Saved,
         attached: Vec<(i64, Bytes)>,
-        mut lessor: Lessor,
+        lessor: Lessor,
         clock: Clock,
         slow: Duration,
         counters: Arc<Counters>,
     ) -> Result<Machine> {
-        let damaged = |what: String| store.history().damaged(what);
-        let mut position = Position::default();
-        if let Some(bytes) = saved.applied {
-            let applied = internal::Applied::decode(bytes).map_err(|err| damaged(format!("the applied position: {err}")))?;
-            if applied.revision != store.revision() {
-                let what = format!("the history ends at revision {}, but the applied position says {}", store.revision(), applied.revision);
-                return Err(damaged(what));
-            }
-            position.log_id = applied.log_id.map(log_id_from_proto);
-        }
-        let mut leases = Vec::new();
-        let mut alarms = BTreeSet::new();
-        let mut by_quota = BTreeSet::new();
-        for (name, value) in saved.meta {
-            if let Some(id) = name.strip_prefix(META_LEASE) {
-                let lease = Lease::decode(&value).map_err(|what| damaged(format!("lease {id:02x?}: {what}")))?;
-                leases.push(lease);
-            } else if name.starts_with(META_ALARM) {
-                let alarm = AlarmMember::decode(value).map_err(|err| damaged(format!("an alarm: {err}")))?;
-                alarms.insert((alarm.alarm, alarm.member_id));
-            } else if let Some(member) = name.strip_prefix(META_QUOTA) {
-                let member = <[u8; 8]>::try_from(member).map_err(|_| damaged("an alarm's member is not 8 bytes long".into()))?;
-                by_quota.insert(u64::from_be_bytes(member));
-            } else if name == META_MEMBERSHIP {
-                let stored = internal::StoredMembership::decode(value).map_err(|err| damaged(format!("the membership: {err}")))?;
-                position.membership = stored_membership_from_proto(stored).map_err(|what| damaged(format!("the membership: {what}")))?;
-            }
-        }
-        lessor.restore(leases);
-        for (lease, key) in attached {
-            // A key whose lease is gone is told apart by the check of invariants, not refused: its value is intact.
-            if lessor.attach(lease, key).is_err() {
-                tracing::warn!(lease, "a key is attached to a lease that does not exist");
-            }
-        }
+        let Held { lessor, alarms, by_quota, position, installed } = Held::read(&store, saved, attached, lessor)?;
         let hub = Arc::new(WatchHub::new(store.revision(), counters.clone()));
+        let sendings = Arc::new(Sendings::new(clock.clone()));
         Ok(Machine {
-            store,
+            current: Arc::new(Current::new(store)),
             hub,
             lessor: Mutex::new(lessor),
             counters,
@@ -156,7 +171,76 @@ impl Machine {
             slow: Slow::new(slow),
             applied: Mutex::new(position.clone()),
             durable: Mutex::new(position),
+            installed,
+            retired: Mutex::default(),
+            sendings,
         })
+    }
+
+    /// The store as it is now. Whoever asks it more than one thing asks the same one.
+    pub fn store(&self) -> Arc<Store> {
+        self.current.get()
+    }
+
+    /// The entry up to which the state had come as a snapshot when the member started. The log up to it was to be purged.
+    pub fn installed(&self) -> Option<LogId> {
+        self.installed
+    }
+
+    /// Reads what a store holds, to [take it over](Self::replace) later. It may take long.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn prepare(&self, store: Arc<Store>, saved: Saved, attached: Vec<(i64, Bytes)>) -> Result<Prepared> {
+        let lessor = lock(&self.lessor).fresh();
+        let held = Held::read(&store, saved, attached, lessor)?;
+        Ok(Prepared { store, held })
+    }
+
+    /// Goes over to another state, of a later point of the same log. To be called between two entries.
+    pub(super) fn replace(&self, prepared: Prepared) {
+        let Prepared { store, held } = prepared;
+        let Held { lessor, alarms, by_quota, position, .. } = held;
+        let leases = std::mem::replace(&mut *lock(&self.lessor), lessor);
+        *lock(&self.alarms) = alarms;
+        *lock(&self.by_quota) = by_quota;
+        let old = self.current.replace(store.clone());
+        self.hub.replace(&store);
+        *lock(&self.durable) = position.clone();
+        // Last, for who waits for this point of the log reads then.
+        *lock(&self.applied) = position;
+        lock(&self.retired).push(Retired { store: old, leases: Some(leases) });
+    }
+
+    /// Takes a store that will not be used, to be dropped where that may take long.
+    pub fn retire(&self, store: Arc<Store>) {
+        lock(&self.retired).push(Retired { store, leases: None });
+    }
+
+    /// The retired stores that nobody reads any more. To be dropped where that may take long: their files go.
+    pub fn take_unused(&self) -> Vec<Retired> {
+        lock(&self.retired).extract_if(.., |retired| Arc::strong_count(&retired.store) == 1).collect()
+    }
+
+    /// Gives up the files of all stores, whoever still reads them.
+    pub fn close(&self) {
+        for retired in std::mem::take(&mut *lock(&self.retired)) {
+            retired.store.history().backend().close();
+        }
+        self.store().history().backend().close();
+    }
+
+    /// Where a snapshot begins that is made now. To be called between two entries. One for a member has all of the history since the
+    /// last compaction; one for people has all that can be read at its own revision.
+    ///
+    /// # Errors
+    /// None but faults.
+    pub fn begin_snapshot(&self, for_member: bool) -> Result<SnapshotStart> {
+        let store = self.store();
+        let compacted = store.revisions().1;
+        let floor = if for_member { Some(store.pin(compacted.max(1))?) } else { None };
+        let (position, metas, sendings) = (self.applied(), self.metas(), self.sendings.clone());
+        Ok(SnapshotStart { pin: store.pin(0)?, floor, compacted, position, metas, sendings })
     }
 
     /// What has been applied.
@@ -179,6 +263,10 @@ impl Machine {
             if *now.membership.log_id() <= Some(log_id) { Some(now.membership.clone()) } else { None }
         };
         let mut durable = lock(&self.durable);
+        if durable.log_id > Some(log_id) {
+            // Of the store that a snapshot has just replaced.
+            return None;
+        }
         durable.log_id = Some(log_id);
         if let Some(membership) = membership {
             durable.membership = membership;
@@ -213,7 +301,7 @@ impl Machine {
         metas.extend(lock(&self.by_quota).iter().map(|&member| (quota_name(member), Bytes::new())));
         let membership = stored_membership_to_proto(&lock(&self.applied).membership);
         metas.insert(META_MEMBERSHIP.to_vec(), membership.encode_to_vec().into());
-        metas.extend(self.store.compaction_mark());
+        metas.extend(self.store().compaction_mark());
         metas
     }
 
@@ -231,7 +319,7 @@ impl Machine {
             }
             Some(command::Op::Txn(request)) => self.write(tally, |writer, leases| txn::txn(writer, request, leases)).map(Reply::Txn),
             Some(command::Op::Compaction(request)) => self
-                .store
+                .store()
                 .compact(request.revision)
                 .map(|()| Reply::Compaction(CompactionResponse { header: self.header() }))
                 .map_err(Error::from),
@@ -245,7 +333,7 @@ impl Machine {
             }
             Some(command::Op::Alarm(request)) => self.alarm(request, command.id == BY_QUOTA),
             Some(command::Op::ClusterVersion(version)) => {
-                self.store.history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
+                self.store().history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
                 Ok(Reply::ClusterVersion)
             }
             None => return Err(Error::Failed("the log holds a command that this release does not know".into())),
@@ -259,7 +347,8 @@ impl Machine {
 
     /// Runs a request that writes, and tells leases and watchers what it wrote.
     fn write<T>(&self, tally: &mut Tally, request: impl FnOnce(&mut Writer<'_>, &dyn Fn(i64) -> bool) -> Result<T>) -> Result<T> {
-        let mut writer = self.store.begin();
+        let store = self.store();
+        let mut writer = store.begin();
         let response = request(&mut writer, &|id| lock(&self.lessor).contains(id));
         writer.tally.end_txn();
         tally.add(&writer.tally);
@@ -303,7 +392,7 @@ impl Machine {
     fn revoke(&self, id: i64, tally: &mut Tally) -> Result<Reply> {
         let keys = lock(&self.lessor).revoke(id)?;
         self.counters.leases_revoked.inc();
-        self.store.history().put_meta(&lease_name(id), None);
+        self.store().history().put_meta(&lease_name(id), None);
         self.write(tally, |writer, _| {
             for key in &keys {
                 writer.delete(key);
@@ -315,7 +404,7 @@ impl Machine {
     }
 
     fn save_lease(&self, lease: &Lease) {
-        self.store.history().put_meta(&lease_name(lease.id), Some(Bytes::copy_from_slice(&lease.encode())));
+        self.store().history().put_meta(&lease_name(lease.id), Some(Bytes::copy_from_slice(&lease.encode())));
     }
 
     fn alarm(&self, request: &AlarmRequest, by_quota: bool) -> Result<Reply> {
@@ -330,18 +419,18 @@ impl Machine {
             AlarmAction::Activate | AlarmAction::Deactivate if alarm == AlarmType::None => Vec::new(),
             AlarmAction::Activate => {
                 lock(&self.alarms).insert(entry);
-                self.store.history().put_meta(&name, Some(member.encode_to_vec().into()));
+                self.store().history().put_meta(&name, Some(member.encode_to_vec().into()));
                 if by_quota {
                     lock(&self.by_quota).insert(request.member_id);
-                    self.store.history().put_meta(&quota_name(request.member_id), Some(Bytes::new()));
+                    self.store().history().put_meta(&quota_name(request.member_id), Some(Bytes::new()));
                 }
                 vec![member]
             }
             AlarmAction::Deactivate => {
                 if lock(&self.alarms).remove(&entry) {
-                    self.store.history().put_meta(&name, None);
+                    self.store().history().put_meta(&name, None);
                     if alarm == AlarmType::Nospace && lock(&self.by_quota).remove(&request.member_id) {
-                        self.store.history().put_meta(&quota_name(request.member_id), None);
+                        self.store().history().put_meta(&quota_name(request.member_id), None);
                     }
                     vec![member]
                 } else {
@@ -358,16 +447,62 @@ impl Machine {
     }
 
     fn header(&self) -> Option<ResponseHeader> {
-        Some(ResponseHeader { revision: self.store.revision(), ..ResponseHeader::default() })
+        Some(ResponseHeader { revision: self.store().revision(), ..ResponseHeader::default() })
     }
 
     /// Checks that leases and keys point at each other. For tests and debugging.
     pub fn check(&self) -> Result<(), String> {
-        self.store.check()?;
+        self.store().check()?;
         let lessor = lock(&self.lessor);
         lessor.each_lease_queued_once()?;
-        let attached = self.store.attached();
+        let attached = self.store().attached();
         lessor.keys_point_back(attached.iter().map(|(key, lease)| (key.as_ref(), *lease)))
+    }
+}
+
+impl Held {
+    /// Reads back what is stored beside the history.
+    fn read(store: &Store, saved: Saved, attached: Vec<(i64, Bytes)>, mut lessor: Lessor) -> Result<Held> {
+        let damaged = |what: String| store.history().damaged(what);
+        let mut position = Position::default();
+        if let Some(bytes) = saved.applied {
+            let applied = internal::Applied::decode(bytes).map_err(|err| damaged(format!("the applied position: {err}")))?;
+            if applied.revision != store.revision() {
+                let what = format!("the history ends at revision {}, but the applied position says {}", store.revision(), applied.revision);
+                return Err(damaged(what));
+            }
+            position.log_id = applied.log_id.map(log_id_from_proto);
+        }
+        let mut leases = Vec::new();
+        let mut alarms = BTreeSet::new();
+        let mut by_quota = BTreeSet::new();
+        let mut installed = None;
+        for (name, value) in saved.meta {
+            if let Some(id) = name.strip_prefix(META_LEASE) {
+                let lease = Lease::decode(&value).map_err(|what| damaged(format!("lease {id:02x?}: {what}")))?;
+                leases.push(lease);
+            } else if name.starts_with(META_ALARM) {
+                let alarm = AlarmMember::decode(value).map_err(|err| damaged(format!("an alarm: {err}")))?;
+                alarms.insert((alarm.alarm, alarm.member_id));
+            } else if let Some(member) = name.strip_prefix(META_QUOTA) {
+                let member = <[u8; 8]>::try_from(member).map_err(|_| damaged("an alarm's member is not 8 bytes long".into()))?;
+                by_quota.insert(u64::from_be_bytes(member));
+            } else if name == META_MEMBERSHIP {
+                let stored = internal::StoredMembership::decode(value).map_err(|err| damaged(format!("the membership: {err}")))?;
+                position.membership = stored_membership_from_proto(stored).map_err(|what| damaged(format!("the membership: {what}")))?;
+            } else if name == META_INSTALLED {
+                let id = internal::LogId::decode(value).map_err(|err| damaged(format!("the installed position: {err}")))?;
+                installed = Some(log_id_from_proto(id));
+            }
+        }
+        lessor.restore(leases);
+        for (lease, key) in attached {
+            // A key whose lease is gone is told apart by the check of invariants, not refused: its value is intact.
+            if lessor.attach(lease, key).is_err() {
+                tracing::warn!(lease, "a key is attached to a lease that does not exist");
+            }
+        }
+        Ok(Held { lessor, alarms, by_quota, position, installed })
     }
 }
 
@@ -435,27 +570,26 @@ pub(crate) struct StateMachine {
     pub machine: Arc<Machine>,
 }
 
-/// A snapshot of a member. The state that is on disk *is* the snapshot, so that making one costs nothing: it only tells
-/// openraft up to where the log is no longer needed. A member that needs the contents is sent them by `snapshot.rs`.
-#[derive(Clone, Debug)]
-pub(crate) struct SnapshotHandle;
+/// A snapshot of a member, as openraft hands it about.
+pub(crate) enum SnapshotHandle {
+    /// The state that is on disk: it only tells openraft up to where the log is no longer needed. Making it costs nothing.
+    Durable,
+    /// Where one begins that is to be sent.
+    Outgoing(Box<SnapshotStart>),
+    /// One that was received, and is to take the state's place.
+    Incoming(Box<Prepared>),
+}
 
 type Snapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotHandle>;
-
-impl StateMachine {
-    fn durable_snapshot(&self) -> Option<Snapshot> {
-        let Position { log_id, membership } = self.machine.durable();
-        let log_id = log_id?;
-        let meta = SnapshotMeta { last_log_id: Some(log_id), last_membership: membership };
-        Some(Snapshot { meta, snapshot: SnapshotHandle })
-    }
-}
 
 impl RaftSnapshotBuilder<TypeConfig> for StateMachine {
     type SnapshotData = SnapshotHandle;
 
     async fn build_snapshot(&mut self) -> std::io::Result<Snapshot> {
-        self.durable_snapshot().ok_or_else(|| std::io::Error::other("nothing has been applied and synced yet"))
+        let Position { log_id, membership } = self.machine.durable();
+        let log_id = log_id.ok_or_else(|| std::io::Error::other("nothing has been applied and synced yet"))?;
+        let meta = SnapshotMeta { last_log_id: Some(log_id), last_membership: membership };
+        Ok(Snapshot { meta, snapshot: SnapshotHandle::Durable })
     }
 }
 
@@ -501,12 +635,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 EntryPayload::Membership(membership) => {
                     let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
                     let bytes = stored_membership_to_proto(&stored).encode_to_vec();
-                    machine.store.history().put_meta(META_MEMBERSHIP, Some(bytes.into()));
+                    machine.store().history().put_meta(META_MEMBERSHIP, Some(bytes.into()));
                     lock(&machine.applied).membership = stored;
                 }
             }
-            let applied = internal::Applied { log_id: Some(log_id_to_proto(entry.log_id)), revision: machine.store.revision() };
-            machine.store.history().commit(applied.encode_to_vec().into());
+            let applied = internal::Applied { log_id: Some(log_id_to_proto(entry.log_id)), revision: machine.store().revision() };
+            machine.store().history().commit(applied.encode_to_vec().into());
             lock(&machine.applied).log_id = Some(entry.log_id);
             let now = machine.now();
             let took = now.saturating_sub(began);
@@ -529,12 +663,23 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.clone()
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, _: SnapshotHandle) -> std::io::Result<()> {
-        // Members that are sent a snapshot come with clusters of more than one.
-        Err(std::io::Error::other(format!("a snapshot up to {:?} cannot be installed", meta.last_log_id)))
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, handle: SnapshotHandle) -> std::io::Result<()> {
+        let SnapshotHandle::Incoming(prepared) = handle else {
+            return Err(std::io::Error::other(format!("a snapshot up to {:?} has nothing in it", meta.last_log_id)));
+        };
+        let backend = prepared.store.history().backend().clone();
+        tokio::task::spawn_blocking(move || backend.take_over()).await?.map_err(to_io)?;
+        let (revision, index) = (prepared.store.revision(), meta.last_log_id.map_or(0, |id| id.index));
+        self.machine.replace(*prepared);
+        self.machine.counters.snapshots_received.inc();
+        tracing::info!(revision, index, "a snapshot from the leader has taken the state's place");
+        Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> std::io::Result<Option<Snapshot>> {
-        Ok(self.durable_snapshot())
+        let Position { log_id: Some(log_id), membership } = self.machine.applied() else { return Ok(None) };
+        let start = self.machine.begin_snapshot(true).map_err(to_io)?;
+        let meta = SnapshotMeta { last_log_id: Some(log_id), last_membership: membership };
+        Ok(Some(Snapshot { meta, snapshot: SnapshotHandle::Outgoing(Box::new(start)) }))
     }
 }

@@ -106,6 +106,21 @@ async fn durable(change: impl FnOnce(wal::Done) -> Result<()>) -> io::Result<()>
     wait.await.unwrap_or(Err(Error::Stopped)).map_err(to_io)
 }
 
+/// Purges the log up to an entry, which may lie beyond its last, and returns when that is on disk.
+///
+/// # Errors
+/// As [`Wal::purge`], and its failure.
+pub(crate) async fn purge(wal: &Wal, upto: LogId) -> Result<()> {
+    let (done, wait) = oneshot::channel();
+    wal.purge(
+        to_wal(upto),
+        Box::new(move |result| {
+            let _ = done.send(result);
+        }),
+    )?;
+    wait.await.unwrap_or(Err(Error::Stopped))
+}
+
 impl RaftLogReader<TypeConfig> for LogStore {
     async fn try_get_log_entries<RB>(&mut self, range: RB) -> io::Result<Vec<RaftEntry>>
     where

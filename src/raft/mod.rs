@@ -1,7 +1,7 @@
 //! Consensus: openraft, told what our entries, members and votes are, and nothing else.
 //!
 //! This folder is the thin wrapper that keeps openraft's types from spreading: [`log`] puts its log into our segments,
-//! [`apply`] is the state machine, [`network`] carries its messages. The layers above see [`Proposal`], [`Reply`] and
+//! [`apply`] is the state machine, [`network`] carries its messages, [`outgoing`] and [`incoming`] turn a state into a snapshot and back. The layers above see [`Proposal`], [`Reply`] and
 //! `u64`s.
 //!
 //! # One entry, many requests
@@ -33,8 +33,10 @@ use crate::proto::etcdserverpb::{
 use crate::proto::internal;
 
 pub(crate) mod apply;
+pub(crate) mod incoming;
 pub(crate) mod log;
 pub(crate) mod network;
+pub(crate) mod outgoing;
 
 /// openraft's types, as we use them.
 #[derive(Debug, Clone, Copy, Default, Eq, PartialEq, Ord, PartialOrd)]

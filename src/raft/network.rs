@@ -10,28 +10,38 @@
 //!
 //! Every failure is told to openraft as that the member cannot be reached: it waits a moment and tries again, whatever the reason.
 //!
-//! # Not yet
-//! A member that lags so far that the log has been cut off before it cannot be helped: its snapshot is not sent.
+//! # Snapshots
+//! A member that lags so far that the log has been cut off before it is sent the state: in pieces of about 512 KiB, each made when the one
+//! before is in a file there. So neither side has more than a piece in memory, the revision and the history below it are held as long as it
+//! takes, and when a connection breaks, the piece under way is what has to be sent again. After [`STUCK`] without any progress it is given
+//! up, and openraft begins with a new one.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
 use openraft::{AnyError, OptionalSend};
+use tokio::time::Instant;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
+use crate::error::Error;
+use crate::metrics::Counters;
 use crate::proto::internal;
 use crate::proto::peer::append_response::Outcome;
+use crate::proto::peer::install_snapshot_response::Outcome as Installed;
 use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
 
 use super::apply::SnapshotHandle;
+use super::outgoing::{SnapshotStart, Writer};
 use super::{
-    RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto,
+    LogId, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto,
 };
 
 /// Headers of every call: the cluster, who calls, and who is meant; each as 16 hexadecimal digits.
@@ -45,11 +55,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The largest message between members: entries as they go into the log's frames, and what surrounds them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
+/// How long one piece of a snapshot may take to be in a file at the other end. Beyond it it is sent again.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a snapshot may be without any progress. Beyond it, it is given up; what it held is let go of.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// How long to wait before a piece is sent again, or a pending installation is asked for again.
+const SNAPSHOT_RETRY: Duration = Duration::from_millis(100);
+
 /// Makes links to members.
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
     pub cluster_id: u64,
     pub member_id: u64,
+    pub counters: Arc<Counters>,
 }
 
 /// The way to one member.
@@ -195,14 +215,106 @@ impl RaftNetworkV2<TypeConfig> for Link {
 
     async fn full_snapshot(
         &mut self,
-        _: Vote,
-        _: openraft::alias::SnapshotOf<TypeConfig, SnapshotHandle>,
-        _: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        vote: Vote,
+        snapshot: openraft::alias::SnapshotOf<TypeConfig, SnapshotHandle>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let what = format!("member {:x} lacks entries that are no longer in the log, and snapshots are not sent yet", self.id);
-        tracing::error!("{what}");
-        Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))))
+        let SnapshotHandle::Outgoing(start) = snapshot.snapshot else {
+            let what = format!("the snapshot for member {:x} has nothing in it", self.id);
+            return Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))));
+        };
+        let sent = tokio::select! {
+            closed = cancel => return Err(StreamingError::Closed(closed)),
+            sent = self.send_snapshot(&vote, *start) => sent,
+        };
+        sent.map(|vote| SnapshotResponse { vote }).map_err(|status| {
+            tracing::warn!(peer = %format_args!("{:x}", self.id), error = status.message(), "a snapshot could not be sent");
+            StreamingError::Unreachable(Unreachable::new(&AnyError::error(format!("member {:x}: {}", self.id, status.message()))))
+        })
+    }
+}
+
+impl Link {
+    /// Sends a snapshot and has it installed. Returns the member's vote.
+    ///
+    /// # Errors
+    /// What went wrong; another attempt has to be made with another snapshot.
+    async fn send_snapshot(&mut self, vote: &Vote, start: SnapshotStart) -> Result<Vote, Status> {
+        let _sending = start.sendings.begin();
+        let (id, last) = (rand::random::<u64>(), start.position.log_id);
+        let (revision, index) = (start.pin.at(), last.map_or(0, |id| id.index));
+        tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), index, revision, "sending a snapshot");
+        let broken = |err: Error| Status::internal(err.to_string());
+        // A member asks nobody for the time of its snapshots.
+        let mut writer = Writer::new(self.ours.cluster_id, self.ours.member_id, 0, start).map_err(broken)?;
+        let mut size = 0;
+        while !writer.is_finished() {
+            // The history is read by a thread that may wait for the disk.
+            let step = tokio::task::spawn_blocking(move || {
+                let piece: Vec<u8> = writer.step()?.into_iter().flatten().collect();
+                Ok((writer, Bytes::from(piece)))
+            });
+            let (back, piece) = step.await.map_err(|err| Status::internal(err.to_string()))?.map_err(broken)?;
+            writer = back;
+            if !piece.is_empty() {
+                self.put_piece(id, vote.leader_id.term, size, &piece).await?;
+                size += piece.len() as u64;
+                self.ours.counters.snapshot_sent_bytes.add(piece.len() as u64);
+            }
+        }
+        // What it holds of the history is not needed for the rest.
+        drop(writer);
+        let vote = self.have_installed(id, size, vote, last).await?;
+        self.ours.counters.snapshots_sent.inc();
+        tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), size, "a snapshot was sent");
+        Ok(vote)
+    }
+
+    /// Sends a piece, again and again, until the member has it.
+    async fn put_piece(&mut self, id: u64, term: u64, offset: u64, piece: &Bytes) -> Result<(), Status> {
+        let crc32c = crc32c::crc32c(piece);
+        let began = Instant::now();
+        let end = offset + piece.len() as u64;
+        loop {
+            let request = peer::PutSnapshotRequest { id, term, offset, bytes: piece.clone(), crc32c };
+            let answer = self.call(request, PIECE_TIMEOUT, |mut client, request| async move { client.put_snapshot(request).await }).await;
+            let failed = match answer {
+                Ok(answer) if answer.refused.is_empty() && answer.have == end => return Ok(()),
+                // It came damaged.
+                Ok(answer) if answer.refused.is_empty() && answer.have == offset => Status::data_loss("it does not arrive whole"),
+                Ok(answer) if answer.refused.is_empty() => {
+                    return Err(Status::aborted(format!("the member has {} bytes of the snapshot instead of {offset}", answer.have)));
+                }
+                Ok(answer) => Status::unavailable(answer.refused),
+                Err(status) => status,
+            };
+            if failed.code() == Code::FailedPrecondition || began.elapsed() > STUCK {
+                return Err(failed);
+            }
+            tracing::debug!(peer = %format_args!("{:x}", self.id), offset, error = failed.message(), "a piece of a snapshot is sent again");
+            tokio::time::sleep(SNAPSHOT_RETRY).await;
+        }
+    }
+
+    /// Asks for the installation of what was sent until it is done.
+    async fn have_installed(&mut self, id: u64, size: u64, vote: &Vote, last: Option<LogId>) -> Result<Vote, Status> {
+        let mut heard = Instant::now();
+        loop {
+            let request = peer::InstallSnapshotRequest { id, size, vote: Some(vote_to_proto(vote)), last: last.map(log_id_to_proto) };
+            let answer =
+                self.call(request, PIECE_TIMEOUT, |mut client, request| async move { client.install_snapshot(request).await }).await;
+            match answer.map(|answer| answer.outcome) {
+                Ok(Some(Installed::Vote(vote))) => return Ok(vote_from_proto(vote)),
+                Ok(Some(Installed::Refused(what))) => return Err(Status::aborted(what)),
+                // However long it takes, for it is at it.
+                Ok(Some(Installed::Pending(_))) => heard = Instant::now(),
+                Ok(None) => return Err(Status::internal("an answer without an outcome")),
+                Err(status) if status.code() == Code::FailedPrecondition || heard.elapsed() > STUCK => return Err(status),
+                Err(_) => {}
+            }
+            tokio::time::sleep(SNAPSHOT_RETRY).await;
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 //!     identity                format version, cluster and member id, name; written once
 //!     wal/                    the Raft log (elsewhere with --wal-dir)
 //!     state/                  the applied state
+//!     incoming-<id>           a snapshot that a leader is sending; removed by the next start
 //! ```
 //!
 //! `identity` is a few lines of text with a checksum over those before it, so that a person can read it and a program can
@@ -37,6 +38,9 @@ use crate::error::{Error, Result};
 const FORMAT_VERSION: u32 = 1;
 
 const IDENTITY: &str = "identity";
+
+/// How the names of half-received snapshots begin.
+const INCOMING: &str = "incoming-";
 
 /// Who a member is; chosen when the directory is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +86,7 @@ impl DataDir {
                 }
             }
         }
+        remove_incoming(&member)?;
         let wal = wal_dir.map_or_else(|| member.join("wal"), Path::to_owned);
         Ok(DataDir { member, wal, identity, _lock: lock })
     }
@@ -109,6 +114,28 @@ impl DataDir {
     pub fn state(&self) -> PathBuf {
         self.member.join("state")
     }
+
+    /// The directory for snapshots that are being received; see [`incoming`].
+    pub fn member(&self) -> &Path {
+        &self.member
+    }
+}
+
+/// The file for a snapshot that is being received.
+pub(crate) fn incoming(member: &Path, id: u64) -> PathBuf {
+    member.join(format!("{INCOMING}{id:016x}"))
+}
+
+/// Removes what a process that ended had received of snapshots: their sender begins anew.
+fn remove_incoming(member: &Path) -> Result<()> {
+    let fault = |err| Error::io("removing what was left of a snapshot in", member, err);
+    for entry in fs::read_dir(member).map_err(fault)? {
+        let entry = entry.map_err(fault)?;
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(INCOMING)) {
+            fs::remove_file(entry.path()).map_err(fault)?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes a directory, with those above it; each new one is there for good, also after a power cut.

@@ -417,6 +417,11 @@ impl History {
         Ok(())
     }
 
+    /// Where it is stored.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
     /// What the space quota counts; see [`HistoryStats::live_bytes`]. Cheap: asked for each request that needs space.
     pub fn live_bytes(&self) -> u64 {
         self.live_bytes.load(Ordering::Relaxed)

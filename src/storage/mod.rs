@@ -29,10 +29,11 @@
 //! - A scan is not a snapshot: beside a concurrent `apply` it may see some of the batch's changes and not others.
 //!
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub mod dir;
 mod generation;
@@ -177,6 +178,24 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Gives the files up, for good: every later call ends with `Stopped`. Readers may still hold the backend by then.
     fn close(&self) {}
+
+    /// Makes an empty store beside this one, to be filled by whoever asked for it and then to [take its place](Backend::take_over). Until
+    /// then nothing of it is there after a restart, and this store goes on as if it were not there.
+    ///
+    /// # Errors
+    /// `Io` when the files cannot be made; `Failed` when this kind of store has no successors.
+    fn successor(&self) -> Result<Arc<dyn Backend>> {
+        Err(Error::Failed("this storage cannot be replaced by another".into()))
+    }
+
+    /// Makes a successor that is filled and synced the one that counts: at once, also across a crash. The store that was there before
+    /// can still be read, is to be written no more, and takes its files with it when it is closed or dropped.
+    ///
+    /// # Errors
+    /// `Io`; the old store counts then, unless a restart finds otherwise.
+    fn take_over(&self) -> Result<()> {
+        Err(Error::Failed("this storage cannot replace another".into()))
+    }
 
     /// Begins to copy what is live into fresh files, which is how space comes back. Does nothing while one is under way.
     ///

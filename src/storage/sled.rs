@@ -4,7 +4,7 @@
 //! state/                   0700, handed in by the caller, who holds the data directory's lock
 //!   CURRENT                "quorate-state v1 gen-0000002 crc32c=...": which generation counts
 //!   gen-0000002/           0700; db, conf, snap.*, blobs/ are sled's own
-//!   gen-0000003/           only while a rewrite is under way; removed by the next start when the process died in it
+//!   gen-0000003/           only while a rewrite, or a successor, is under way; removed by the next start when the process died in it
 //!   gen-0000002.keep/      as it was before a start that was not sure of it, until it is; see `keep.rs`
 //! ```
 //!
@@ -24,8 +24,15 @@
 //! moved over, and the old directory is removed. An error in the copy gives the rewrite up and removes it; what is live is
 //! never touched by a rewrite, whatever happens to it. A damaged page that is met by the copy gives it up too.
 //!
+//! # The successor
+//! A member that is sent another one's whole state builds it in a store of its own, [beside](Backend::successor) the one in use and in
+//! the same directory. It counts from the moment at which `CURRENT` names it ([`take_over`](Backend::take_over)): before that a
+//! crash leaves the old state, after it the new one. Whichever of two stores does not count removes its files when it is closed or
+//! dropped, so that readers of the old one may come to their end. Generations are numbered for the directory, not for the store, and
+//! only the store that counts may write `CURRENT`: so a rewrite of the old one and the making of its successor do not meet.
+//!
 //! # Locks
-//! One `RwLock`. Reading: get, one chunk of a scan (never a visitor), flush, fsync. Writing: handing a batch to sled, copying
+//! One `RwLock`, and within it at most the lock on who counts. Reading: get, one chunk of a scan (never a visitor), flush, fsync. Writing: handing a batch to sled, copying
 //! one chunk, changing the generation. So readers never see a part of a batch, not even of one that fails in the middle,
 //! and wait for milliseconds. A reopen and the removal of the old files happen outside the lock.
 //!
@@ -45,7 +52,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use ::sled::IVec;
 use bytes::Bytes;
@@ -72,10 +80,28 @@ const CURRENT: &str = "CURRENT";
 pub struct Sled {
     dir: PathBuf,
     fsync: bool,
+    /// The number of its first generation: tells it from the other stores of the directory.
+    id: u64,
+    place: Arc<Place>,
     /// Read: get, scan, flush and fsync. Written: changes of content and of generation, for as long as readers must wait.
     state: RwLock<State>,
     /// The files as they were, until what stands in them is [accepted](Backend::accept).
     kept: Mutex<Option<Kept>>,
+}
+
+/// What the stores of one directory share.
+struct Place {
+    /// The next number for a generation.
+    next: AtomicU64,
+    /// The store that `CURRENT` names a generation of; none when a failed write of `CURRENT` has left that open: then nothing is written
+    /// or removed any more. Held while `CURRENT` is written.
+    counts: Mutex<Option<u64>>,
+}
+
+impl Place {
+    fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 struct State {
@@ -133,8 +159,25 @@ impl Sled {
         } else {
             Generation::open_kept(dir, number, fsync)?
         };
+        let place = Place { next: AtomicU64::new(live.number + 1), counts: Mutex::new(Some(live.number)) };
+        Ok(Sled::of(dir, fsync, live, kept, Arc::new(place)))
+    }
+
+    fn of(dir: &Path, fsync: bool, live: Generation, kept: Option<Kept>, place: Arc<Place>) -> Sled {
+        let (dir, id) = (dir.to_owned(), live.number);
         let state = RwLock::new(State { live: Ok(live), rewrite: None, given_up: None });
-        Ok(Sled { dir: dir.to_owned(), fsync, state, kept: Mutex::new(kept) })
+        Sled { dir, fsync, id, place, state, kept: Mutex::new(kept) }
+    }
+
+    /// Gives the live generation up, and removes it if it does not count.
+    fn let_go(&self) {
+        let old = std::mem::replace(&mut self.write().live, Err(Error::Stopped));
+        let counts = lock(&self.place.counts).is_none_or(|counts| counts == self.id);
+        // Outside of the lock: sled writes out what it still has.
+        match old {
+            Ok(old) if !counts => old.discard(),
+            old => drop(old),
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -181,14 +224,21 @@ impl Sled {
         let State { live: Ok(live), rewrite: Some(rewrite), .. } = &mut *state else { return Ok(()) };
         live.check()?;
         rewrite.to.sync()?;
+        let mut counts = lock(&self.place.counts);
+        if *counts != Some(self.id) {
+            return Err(Error::Stopped);
+        }
         if let Err(error) = write_current(&self.dir, rewrite.to.number) {
             if read_current(&self.dir).is_ok_and(|number| number == Some(live.number)) {
                 return Err(error);
             }
+            *counts = None;
+            drop(counts);
             // It may be replaced on disk, or not: what is applied from here on could stand in the wrong one. Both stay.
             std::mem::drop(state.rewrite.take());
             return Err(state.live()?.fail(error));
         }
+        drop(counts);
         let Some(rewrite) = state.rewrite.take() else { return Ok(()) };
         let old = std::mem::replace(&mut state.live, Ok(rewrite.to));
         drop(state);
@@ -293,6 +343,10 @@ impl Backend for Sled {
         // Readers get the error, rather than wait, for as long as this takes.
         drop(old);
         let number = read_current(&self.dir)?.unwrap_or(0);
+        if *lock(&self.place.counts) != Some(self.id) {
+            // Nothing is written any more to a store whose place was taken, and a successor that fails is made anew.
+            return Err(Error::Stopped);
+        }
         let opened = Generation::open(&self.dir, number, self.fsync)?;
         self.write().live = Ok(opened);
         Ok(())
@@ -306,22 +360,48 @@ impl Backend for Sled {
 
     fn close(&self) {
         self.give_up_rewrite(None);
-        let old = std::mem::replace(&mut self.write().live, Err(Error::Stopped));
-        // Outside of the lock: sled writes out what it still has.
-        drop(old);
+        self.let_go();
         if let Some(Err(error)) = lock(&self.kept).take().map(Kept::restore) {
             tracing::warn!(%error, "putting the state back as it was; the next start tries again");
         }
     }
 
-    fn start_rewrite(&self) -> Result<()> {
+    fn successor(&self) -> Result<Arc<dyn Backend>> {
+        let live = Generation::create(&self.dir, self.place.number(), self.fsync)?;
+        Ok(Arc::new(Sled::of(&self.dir, self.fsync, live, None, self.place.clone())))
+    }
+
+    fn take_over(&self) -> Result<()> {
         let number = {
+            let state = self.read();
+            let live = state.live()?;
+            live.sync()?;
+            live.number
+        };
+        let mut counts = lock(&self.place.counts);
+        if *counts == Some(self.id) {
+            return Ok(());
+        }
+        let before = read_current(&self.dir)?;
+        if let Err(error) = write_current(&self.dir, number) {
+            if !read_current(&self.dir).is_ok_and(|now| now == before) {
+                *counts = None;
+            }
+            return Err(error);
+        }
+        *counts = Some(self.id);
+        Ok(())
+    }
+
+    fn start_rewrite(&self) -> Result<()> {
+        {
             let state = self.read();
             if state.rewrite.is_some() {
                 return Ok(());
             }
-            state.live()?.number + 1
-        };
+            state.live()?;
+        }
+        let number = self.place.number();
         let to = Generation::create(&self.dir, number, self.fsync)?;
         let mut state = self.write();
         if state.rewrite.is_none() {
@@ -368,6 +448,7 @@ impl Backend for Sled {
 
 impl Drop for Sled {
     fn drop(&mut self) {
+        // A copy under way is worth nothing without its end; the next open would remove it just the same.
         self.close();
     }
 }
@@ -559,6 +640,79 @@ mod tests {
         }
         drop(Sled::open(dir.path()).unwrap());
         assert_eq!(names(dir.path()), ["CURRENT", "gen-0000001", "gen-8", "lost+found"]);
+    }
+
+    /// What a crash at this moment would leave.
+    fn crashed(dir: &Path) -> tempfile::TempDir {
+        let to = tempdir();
+        let mut waiting = vec![(dir.to_owned(), to.path().to_owned())];
+        while let Some((from, to)) = waiting.pop() {
+            fs::create_dir_all(&to).unwrap();
+            for entry in fs::read_dir(from).unwrap() {
+                let entry = entry.unwrap();
+                let to = to.join(entry.file_name());
+                if entry.file_type().unwrap().is_dir() {
+                    waiting.push((entry.path(), to));
+                } else {
+                    fs::copy(entry.path(), to).unwrap();
+                }
+            }
+        }
+        to
+    }
+
+    /// Whatever a crash leaves of a successor in the making, it is the old state until the moment at which it is the new one.
+    #[test]
+    fn a_successor_counts_from_its_take_over_on() {
+        let dir = tempdir();
+        let old = Sled::open(dir.path()).unwrap();
+        old.apply(&puts(0..100, 1, 1000)).unwrap();
+        let (before, after) = (replay([&puts(0..100, 1, 1000)]), replay([&puts(50..300, 2, 1000)]));
+        let holds = |expected: &Map| {
+            let left = crashed(dir.path());
+            let opened = Sled::open(left.path()).unwrap();
+            assert_eq!(dump(&opened).unwrap(), *expected);
+            assert_eq!(names(left.path()).len(), 2, "{:?}", names(left.path()));
+        };
+        let new = old.successor().unwrap();
+        holds(&before);
+        new.apply(&puts(50..200, 2, 1000)).unwrap();
+        holds(&before);
+        // The old one goes on, and may even be rewritten.
+        rewrite(&old);
+        holds(&before);
+        new.apply(&puts(200..300, 2, 1000)).unwrap();
+        new.sync().unwrap();
+        holds(&before);
+        new.take_over().unwrap();
+        holds(&after);
+        // A reader of the old one comes to its end; a rewrite of it comes to nothing.
+        assert_eq!(dump(&old).unwrap(), before);
+        old.start_rewrite().unwrap();
+        let failed = std::iter::from_fn(|| Some(old.rewrite_step(1 << 20))).find(|step| !matches!(step, Ok(true))).unwrap();
+        assert!(matches!(failed, Err(Error::Stopped)), "{failed:?}");
+        holds(&after);
+        drop(old);
+        holds(&after);
+        assert_eq!(names(dir.path()), ["CURRENT", "gen-0000002"]);
+        new.close();
+        assert_eq!(dump(&Sled::open(dir.path()).unwrap()).unwrap(), after);
+    }
+
+    #[test]
+    fn a_successor_that_is_given_up_leaves_nothing() {
+        let dir = tempdir();
+        let old = Sled::open(dir.path()).unwrap();
+        old.apply(&puts(0..10, 1, 100)).unwrap();
+        for _ in 0..2 {
+            let new = old.successor().unwrap();
+            new.apply(&puts(0..10, 2, 100)).unwrap();
+            drop(new);
+            assert_eq!(names(dir.path()), ["CURRENT", "gen-0000001"]);
+        }
+        rewrite(&old);
+        drop(old);
+        assert_eq!(dump(&Sled::open(dir.path()).unwrap()).unwrap(), replay([&puts(0..10, 1, 100)]));
     }
 
     /// A process that dies while it makes the very first generation leaves a `CURRENT` that names none.

@@ -54,6 +54,8 @@ pub(super) struct Watcher {
 pub(crate) struct Session {
     pub(super) hub: Arc<WatchHub>,
     pub(super) store: Arc<Store>,
+    /// How many stores the hub had before that one.
+    pub(super) stores: u64,
     pub(super) queue: Arc<Queue>,
     pub(super) watchers: BTreeMap<i64, Watcher>,
     pub(super) next_id: i64,
@@ -95,9 +97,12 @@ impl Session {
             inner.sessions.insert(session, queue.clone());
             queue
         };
+        // The hub may have gone over to another store since the caller has asked for it.
+        let (stores, newer) = hub.store();
         Session {
             hub,
-            store,
+            store: newer.unwrap_or(store),
+            stores,
             queue,
             watchers: BTreeMap::new(),
             next_id: 0,
@@ -126,8 +131,18 @@ impl Session {
         &self.store
     }
 
+    /// Goes over to another store when the hub has.
+    fn refresh(&mut self) {
+        if self.stores != self.hub.stores.load(Ordering::Acquire) {
+            let (stores, store) = self.hub.store();
+            self.stores = stores;
+            self.store = store.unwrap_or_else(|| self.store.clone());
+        }
+    }
+
     /// Opens a watch and answers with its id: an event of it never comes before that.
     pub fn create(&mut self, request: &WatchCreateRequest) {
+        self.refresh();
         let revision = self.store.revision();
         let refuse = |reason: &str| WatchAnswer {
             revision,
@@ -241,6 +256,7 @@ impl Session {
     /// Asks for one progress response for the whole stream. It comes when every watch has been told all there is; if a
     /// watch is catching up or waits for a revision to come, it does not come at all, as in etcd.
     pub fn progress(&mut self) {
+        self.refresh();
         // A watch may have nothing left to catch up with; see to that first.
         self.settle();
         let newest = self.store.revision();
@@ -275,6 +291,7 @@ impl Session {
     /// When the history cannot be read: a fault of the member, which ends the stream.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<WatchAnswer>> {
         self.queue.waker.register(cx.waker());
+        self.refresh();
         if let Some(answer) = self.answers.pop_front() {
             return Poll::Ready(Ok(answer));
         }
