@@ -625,3 +625,73 @@ fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &st
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+    use crate::raft::{log_id, log_id_to_proto};
+    use crate::storage::history::History;
+    use crate::storage::mem::Mem;
+    use crate::storage::wal::{LogEntry, LogId, LogState};
+
+    /// A state that came as a snapshot up to one entry and has gone on to another.
+    fn machine(installed: u64, applied: u64) -> Machine {
+        let backend = Arc::new(Mem::new());
+        let (history, _) = History::open(backend.clone(), HistoryOptions::default(), &mut |_, _| Ok(())).unwrap();
+        history.put_meta(b"raft/installed", Some(log_id_to_proto(log_id(2, installed)).encode_to_vec().into()));
+        let position = internal::Applied { log_id: Some(log_id_to_proto(log_id(2, applied))), revision: 1 };
+        history.commit(position.encode_to_vec().into());
+        history.sync().unwrap();
+        let (store, saved) = Store::open(backend, HistoryOptions::default(), &mut |_, _| ()).unwrap();
+        let lessor = Lessor::new(LessorOptions::default());
+        Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO), Duration::MAX, Arc::default()).unwrap()
+    }
+
+    async fn durable(change: impl FnOnce(crate::storage::wal::Done)) {
+        let (tell, told) = oneshot::channel();
+        change(Box::new(move |result| tell.send(result).unwrap()));
+        told.await.unwrap().unwrap();
+    }
+
+    /// The process died after the state was replaced, and before the log up to it was purged.
+    #[tokio::test]
+    async fn an_interrupted_installation_is_finished() {
+        // The log ends before the snapshot, at it, and behind it; and one that was lost, with its vote, is not taken for one of these.
+        for (last, vote) in [(100, true), (300, true), (310, true), (100, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
+            if vote {
+                durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
+            }
+            let entries = (1..=last).map(|index| LogEntry { id: LogId { term: 2, node: 0, index }, payload: "x".into() });
+            durable(|done| wal.append(entries.collect(), done).unwrap()).await;
+            wal.close().unwrap();
+            let (wal, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
+            let machine = machine(300, 300);
+            finish_install(&machine, &wal, &recovered.state).await.unwrap();
+            let checked = check_reach(&machine, &wal.log_state(), dir.path());
+            if !vote {
+                assert!(matches!(checked, Err(Error::Corrupt { .. })), "{checked:?}");
+                continue;
+            }
+            checked.unwrap();
+            wal.close().unwrap();
+            let (_, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
+            let LogState { purged, last: found, .. } = recovered.state;
+            assert_eq!((purged.unwrap().index, found.unwrap().index), (300, last.max(300)));
+        }
+    }
+
+    /// A state that has gone on beyond its log has lost a part of the log, however it began.
+    #[tokio::test]
+    async fn a_state_ahead_of_its_log_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
+        durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
+        let machine = machine(300, 301);
+        finish_install(&machine, &wal, &wal.log_state()).await.unwrap();
+        assert!(matches!(check_reach(&machine, &wal.log_state(), dir.path()), Err(Error::Corrupt { .. })));
+    }
+}

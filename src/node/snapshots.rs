@@ -64,7 +64,7 @@ impl Node {
         if receiving.as_ref().is_none_or(|incoming| incoming.id != request.id) {
             match &*receiving {
                 Some(incoming) if incoming.is_busy() => return refused("another snapshot is being installed".into()),
-                Some(incoming) if incoming.term > request.term => {
+                Some(incoming) if incoming.term > request.term && request.offset == 0 => {
                     return refused(format!("the leader of term {} is sending one", incoming.term));
                 }
                 // Not this one: it was begun before this member was started, or was given up for another.

@@ -14,7 +14,7 @@
 //! A member that lags so far that the log has been cut off before it is sent the state: in pieces of about 512 KiB, each made when the one
 //! before is in a file there. So neither side has more than a piece in memory, the revision and the history below it are held as long as it
 //! takes, and when a connection breaks, the piece under way is what has to be sent again. After [`STUCK`] without any progress it is given
-//! up, and openraft begins with a new one.
+//! up, and openraft begins with a new one. For a member that is not there at all nothing is held.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -60,6 +60,10 @@ const PIECE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a snapshot may be without any progress. Beyond it, it is given up; what it held is let go of.
 const STUCK: Duration = Duration::from_secs(60);
+
+/// How long a member that is not there is waited for, with nothing held for it, before openraft is told so: it then takes a new snapshot,
+/// which costs a copy of what is kept beside the history.
+const ABSENT: Duration = Duration::from_secs(10);
 
 /// How long to wait before a piece is sent again, or a pending installation is asked for again.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(100);
@@ -224,9 +228,18 @@ impl RaftNetworkV2<TypeConfig> for Link {
             let what = format!("the snapshot for member {:x} has nothing in it", self.id);
             return Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))));
         };
+        let attempt = async {
+            if let Err(status) = self.ask_room().await {
+                // Nothing is held for a member that is down: once it is back, openraft comes with a new snapshot.
+                drop(start);
+                self.wait_for_room().await;
+                return Err(status);
+            }
+            self.send_snapshot(&vote, *start).await
+        };
         let sent = tokio::select! {
             closed = cancel => return Err(StreamingError::Closed(closed)),
-            sent = self.send_snapshot(&vote, *start) => sent,
+            sent = attempt => sent,
         };
         sent.map(|vote| SnapshotResponse { vote }).map_err(|status| {
             tracing::warn!(peer = %format_args!("{:x}", self.id), error = status.message(), "a snapshot could not be sent");
@@ -236,6 +249,25 @@ impl RaftNetworkV2<TypeConfig> for Link {
 }
 
 impl Link {
+    /// Whether the member is there, and takes snapshots.
+    async fn ask_room(&mut self) -> Result<(), Status> {
+        // No snapshot has anything there, so that nothing comes of it.
+        let request = peer::PutSnapshotRequest { offset: u64::MAX, ..peer::PutSnapshotRequest::default() };
+        let answer = self.call(request, PIECE_TIMEOUT, |mut client, request| async move { client.put_snapshot(request).await }).await?;
+        if answer.refused.is_empty() { Ok(()) } else { Err(Status::unavailable(answer.refused)) }
+    }
+
+    /// Waits until the member is there, but no longer than [`ABSENT`].
+    async fn wait_for_room(&mut self) {
+        let began = Instant::now();
+        while began.elapsed() < ABSENT {
+            tokio::time::sleep(SNAPSHOT_RETRY).await;
+            if self.ask_room().await.is_ok() {
+                return;
+            }
+        }
+    }
+
     /// Sends a snapshot and has it installed. Returns the member's vote.
     ///
     /// # Errors
