@@ -129,9 +129,11 @@ impl Sums {
 impl Seen {
     fn summary(&self) -> String {
         let answered = self.ops.iter().filter(|op| op.answer().is_some()).count();
-        let faults: Vec<&str> =
-            self.notes.iter().filter_map(|note| note.trim_start().split_once(' ')?.1.split_once(": any")).map(|(fault, _)| fault).collect();
-        format!("{}; {answered} of {} requests answered, {} revisions", faults.join(", "), self.sent, self.log.revisions.len())
+        let notes = || self.notes.iter().filter_map(|note| Some(note.trim_start().split_once(' ')?.1));
+        let faults: Vec<&str> = notes().filter_map(|note| Some(note.split_once(": any")?.0)).collect();
+        let paused: String = notes().filter(|note| note.contains("paused leader")).map(|note| format!("; {note}")).collect();
+        let revisions = self.log.revisions.len();
+        format!("{}; {answered} of {} requests answered, {revisions} revisions{paused}", faults.join(", "), self.sent)
     }
 }
 
