@@ -346,7 +346,8 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] when this member is to join a cluster, or is not, or not with its URLs, in `initial_cluster`.
     pub fn validate_bootstrap(&self) -> Result<()> {
-        if self.initial_cluster_state == ClusterState::Existing {
+        let joining = self.initial_cluster_state == ClusterState::Existing;
+        if joining && !self.unfinished_clusters {
             return Err(bad(
                 "initial-cluster-state",
                 "existing",
@@ -354,6 +355,10 @@ impl Config {
             ));
         }
         let members = self.initial_members()?;
+        if joining && members.len() < 2 {
+            let right = "initial-cluster-state is existing: it must name the cluster's members and this one";
+            return Err(bad("initial-cluster", &self.initial_cluster, right));
+        }
         if members.is_empty() {
             return Ok(());
         }
@@ -571,7 +576,7 @@ impl Url {
     }
 
     /// Whether the two can be the same member: names are not resolved, so a name may be any address.
-    fn may_be_same_place(&self, other: &Url) -> bool {
+    pub(crate) fn may_be_same_place(&self, other: &Url) -> bool {
         let hosts = match (self.listen_ip(), other.listen_ip()) {
             (Some(a), Some(b)) => a == b,
             (None, None) if self.is_socket() => self.host == other.host,

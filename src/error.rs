@@ -55,6 +55,10 @@ pub enum Error {
     #[error("the member has failed: {0}")]
     Failed(String),
 
+    /// The member was removed from its cluster: it serves no more, and its directory is of no use.
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
+
     /// The request could not be completed in time; a write may or may not have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
@@ -147,6 +151,22 @@ apply_errors! {
     LeaseNotFound = NOT_FOUND, "etcdserver: requested lease not found";
     /// No member of that id.
     MemberNotFound = NOT_FOUND, "etcdserver: member not found";
+    /// The peer URLs of a member to be added or changed are missing, or malformed.
+    MemberBadUrls = INVALID_ARGUMENT, "etcdserver: given member URLs are invalid";
+    /// Another member has that peer URL.
+    PeerUrlExists = FAILED_PRECONDITION, "etcdserver: Peer URLs already exists";
+    /// Only a learner can be promoted.
+    MemberNotLearner = FAILED_PRECONDITION, "etcdserver: can only promote a learner member";
+    /// The learner lacks too much of the log to be promoted.
+    LearnerNotReady = FAILED_PRECONDITION, "etcdserver: can only promote a learner member which is in sync with leader";
+    /// There are as many learners as there may be.
+    TooManyLearners = FAILED_PRECONDITION, "etcdserver: too many learner members in cluster";
+    /// The change would leave too few members that have ever been up.
+    NotEnoughStarted = UNKNOWN, "etcdserver: re-configuration failed due to not enough started members";
+    /// The change would leave too few members that are up now.
+    UnhealthyCluster = UNAVAILABLE, "etcdserver: unhealthy cluster";
+    /// A learner serves only what needs no vote.
+    NotSupportedForLearner = UNAVAILABLE, "etcdserver: rpc not supported for learner";
     /// A lease of that id is there already.
     LeaseExists = FAILED_PRECONDITION, "etcdserver: lease already exists";
     /// Leadership cannot be handed to that member.
@@ -165,6 +185,8 @@ apply_errors! {
     Timeout = UNAVAILABLE, "etcdserver: request timed out";
     /// The member that led was not heard of any more before the request was finished: whether it was, is not known.
     TimeoutLeaderFail = UNAVAILABLE, "etcdserver: request timed out, possibly due to previous leader failure";
+    /// The member that leadership was to be handed to has not taken it in time.
+    TimeoutLeaderTransfer = UNAVAILABLE, "etcdserver: request timed out, leader transfer took too long";
     /// A member's data differs from the others'.
     Corrupt = DATA_LOSS, "etcdserver: corrupt cluster";
     /// An RPC that is not built yet.

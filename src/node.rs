@@ -53,6 +53,7 @@ use crate::storage::history::HistoryOptions;
 use crate::storage::wal::Wal;
 
 mod duties;
+pub(crate) mod members;
 mod peers;
 mod propose;
 mod snapshots;
@@ -116,6 +117,10 @@ pub(crate) struct NodeOptions {
     pub history: HistoryOptions,
     /// Where snapshots are put while they are received.
     pub member_dir: PathBuf,
+    /// Whether the members may be changed; until clusters are whole, for those who ask for them unfinished.
+    pub clusters: bool,
+    /// Refuse changes of the members that might cost the quorum.
+    pub strict_reconfig: bool,
 }
 
 /// Whether the member can do its work.
@@ -163,6 +168,12 @@ pub(crate) struct Node {
     leader: AtomicU64,
     /// Whether this member is its cluster's only voter, and leads it: then it reads without asking anyone.
     alone: AtomicBool,
+    /// Whether this member is a learner, and is told to be one.
+    learner: AtomicBool,
+    /// Changes of the members, one at a time.
+    changing: tokio::sync::Mutex<()>,
+    /// Changes under way that give this member company: it reads by itself no more once one has begun.
+    growing: AtomicUsize,
     /// Revocations may be due: a lease was granted, or shortened.
     leases_changed: Notify,
     network: Network,
@@ -198,9 +209,8 @@ impl Node {
         wal: Arc<Wal>,
         background: Arc<Background>,
         health: watch::Sender<Health>,
+        network: Network,
     ) -> Arc<Node> {
-        let counters = machine.counters.clone();
-        let network = Network { cluster_id: identity.cluster_id, member_id: identity.member_id, counters };
         let node = Arc::new(Node {
             identity,
             options,
@@ -216,6 +226,9 @@ impl Node {
             term: AtomicU64::new(0),
             leader: AtomicU64::new(0),
             alone: AtomicBool::new(false),
+            learner: AtomicBool::new(false),
+            changing: tokio::sync::Mutex::new(()),
+            growing: AtomicUsize::new(0),
             leases_changed: Notify::new(),
             network,
             leader_link: Mutex::new(None),
@@ -232,6 +245,10 @@ impl Node {
         node.spawn(node.clone().confirm_reads());
         node.spawn(node.clone().revoke_expired());
         node.spawn(node.clone().watch_space());
+        if node.options.clusters {
+            node.spawn(node.clone().promote_added());
+            node.spawn(node.clone().heed_removal());
+        }
         if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));
         }
@@ -551,6 +568,7 @@ impl Node {
         if self.alone.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.check_voter()?;
         self.confirm_read().await
     }
 
@@ -599,7 +617,10 @@ impl Node {
 
     /// Begins a backup: a point of the log, held, and the small things as they are there.
     pub async fn start_backup(&self) -> Result<SnapshotStart> {
-        self.read_barrier().await?;
+        // A learner gives what it has, as etcd's does.
+        if !self.is_learner() {
+            self.read_barrier().await?;
+        }
         let machine = self.machine.clone();
         // Run by the applier between two entries, so that revision, leases and alarms belong together.
         let taken = self.raft.with_state_machine(move |_| Box::pin(async move { machine.begin_snapshot(false) }));

@@ -36,7 +36,7 @@ use crate::api::wire::{Limits, ServeOptions};
 use crate::api::{self, Api};
 use crate::background::Background;
 use crate::client::Client;
-use crate::config::{Config, ETCD_VERSION, Url};
+use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lease::{Lessor, LessorOptions};
 use crate::lock::lock;
@@ -45,10 +45,11 @@ use crate::mvcc::Store;
 use crate::node::{Health, Node, NodeOptions, StorageEvents};
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::internal;
+use crate::proto::peer::MembersResponse;
 use crate::raft::Raft;
 use crate::raft::apply::{Clock, Machine, StateMachine};
 use crate::raft::log::LogStore;
-use crate::raft::network::Network;
+use crate::raft::network::{self, Network};
 use crate::storage::Backend;
 use crate::storage::dir::{DataDir, Identity};
 use crate::storage::history::HistoryOptions;
@@ -264,6 +265,11 @@ async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, fini
         _ => Ok(()),
     };
     listening.drain().await;
+    if matches!(failed, Err(Error::Removed))
+        && let Err(err) = member.dir.set_removed()
+    {
+        tracing::warn!(error = %err, "noting that the member was removed");
+    }
     let closed = member.close().await;
     let _ = finished.send(failed.and(closed));
 }
@@ -276,7 +282,7 @@ struct Member {
     metrics: Arc<Metrics>,
     compacted_at: Arc<AtomicU64>,
     // Held until everything else is closed.
-    _dir: DataDir,
+    dir: DataDir,
 }
 
 impl Member {
@@ -287,7 +293,8 @@ impl Member {
         let fresh = dir.identity().is_none();
         if fresh {
             config.validate_bootstrap()?;
-            dir.set_identity(found(config, &peer_urls)?)?;
+            let joins = config.initial_cluster_state == ClusterState::Existing;
+            dir.set_identity(if joins { join_cluster(config).await? } else { found(config, &peer_urls)? })?;
         }
         let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.name != config.name {
@@ -318,6 +325,10 @@ impl Member {
         finish_install(&machine, &wal, &recovered.state).await?;
         check_reach(&machine, &wal.log_state(), &backend.path())?;
         backend.accept();
+        if lock(&machine.members).is_removed(identity.member_id) {
+            dir.set_removed()?;
+            return Err(Error::Removed);
+        }
 
         let health = watch::Sender::new(Health::Running);
         let durable = watch::Sender::new(0);
@@ -340,18 +351,13 @@ impl Member {
             ..openraft::Config::default()
         };
         let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
+        let network = Network::new(identity.cluster_id, identity.member_id, counters);
         let log = LogStore::new(wal.clone());
-        let raft = Raft::new(
-            identity.member_id,
-            Arc::new(raft_config),
-            Network { cluster_id: identity.cluster_id, member_id: identity.member_id, counters },
-            log,
-            StateMachine { machine: machine.clone() },
-        )
-        .await;
+        let raft =
+            Raft::new(identity.member_id, Arc::new(raft_config), network.clone(), log, StateMachine { machine: machine.clone() }).await;
         let raft = raft.map_err(|err| wal.failed().unwrap_or(Error::Failed(err.to_string())))?;
         let initialized = raft.is_initialized().await.map_err(|err| Error::Failed(err.to_string()))?;
-        if !initialized {
+        if !initialized && !identity.joined {
             // Each founder says the same, to the byte, so that it does not matter who is heard: of the others' client URLs none knows.
             let mut founders = founders(config, &peer_urls)?;
             let alone = founders.len() == 1;
@@ -365,11 +371,11 @@ impl Member {
             let members = founders.into_iter().map(|(id, name, urls)| {
                 let client_urls = if alone { &config.advertise_client_urls[..] } else { &[] };
                 let texts = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
-                (id, internal::Member { name, peer_urls: texts(&urls), client_urls: texts(client_urls) })
+                (id, internal::Member { name, peer_urls: texts(&urls), client_urls: texts(client_urls), voter_to_be: false })
             });
             let members: BTreeMap<u64, internal::Member> = members.collect();
             raft.initialize(members).await.map_err(|err| Error::Failed(err.to_string()))?;
-        } else if raft.metrics().borrow_watched().membership_config.membership().voter_ids().eq([identity.member_id]) {
+        } else if initialized && raft.metrics().borrow_watched().membership_config.membership().voter_ids().eq([identity.member_id]) {
             // The only voter need not wait for a leader to be heard of.
             raft.trigger().elect(false).await.map_err(|err| Error::Failed(err.to_string()))?;
         }
@@ -381,10 +387,12 @@ impl Member {
             auto_compaction: config.auto_compaction()?,
             history,
             member_dir: dir.member().to_owned(),
+            clusters: config.unfinished_clusters,
+            strict_reconfig: config.strict_reconfig_check,
         };
-        let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health);
+        let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health, network);
         node.spawn_purge(purge);
-        let member = Member { node, background, wal, metrics, compacted_at, _dir: dir };
+        let member = Member { node, background, wal, metrics, compacted_at, dir };
         match member.node.ready().await {
             Ok(()) => Ok(member),
             Err(err) => {
@@ -410,6 +418,7 @@ impl Member {
             client_urls: config.advertised_client_urls(&bound).iter().map(Url::to_string).collect(),
             watch_progress_interval: config.watch_progress_notify_interval,
         };
+        let client_urls = info.client_urls.clone();
         let snapshots = Arc::new(Semaphore::new(SNAPSHOTS_MAX));
         let api = Api { node: self.node.clone(), info: Arc::new(info), stop: stop.child_token(), snapshots };
         let options = ServeOptions { max_concurrent_streams: config.max_concurrent_streams, keepalive: config.grpc_keepalive() };
@@ -434,6 +443,7 @@ impl Member {
         for listener in https.into_iter().chain(metrics_only) {
             serving.push(Serving::start(listener, limits.clone(), plain.clone()));
         }
+        self.node.publish(client_urls);
         Ok(Listening { api, addrs, peer_addrs, serving, metrics })
     }
 
@@ -488,7 +498,7 @@ impl Checks for Node {
     }
 
     fn is_learner(&self) -> bool {
-        false
+        Node::is_learner(self)
     }
 
     fn read(&self, serializable: bool) -> futures_util::future::BoxFuture<'_, Result<()>> {
@@ -513,6 +523,7 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) ->
             has_leader: node.leader() != 0,
             is_leader: node.is_leader(),
             snapshot_apply_in_progress: node.is_installing(),
+            is_learner: node.is_learner(),
             proposals_committed: applied,
             proposals_applied: applied,
             proposals_pending: node.waiting() as u64,
@@ -542,7 +553,6 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) ->
             backend_written_bytes: history.written_bytes,
             connections: limits.connections() as u64,
             streams: limits.streams() as u64,
-            ..Gauges::default()
         }
     })
 }
@@ -587,7 +597,69 @@ fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
     for (id, ..) in &founders {
         cluster.update(id.to_be_bytes());
     }
-    Ok(Identity { cluster_id: first_u64(&cluster.finalize()), member_id: *member_id, name: config.name.clone() })
+    Ok(Identity { cluster_id: first_u64(&cluster.finalize()), member_id: *member_id, name: config.name.clone(), joined: false })
+}
+
+/// The identity of a member that joins: as the members of the cluster know it, which has to know it before.
+///
+/// # Errors
+/// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which.
+async fn join_cluster(config: &Config) -> Result<Identity> {
+    let told = config.initial_members()?;
+    let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
+    let (mut tried, mut unlike) = (Vec::new(), None);
+    for url in others {
+        match network::members_at(&url.to_string()).await {
+            // One that lags may not know of this member yet.
+            Ok(there) => match place(config, &told, &there) {
+                Ok(identity) => return Ok(identity),
+                Err(err) => unlike = Some(err),
+            },
+            Err(err) => tried.push(format!("{url}: {}", err.message())),
+        }
+    }
+    if let Some(err) = unlike {
+        return Err(err);
+    }
+    let what = "could not retrieve cluster information from the given URLs";
+    Err(Error::Config(format!("cannot fetch cluster info from peer urls: {what}: {}", tried.join("; "))))
+}
+
+/// Finds a joining member's place: as many members here as there, each with the same URLs.
+fn place(config: &Config, told: &[(String, Vec<Url>)], there: &MembersResponse) -> Result<Identity> {
+    let list = |members: &mut dyn Iterator<Item = String>| members.collect::<Vec<_>>().join(", ");
+    let wrong = |what: String| {
+        let known = list(&mut there.members.iter().map(|member| format!("{:x} {}={}", member.id, member.name, member.peer_urls.join(","))));
+        Err(Error::Config(format!(
+            "error validating peerURLs of initial-cluster {:?}: {what}; the cluster has {known}",
+            config.initial_cluster
+        )))
+    };
+    if told.len() != there.members.len() {
+        return wrong(format!("member count is unequal: {} here, {} there", told.len(), there.members.len()));
+    }
+    let mut ours = None;
+    for member in &there.members {
+        let urls: Vec<Url> = member.peer_urls.iter().filter_map(|url| url.parse().ok()).collect();
+        let all_among = |some: &[Url], others: &[Url]| some.iter().all(|url| others.iter().any(|other| url.may_be_same_place(other)));
+        let found = told.iter().find(|(_, told)| all_among(told, &urls) && all_among(&urls, told));
+        match found {
+            Some((name, _)) if *name == config.name => ours = Some(member),
+            Some(_) => {}
+            None => {
+                return wrong(format!("PeerURLs: no match found for existing member ({:x}, [{}])", member.id, member.peer_urls.join(" ")));
+            }
+        }
+    }
+    match ours {
+        // It has voted and acknowledged before: without what it wrote then, it would break its word.
+        Some(member) if member.published => {
+            let what = format!("member {:x} has already been bootstrapped: remove it, and add it anew", member.id);
+            Err(Error::Config(what))
+        }
+        Some(member) => Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name: config.name.clone(), joined: true }),
+        None => wrong(format!("no member has the URLs of {:?}", config.name)),
+    }
 }
 
 fn first_u64(digest: &[u8]) -> u64 {

@@ -1,4 +1,4 @@
-//! The Maintenance service: Alarm, Status, Defragment, Hash, HashKV, Snapshot.
+//! The Maintenance service: Alarm, Status, Defragment, Hash, HashKV, Snapshot, MoveLeader.
 //!
 //! Defragment rewrites the storage into fresh files while it goes on being used; it returns when the old ones are gone.
 //! Snapshot streams a backup in the [format of this crate](crate::snapshot), taken at one point of the log. It is made step by
@@ -61,7 +61,7 @@ impl Api {
             raft_applied_index: applied,
             errors: if node.leader() == 0 { vec!["etcdserver: no leader".into()] } else { errors.collect() },
             db_size_in_use: signed(stats.live_bytes),
-            is_learner: false,
+            is_learner: node.is_learner(),
             storage_version: STORAGE_VERSION.into(),
             db_size_quota: signed(node.options.quota_bytes.unwrap_or(0)),
             downgrade_info: Some(DowngradeInfo::default()),
@@ -121,12 +121,8 @@ impl Maintenance for Api {
     }
 
     async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
-        // The only member leads already; there is nobody else to hand over to.
-        if request.into_inner().target_id == self.node.identity.member_id {
-            Ok(Response::new(MoveLeaderResponse { header: None }))
-        } else {
-            Err(status(ApplyError::BadLeaderTransferee.into()))
-        }
+        self.node.move_leader(request.into_inner().target_id).await.map_err(status)?;
+        Ok(Response::new(MoveLeaderResponse { header: None }))
     }
 
     async fn downgrade(&self, _: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {

@@ -3,7 +3,7 @@
 //! Each file serves one of etcd's services and does three things only: look at what concerns the wire (headers, streams,
 //! limits), call the [node](crate::node), and give its outcome etcd's form. What a request *means* is decided below.
 //!
-//! Services that are not built yet (Auth, Lock, Election, changes of the membership) answer UNIMPLEMENTED.
+//! Services that are not built yet (Auth, Lock, Election) answer UNIMPLEMENTED.
 
 use std::sync::Arc;
 

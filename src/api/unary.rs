@@ -178,7 +178,7 @@ pub(crate) struct Router {
 }
 
 /// Looks at a call's headers before anything else is looked at.
-type Guard = Box<dyn Fn(&HeaderMap) -> Result<(), Status> + Send + Sync>;
+type Guard = Box<dyn Fn(&str, &HeaderMap) -> Result<(), Status> + Send + Sync>;
 
 enum Entry {
     Unary(Box<dyn Unary>),
@@ -331,8 +331,8 @@ impl Router {
         self.add(service, method, Entry::Streaming(metrics, pace))
     }
 
-    /// Sets who looks at the headers of every call first, and may refuse it for them.
-    pub fn guard(mut self, guard: impl Fn(&HeaderMap) -> Result<(), Status> + Send + Sync + 'static) -> Self {
+    /// Sets who looks at the path and the headers of every call first, and may refuse it for them.
+    pub fn guard(mut self, guard: impl Fn(&str, &HeaderMap) -> Result<(), Status> + Send + Sync + 'static) -> Self {
         self.guard = Some(Box::new(guard));
         self
     }
@@ -358,7 +358,7 @@ impl Router {
             let text = format!("Received a HEADERS frame with :method {:?} which should be POST", head.method.as_str());
             Err((StatusCode::METHOD_NOT_ALLOWED, Status::internal(text)))
         } else {
-            let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard(&head.headers));
+            let guarded = self.guard.as_ref().map_or(Ok(()), |guard| guard(head.uri.path(), &head.headers));
             guarded
                 .map_err(|status| (StatusCode::OK, status))
                 .and_then(|()| timeout(&head.headers).map_err(|text| (StatusCode::BAD_REQUEST, Status::internal(text))))

@@ -129,7 +129,7 @@ pub(super) static FLAGS: &[Flag] = &[
     set(CLUSTER, "initial-cluster", Text, "", "Founding members, as name=url,name=url. Empty: this one alone.", |d, v| { d.config.initial_cluster = v.into(); Ok(()) }),
     set(CLUSTER, "initial-cluster-state", Text, "new", "Whether the cluster is 'new' or 'existing'. No matter once there is data.", |d, v| choose(v, &[("new", ClusterState::New), ("existing", ClusterState::Existing)]).map(|v| d.config.initial_cluster_state = v)),
     set(CLUSTER, "initial-cluster-token", Text, "etcd-cluster", "Tells clusters of the same members apart.", |d, v| { d.config.initial_cluster_token = v.into(); Ok(()) }),
-    set(CLUSTER, "strict-reconfig-check", Bool, "true", "No effect yet: there is one member.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
+    set(CLUSTER, "strict-reconfig-check", Bool, "true", "Refuse changes of the members that might cost the quorum. No effect yet: there is one member.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
     set(CLUSTER, "pre-vote", Bool, "true", "Ask for votes before standing for election.", |d, v| boolean(v).map(|v| d.config.pre_vote = v)),
     hidden("unfinished-clusters", Bool, "false", |d, v| boolean(v).map(|v| d.config.unfinished_clusters = v)),
 

@@ -8,6 +8,8 @@ impl Node {
     pub(super) async fn follow_raft(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
         let mut was_leader = false;
+        let mut noted = None;
+        let mut removed = false;
         loop {
             {
                 let now = metrics.borrow_and_update();
@@ -18,6 +20,11 @@ impl Node {
                     self.fail(err);
                     return;
                 }
+                if noted.as_ref() != Some(now.membership_config.log_id()) {
+                    noted = Some(*now.membership_config.log_id());
+                    self.follow_membership(now.membership_config.membership());
+                }
+                removed = removed || self.stop_if_removed();
                 self.term.store(now.current_term, Ordering::Relaxed);
                 let leader = now.current_leader.unwrap_or(0);
                 if leader != self.leader.swap(leader, Ordering::Relaxed) && leader != 0 {
@@ -28,7 +35,8 @@ impl Node {
                 let leader = now.state == openraft::ServerState::Leader;
                 // A leader may read by itself once an entry of its own term was applied.
                 let settled = now.last_applied.is_some_and(|applied| *applied.leader_id == now.current_term);
-                self.alone.store(only && leader && settled, Ordering::Release);
+                let growing = self.growing.load(Ordering::Acquire) > 0;
+                self.alone.store(only && leader && settled && !growing, Ordering::Release);
                 if leader && settled && !was_leader {
                     lock(&self.machine.lessor).promote(self.machine.now(), self.options.election_timeout);
                     self.leases_changed.notify_one();
@@ -44,11 +52,11 @@ impl Node {
     }
 
     /// Returns when this member can serve: it knows a leader, and has applied what the log held. One that has peers does not wait for
-    /// them, for they may not have been started yet: until a quorum is there, requests wait.
+    /// them, for they may not have been started yet: until a quorum is there, requests wait. Nor does one that joins, which is called from outside.
     pub async fn ready(&self) -> Result<()> {
         let mut health = self.health();
         loop {
-            if self.alone.load(Ordering::Acquire) || self.has_peers() {
+            if self.alone.load(Ordering::Acquire) || self.has_peers() || self.identity.joined {
                 return Ok(());
             }
             tokio::select! {

@@ -21,10 +21,10 @@ use crate::raft::network::{self, Link};
 use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
 
 /// How long a request waits before it looks again for a leader.
-const LEADER_RETRY: Duration = Duration::from_millis(10);
+pub(super) const LEADER_RETRY: Duration = Duration::from_millis(10);
 
 /// What came of handing something to the leader.
-enum Handed<T> {
+pub(super) enum Handed<T> {
     Done(T),
     /// Nothing was done: try again.
     Refused,
@@ -34,7 +34,7 @@ enum Handed<T> {
 
 impl Node {
     /// A link to the leader; none when there is no leader, or it is this member.
-    fn leader_link(&self) -> Option<Link> {
+    pub(super) fn leader_link(&self) -> Option<Link> {
         let leader = self.leader();
         if leader == 0 || self.is_leader() {
             return None;
@@ -49,7 +49,7 @@ impl Node {
     }
 
     /// Puts a link back that may have learnt that its connection is broken.
-    fn keep_link(&self, link: Link) {
+    pub(super) fn keep_link(&self, link: Link) {
         let mut kept = lock(&self.leader_link);
         if kept.as_ref().is_some_and(|kept| kept.id() == link.id()) {
             *kept = Some(link);
@@ -65,7 +65,14 @@ impl Node {
                 return Err(Error::Timeout);
             }
             if self.is_leader() {
-                return self.propose_here(command).await;
+                match self.propose_here(command.clone()).await {
+                    // It hands over, or has lost its quorum: nothing was appended.
+                    Err(Error::Apply(ApplyError::NotLeader)) => {
+                        self.pause(LEADER_RETRY).await?;
+                        continue;
+                    }
+                    outcome => return outcome,
+                }
             }
             let Some(mut link) = self.leader_link() else {
                 self.pause(LEADER_RETRY).await?;
@@ -98,7 +105,7 @@ impl Node {
     }
 
     /// Waits until this member has applied the log up to an index.
-    async fn applied_upto(&self, index: u64) -> Result<()> {
+    pub(super) async fn applied_upto(&self, index: u64) -> Result<()> {
         let applied = || self.machine.applied().log_id.is_some_and(|id| id.index >= index);
         if applied() {
             return Ok(());
@@ -252,6 +259,7 @@ impl Node {
         }
         let outcome = match self.propose_here(command).await {
             Ok(reply) => to_answer(reply),
+            Err(Error::Apply(ApplyError::NotLeader)) => Answer::NotLeader(Nothing {}),
             Err(Error::Apply(ApplyError::TimeoutLeaderFail) | Error::Timeout) => Answer::Unknown(Nothing {}),
             Err(Error::Apply(refused)) => Answer::Refused(refused.to_string()),
             Err(Error::Stopped) => Answer::Unknown(Nothing {}),
@@ -292,6 +300,7 @@ fn to_answer(reply: Reply) -> Answer {
         Reply::LeaseCheckpoint => Answer::LeaseCheckpoint(Nothing {}),
         Reply::Alarm(response) => Answer::Alarm(response),
         Reply::ClusterVersion => Answer::ClusterVersion(Nothing {}),
+        Reply::MemberAttributes => Answer::MemberAttributes(Nothing {}),
     }
 }
 
@@ -306,10 +315,13 @@ fn from_answer(answer: Answer) -> Outcome {
         Answer::LeaseCheckpoint(_) => Reply::LeaseCheckpoint,
         Answer::Alarm(response) => Reply::Alarm(response),
         Answer::ClusterVersion(_) => Reply::ClusterVersion,
-        Answer::Refused(text) => {
-            let known = ApplyError::ALL.iter().find(|err| err.to_string() == text);
-            return Err(known.copied().unwrap_or(ApplyError::Internal));
-        }
+        Answer::MemberAttributes(_) => Reply::MemberAttributes,
+        Answer::Refused(text) => return Err(refusal(&text)),
         Answer::NotLeader(_) | Answer::Unknown(_) => return Err(ApplyError::TimeoutLeaderFail),
     })
+}
+
+/// The refusal of which another member has told the text.
+pub(super) fn refusal(text: &str) -> ApplyError {
+    ApplyError::ALL.iter().find(|err| err.to_string() == text).copied().unwrap_or(ApplyError::Internal)
 }

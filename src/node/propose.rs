@@ -1,5 +1,7 @@
 //! Proposals: from a queue of commands to entries of the log, a batch at a time, and the outcomes back to those who wait.
 
+use openraft::errors::ClientWriteError;
+
 use super::*;
 
 impl Node {
@@ -9,6 +11,7 @@ impl Node {
     /// Its outcome, if it is a refusal; `Timeout` and `TimeoutLeaderFail` when it is not known whether it will be applied, and `Stopped`
     /// when the member stops in the meantime, which leaves that open, too.
     pub(super) async fn propose(&self, op: Op) -> Result<Reply> {
+        self.check_voter()?;
         self.propose_command(internal::Command { id: 0, op: Some(op) }).await
     }
 
@@ -17,10 +20,21 @@ impl Node {
         if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
         }
-        if self.is_leader() { self.propose_here(command).await } else { self.propose_elsewhere(command).await }
+        // The only voter has nobody to turn to.
+        if self.alone.load(Ordering::Acquire) {
+            self.propose_here(command).await.map_err(|err| match err {
+                Error::Apply(ApplyError::NotLeader) => ApplyError::LeaderChanged.into(),
+                err => err,
+            })
+        } else {
+            self.propose_elsewhere(command).await
+        }
     }
 
     /// Proposes a command to Raft, as the leader.
+    ///
+    /// # Errors
+    /// `NotLeader` when nothing was appended, because this member does not lead, or hands over.
     pub(super) async fn propose_here(&self, command: internal::Command) -> Result<Reply> {
         let bytes = command.encoded_len();
         let is_behind = self.store().history().is_behind();
@@ -118,6 +132,11 @@ impl Node {
                             for (answer, outcome) in answers.into_iter().zip(response.data) {
                                 // Who asked may have given up waiting.
                                 let _ = answer.send(outcome);
+                            }
+                        }
+                        Err(ClientWriteError::ForwardToLeader(_)) => {
+                            for answer in answers {
+                                let _ = answer.send(Err(ApplyError::NotLeader));
                             }
                         }
                         Err(_) => {

@@ -49,6 +49,7 @@ use crate::proto::etcdserverpb::{
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
 
+use super::members::{Members, Stored};
 use super::outgoing::{Sendings, SnapshotStart};
 use super::{
     LogId, Outcome, Reply, SnapshotMeta, StoredMembership, TypeConfig, log_id_from_proto, log_id_to_proto, stored_membership_from_proto,
@@ -86,6 +87,8 @@ pub(crate) struct Machine {
     alarms: Mutex<BTreeSet<(i32, u64)>>,
     /// Members whose NOSPACE alarm was raised by the space quota, and is taken back by it.
     by_quota: Mutex<BTreeSet<u64>>,
+    /// What members have published, and who was removed. Changed before `applied` is.
+    pub members: Mutex<Members>,
     clock: Clock,
     slow: Slow,
     /// What has been applied, and what of it is on disk.
@@ -129,6 +132,7 @@ struct Held {
     lessor: Lessor,
     alarms: BTreeSet<(i32, u64)>,
     by_quota: BTreeSet<u64>,
+    members: Members,
     position: Position,
     installed: Option<LogId>,
 }
@@ -157,7 +161,7 @@ impl Machine {
         slow: Duration,
         counters: Arc<Counters>,
     ) -> Result<Machine> {
-        let Held { lessor, alarms, by_quota, position, installed } = Held::read(&store, saved, attached, lessor)?;
+        let Held { lessor, alarms, by_quota, members, position, installed } = Held::read(&store, saved, attached, lessor)?;
         let hub = Arc::new(WatchHub::new(store.revision(), counters.clone()));
         let sendings = Arc::new(Sendings::new(clock.clone()));
         Ok(Machine {
@@ -167,6 +171,7 @@ impl Machine {
             counters,
             alarms: Mutex::new(alarms),
             by_quota: Mutex::new(by_quota),
+            members: Mutex::new(members),
             clock,
             slow: Slow::new(slow),
             applied: Mutex::new(position.clone()),
@@ -200,10 +205,11 @@ impl Machine {
     /// Goes over to another state, of a later point of the same log. To be called between two entries.
     pub(super) fn replace(&self, prepared: Prepared) {
         let Prepared { store, held } = prepared;
-        let Held { lessor, alarms, by_quota, position, .. } = held;
+        let Held { lessor, alarms, by_quota, members, position, .. } = held;
         let leases = std::mem::replace(&mut *lock(&self.lessor), lessor);
         *lock(&self.alarms) = alarms;
         *lock(&self.by_quota) = by_quota;
+        *lock(&self.members) = members;
         let old = self.current.replace(store.clone());
         self.hub.replace(&store);
         *lock(&self.durable) = position.clone();
@@ -301,6 +307,7 @@ impl Machine {
         metas.extend(lock(&self.by_quota).iter().map(|&member| (quota_name(member), Bytes::new())));
         let membership = stored_membership_to_proto(&lock(&self.applied).membership);
         metas.insert(META_MEMBERSHIP.to_vec(), membership.encode_to_vec().into());
+        metas.extend(lock(&self.members).metas());
         metas.extend(self.store().compaction_mark());
         metas
     }
@@ -335,6 +342,12 @@ impl Machine {
             Some(command::Op::ClusterVersion(version)) => {
                 self.store().history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
                 Ok(Reply::ClusterVersion)
+            }
+            Some(command::Op::MemberAttributes(attributes)) => {
+                let membership = lock(&self.applied).membership.clone();
+                let stored = lock(&self.members).publish(attributes, membership.membership());
+                self.store_members(stored);
+                Ok(Reply::MemberAttributes)
             }
             None => return Err(Error::Failed("the log holds a command that this release does not know".into())),
         };
@@ -401,6 +414,12 @@ impl Machine {
             Ok(())
         })?;
         Ok(Reply::LeaseRevoke(LeaseRevokeResponse { header: self.header() }))
+    }
+
+    fn store_members(&self, stored: impl IntoIterator<Item = Stored>) {
+        for (name, value) in stored {
+            self.store().history().put_meta(&name, value);
+        }
     }
 
     fn save_lease(&self, lease: &Lease) {
@@ -476,6 +495,7 @@ impl Held {
         let mut leases = Vec::new();
         let mut alarms = BTreeSet::new();
         let mut by_quota = BTreeSet::new();
+        let mut members = Members::default();
         let mut installed = None;
         for (name, value) in saved.meta {
             if let Some(id) = name.strip_prefix(META_LEASE) {
@@ -493,6 +513,8 @@ impl Held {
             } else if name == META_INSTALLED {
                 let id = internal::LogId::decode(value).map_err(|err| damaged(format!("the installed position: {err}")))?;
                 installed = Some(log_id_from_proto(id));
+            } else {
+                members.load(&name, &value).map_err(|what| damaged(format!("{}: {what}", String::from_utf8_lossy(&name))))?;
             }
         }
         lessor.restore(leases);
@@ -502,7 +524,7 @@ impl Held {
                 tracing::warn!(lease, "a key is attached to a lease that does not exist");
             }
         }
-        Ok(Held { lessor, alarms, by_quota, position, installed })
+        Ok(Held { lessor, alarms, by_quota, members, position, installed })
     }
 }
 
@@ -636,6 +658,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                     let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
                     let bytes = stored_membership_to_proto(&stored).encode_to_vec();
                     machine.store().history().put_meta(META_MEMBERSHIP, Some(bytes.into()));
+                    let before = lock(&machine.applied).membership.clone();
+                    let changed = lock(&machine.members).follow(before.membership(), membership);
+                    machine.store_members(changed);
                     lock(&machine.applied).membership = stored;
                 }
             }

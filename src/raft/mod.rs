@@ -35,6 +35,7 @@ use crate::proto::internal;
 pub(crate) mod apply;
 pub(crate) mod incoming;
 pub(crate) mod log;
+pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod outgoing;
 
@@ -107,6 +108,7 @@ pub(crate) enum Reply {
     LeaseCheckpoint,
     Alarm(AlarmResponse),
     ClusterVersion,
+    MemberAttributes,
 }
 
 /// Called once with the result of a proposal, wherever openraft completes it.

@@ -16,14 +16,18 @@
 //! takes, and when a connection breaks, the piece under way is what has to be sent again. After [`STUCK`] without any progress it is given
 //! up, and openraft begins with a new one. For a member that is not there at all nothing is held.
 
+use std::collections::BTreeMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderError, TransferLeaderRequest, TransferLeaderResponse,
+    VoteRequest, VoteResponse,
+};
 use openraft::{AnyError, OptionalSend};
 use tokio::time::Instant;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
@@ -31,6 +35,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
 use crate::error::Error;
+use crate::lock::lock;
 use crate::metrics::Counters;
 use crate::proto::internal;
 use crate::proto::peer::append_response::Outcome;
@@ -41,7 +46,8 @@ use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
 use super::apply::SnapshotHandle;
 use super::outgoing::{SnapshotStart, Writer};
 use super::{
-    LogId, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto,
+    LogId, Membership, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto,
+    vote_to_proto,
 };
 
 /// Headers of every call: the cluster, who calls, and who is meant; each as 16 hexadecimal digits.
@@ -68,12 +74,17 @@ const ABSENT: Duration = Duration::from_secs(10);
 /// How long to wait before a piece is sent again, or a pending installation is asked for again.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(100);
 
-/// Makes links to members.
+/// How long one who is about to join waits for a member to say who is in the cluster.
+const MEMBERS_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Makes links to members. Clones share where the members are.
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
     pub cluster_id: u64,
     pub member_id: u64,
     pub counters: Arc<Counters>,
+    /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
+    book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
 }
 
 /// The way to one member.
@@ -81,6 +92,7 @@ pub(crate) struct Network {
 pub(crate) struct Link {
     ours: Network,
     id: u64,
+    /// Where it was when the link was made.
     urls: Vec<String>,
     /// The URL to try, counted on after each failure.
     turn: usize,
@@ -88,6 +100,15 @@ pub(crate) struct Link {
 }
 
 impl Network {
+    pub fn new(cluster_id: u64, member_id: u64, counters: Arc<Counters>) -> Network {
+        Network { cluster_id, member_id, counters, book: Arc::default() }
+    }
+
+    /// Takes a note of where the members are. Connections that work are kept.
+    pub fn note(&self, membership: &Membership) {
+        *lock(&self.book) = membership.nodes().map(|(&id, member)| (id, member.peer_urls.clone())).collect();
+    }
+
     /// A link to a member.
     pub fn link(&self, id: u64, member: &internal::Member) -> Link {
         Link { ours: self.clone(), id, urls: member.peer_urls.clone(), turn: 0, client: None }
@@ -108,15 +129,10 @@ impl Link {
         if let Some(client) = &self.client {
             return Ok(client.clone());
         }
-        let url = self.urls.get(self.turn % self.urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?.clone();
-        let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
-        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).http2_adaptive_window(true);
-        let channel = endpoint.connect().await.map_err(|err| {
-            self.turn = self.turn.wrapping_add(1);
-            Status::unavailable(format!("{url}: {err}"))
-        })?;
-        let client = PeerClient::new(channel);
-        let client = client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let noted = lock(&self.ours.book).get(&self.id).cloned();
+        let urls = noted.as_ref().unwrap_or(&self.urls);
+        let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
+        let client = connect(url).await.inspect_err(|_| self.turn = self.turn.wrapping_add(1))?;
         self.client = Some(client.clone());
         Ok(client)
     }
@@ -177,6 +193,27 @@ impl Link {
     }
 }
 
+/// Connects to a peer port.
+async fn connect(url: &str) -> Result<PeerClient<Channel>, Status> {
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).http2_adaptive_window(true);
+    let channel = endpoint.connect().await.map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+    let client = PeerClient::new(channel);
+    Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+/// Asks whoever listens at a peer URL for its cluster and the members, as one who does not belong to it yet.
+///
+/// # Errors
+/// That there is nobody, or nobody who says so.
+pub(crate) async fn members_at(url: &str) -> Result<peer::MembersResponse, Status> {
+    let asked = async {
+        let answer = connect(url).await?.members(peer::MembersRequest { newest: true }).await?;
+        Ok(answer.into_inner())
+    };
+    tokio::time::timeout(MEMBERS_TIMEOUT, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("{url}: no answer"))))
+}
+
 impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Link;
 
@@ -215,6 +252,27 @@ impl RaftNetworkV2<TypeConfig> for Link {
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
         self.ask(rpc, option.hard_ttl(), true).await
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let request = peer::TransferLeaderRequest {
+            vote: Some(vote_to_proto(rpc.from_leader())),
+            to: *rpc.to_node_id(),
+            last: rpc.last_log_id().copied().map(log_id_to_proto),
+        };
+        let limit = option.hard_ttl();
+        let answer = self.call(request, limit, |mut client, request| async move { client.transfer_leader(request).await }).await;
+        let answer = answer.map_err(|status| self.unreachable(&status))?;
+        if answer.refused.is_empty() {
+            return Ok(Ok(()));
+        }
+        tracing::warn!(peer = %format_args!("{:x}", self.id), error = answer.refused, "a member does not take the lead");
+        // What it lacks is known there; openraft only logs it here.
+        Ok(Err(TransferLeaderError::LogNotFlushed { expected: rpc.last_log_id().copied(), actual: None }))
     }
 
     async fn full_snapshot(

@@ -5,6 +5,7 @@
 //!   member/
 //!     LOCK                    held exclusively while a server runs
 //!     identity                format version, cluster and member id, name; written once
+//!     removed                 the member does not belong to its cluster any more
 //!     wal/                    the Raft log (elsewhere with --wal-dir)
 //!     state/                  the applied state
 //!     incoming-<id>           a snapshot that a leader is sending; removed by the next start
@@ -18,6 +19,7 @@
 //! cluster cdf818194e3a8c32
 //! member 8e9e05c52164694d
 //! name default
+//! joined yes                  (only of a member that has joined a cluster that was there)
 //! crc32c 5d1b3f0a
 //! ```
 //!
@@ -38,6 +40,7 @@ use crate::error::{Error, Result};
 const FORMAT_VERSION: u32 = 1;
 
 const IDENTITY: &str = "identity";
+const REMOVED: &str = "removed";
 
 /// How the names of half-received snapshots begin.
 const INCOMING: &str = "incoming-";
@@ -49,6 +52,8 @@ pub(crate) struct Identity {
     pub member_id: u64,
     /// One line; the configuration sees to that.
     pub name: String,
+    /// It has joined a cluster that was there, and must never found one.
+    pub joined: bool,
 }
 
 /// A data directory, held by this server until it is dropped.
@@ -64,7 +69,7 @@ impl DataDir {
     /// Makes the directory if it is missing, and takes hold of it.
     ///
     /// # Errors
-    /// `Locked` when another server has it, `Format` when it is not ours or too new, `Corrupt` when `identity` is damaged, `Io`.
+    /// `Locked` when another server has it, `Format` when it is not ours or too new, `Corrupt` when `identity` is damaged, `Removed`, `Io`.
     pub fn open(dir: &Path, wal_dir: Option<&Path>) -> Result<DataDir> {
         let member = dir.join("member");
         make_dir(dir)?;
@@ -76,6 +81,9 @@ impl DataDir {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Locked { path: dir.to_owned() }),
             Err(err) => return Err(Error::io("locking", &path, err.into())),
+        }
+        if member.join(REMOVED).exists() {
+            return Err(Error::Removed);
         }
         let identity = read_identity(&member.join(IDENTITY))?;
         if identity.is_none() {
@@ -105,6 +113,14 @@ impl DataDir {
         write_whole(&self.member, IDENTITY, encode_identity(&identity).as_bytes())?;
         self.identity = Some(identity);
         Ok(())
+    }
+
+    /// Notes that the member was removed from its cluster: the directory is not opened any more.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_removed(&self) -> Result<()> {
+        write_whole(&self.member, REMOVED, b"")
     }
 
     pub fn wal(&self) -> &Path {
@@ -169,8 +185,9 @@ fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
 }
 
 fn encode_identity(identity: &Identity) -> String {
-    let Identity { cluster_id, member_id, name } = identity;
-    let text = format!("quorate {FORMAT_VERSION}\ncluster {cluster_id:016x}\nmember {member_id:016x}\nname {name}\n");
+    let Identity { cluster_id, member_id, name, joined } = identity;
+    let joined = if *joined { "joined yes\n" } else { "" };
+    let text = format!("quorate {FORMAT_VERSION}\ncluster {cluster_id:016x}\nmember {member_id:016x}\nname {name}\n{joined}");
     let crc = crc32c::crc32c(text.as_bytes());
     format!("{text}crc32c {crc:08x}\n")
 }
@@ -215,7 +232,8 @@ fn decode_identity(bytes: &[u8]) -> std::result::Result<Identity, Problem> {
     let cluster_id = number("cluster").ok_or_else(|| damaged(0, "the cluster id is missing"))?;
     let member_id = number("member").ok_or_else(|| damaged(0, "the member id is missing"))?;
     let name = field("name").ok_or_else(|| damaged(0, "the name is missing"))?.to_owned();
-    Ok(Identity { cluster_id, member_id, name })
+    let joined = field("joined") == Some("yes");
+    Ok(Identity { cluster_id, member_id, name, joined })
 }
 
 #[cfg(test)]
@@ -223,7 +241,7 @@ mod tests {
     use super::*;
 
     fn sample() -> Identity {
-        Identity { cluster_id: 7, member_id: u64::MAX, name: "a member".into() }
+        Identity { cluster_id: 7, member_id: u64::MAX, name: "a member".into(), joined: true }
     }
 
     #[test]
@@ -236,6 +254,9 @@ mod tests {
         drop(first);
         let again = DataDir::open(dir.path(), None).unwrap();
         assert_eq!(again.identity(), Some(&sample()));
+        again.set_removed().unwrap();
+        drop(again);
+        assert!(matches!(DataDir::open(dir.path(), None), Err(Error::Removed)));
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(fs::metadata(dir.path().join("member")).unwrap().permissions().mode() & 0o777, 0o700);
     }
