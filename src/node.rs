@@ -11,7 +11,7 @@
 //! store without another task in between; a long one goes to a few threads kept for that.
 //!
 //! # By itself
-//! Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
+//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
 //! if so configured. The storage is the [background writer's](crate::background) business.
 
 use std::path::PathBuf;

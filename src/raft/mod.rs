@@ -1,7 +1,8 @@
 //! Consensus: openraft, told what our entries, members and votes are, and nothing else.
 //!
 //! This folder is the thin wrapper that keeps openraft's types from spreading: [`log`] puts its log into our segments,
-//! [`apply`] is the state machine, [`network`] carries its messages, [`outgoing`] and [`incoming`] turn a state into a snapshot and back. The layers above see [`Proposal`], [`Reply`] and
+//! [`apply`] is the state machine, [`members`] what it knows of members, [`network`] carries its messages, [`outgoing`] and [`incoming`]
+//! turn a state into a snapshot and back. The layers above see [`Proposal`], [`Reply`] and
 //! `u64`s.
 //!
 //! # One entry, many requests

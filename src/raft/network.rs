@@ -2,7 +2,7 @@
 //!
 //! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke; a member with several peer URLs
 //! is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a heartbeat never
-//! waits behind entries in one queue.
+//! waits behind entries in one queue. A member that moves is followed: connections are made to where the newest membership has it.
 //!
 //! ```text
 //! Append {vote, previous, entries} + headers quorate-cluster, quorate-from, quorate-to  ->  success | conflict | higher vote
