@@ -151,7 +151,8 @@ async fn settled<T>(what: &str, change: impl AsyncFn() -> Result<T, Status>) -> 
         match change().await {
             Ok(done) => return done,
             Err(err) => {
-                let passing = matches!(err.code(), Code::Unavailable) || (err.code(), err.message()) == etcd::NOT_READY;
+                let answer = (err.code(), err.message());
+                let passing = err.code() == Code::Unavailable || answer == etcd::NOT_READY || answer == etcd::NOT_LEADER;
                 assert!(passing && began.elapsed() < PATIENCE, "{what}: {err}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -164,10 +165,19 @@ fn refused<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, String) {
     (status.code(), status.message().to_owned())
 }
 
+/// Asks until the answer is not about an election that happens to be under way: on a busy machine there may be one at any time.
 macro_rules! assert_refused {
-    ($result:expr, $expected:expr) => {
-        assert_eq!(refused($result), ($expected.0, $expected.1.to_owned()))
-    };
+    ($result:expr, $expected:expr) => {{
+        let (began, expected) = (Instant::now(), ($expected.0, $expected.1.to_owned()));
+        loop {
+            let refusal = refused($result);
+            if refusal == expected {
+                break;
+            }
+            assert!(refusal.0 == Code::Unavailable && began.elapsed() < PATIENCE, "{refusal:?}, not {expected:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }};
 }
 
 /// The leader's place, agreed on by all.
@@ -233,14 +243,14 @@ async fn each_member_tells_all() {
 async fn leadership_moves_where_it_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let members = three(dir.path()).await;
-    for _ in 0..3 {
-        let leads = leader(&members).await;
-        let to = (leads + 1) % 3;
-        assert_refused!(members[to].move_leader(members[to].id()).await, etcd::NOT_LEADER);
-        assert_refused!(members[leads].move_leader(0xdead).await, etcd::BAD_TRANSFEREE);
-        members[leads].move_leader(members[leads].id()).await.unwrap();
-        settled("moving the leader", async || members[leads].move_leader(members[to].id()).await).await;
-        assert_eq!(leader(&members).await, to);
+    for to in [0, 1, 2, 0] {
+        // Whoever leads when it is asked: it answers when it has seen the other lead.
+        settled("moving the leader", async || members[leader(&members).await].move_leader(members[to].id()).await).await;
+        settled("moving it where it is", async || members[leader(&members).await].move_leader(members[to].id()).await).await;
+        let wrong = async || members[leader(&members).await].move_leader(0xdead).await;
+        until("a bad transferee", async || refused(wrong().await) == (etcd::BAD_TRANSFEREE.0, etcd::BAD_TRANSFEREE.1.to_owned())).await;
+        let elsewhere = async || members[(leader(&members).await + 1) % 3].move_leader(members[to].id()).await;
+        until("not the leader", async || elsewhere().await.is_err_and(|err| (err.code(), err.message()) == etcd::NOT_LEADER)).await;
         for member in &members {
             put(&member.client(), "key", &member.name).await;
         }
@@ -267,7 +277,7 @@ async fn changes_are_refused_as_etcd_refuses_them() {
         assert_refused!(member.promote(ids[1]).await, etcd::NOT_LEARNER);
         assert_refused!(member.update(ids[0], taken).await, etcd::URL_EXISTS);
         let malformed = MemberAddRequest { peer_urls: vec!["nowhere".into()], is_learner: false };
-        assert_refused!(member.cluster().member_add(malformed).await, etcd::BAD_URLS);
+        assert_refused!(member.cluster().member_add(malformed.clone()).await, etcd::BAD_URLS);
     }
     let learner = settled("adding a learner", async || members[0].add(port(), true).await).await;
     for member in &members {
