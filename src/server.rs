@@ -340,8 +340,10 @@ impl Member {
         let raft_config = openraft::Config {
             cluster_name: format!("{:x}", identity.cluster_id),
             heartbeat_interval: config.heartbeat_interval_ms,
-            election_timeout_min: config.election_timeout_ms,
-            election_timeout_max: 2 * config.election_timeout_ms,
+            // A member stands for election when it has heard of no leader for the greatest of these (the time for which it supports a leader)
+            // and a random part between them: in all from one election timeout to one and a half.
+            election_timeout_min: config.election_timeout_ms / 4,
+            election_timeout_max: config.election_timeout_ms / 4 * 3,
             // Snapshots follow the background writer's syncs, not the number of entries.
             snapshot_policy: openraft::SnapshotPolicy::Never,
             // Alone nobody else needs them; with others about, who was away for a while gets them from here.

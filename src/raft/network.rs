@@ -1,7 +1,7 @@
 //! Messages between members: a [`Link`] to each of them, for Raft and for what members do for each other's clients.
 //!
-//! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke; a member with several peer URLs
-//! is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a heartbeat never
+//! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke, or has been silent; a member with
+//! several peer URLs is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a heartbeat never
 //! waits behind entries in one queue. A member that moves is followed: connections are made to where the newest membership has it.
 //!
 //! ```text
@@ -22,6 +22,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use openraft::error::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use openraft::raft::{
@@ -57,6 +59,10 @@ pub(crate) const TO: &str = "quorate-to";
 
 /// How long making a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a connection may go without an answer, while answers are due, before it is given up for a new one: a link that was cut and
+/// is whole again is tried at once by a new connection, and by the old one only when TCP sends again.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// The largest message between members: entries as they go into the log's frames, and what surrounds them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -97,7 +103,13 @@ pub(crate) struct Link {
     /// The URL to try, counted on after each failure.
     turn: usize,
     client: Option<PeerClient<Channel>>,
+    /// The connection being made: kept when the call that began it has run out of time, for one may take longer than a heartbeat may.
+    connecting: Option<Connecting>,
+    /// When the member was last known to be there: its last answer, or the connection.
+    heard: Instant,
 }
+
+type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Channel>, Status>>>;
 
 impl Network {
     pub fn new(cluster_id: u64, member_id: u64, counters: Arc<Counters>) -> Network {
@@ -111,7 +123,7 @@ impl Network {
 
     /// A link to a member.
     pub fn link(&self, id: u64, member: &internal::Member) -> Link {
-        Link { ours: self.clone(), id, urls: member.peer_urls.clone(), turn: 0, client: None }
+        Link { ours: self.clone(), id, urls: member.peer_urls.clone(), turn: 0, client: None, connecting: None, heard: Instant::now() }
     }
 }
 
@@ -129,18 +141,29 @@ impl Link {
         if let Some(client) = &self.client {
             return Ok(client.clone());
         }
-        let noted = lock(&self.ours.book).get(&self.id).cloned();
-        let urls = noted.as_ref().unwrap_or(&self.urls);
-        let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
-        let client = connect(url).await.inspect_err(|_| self.turn = self.turn.wrapping_add(1))?;
+        let connecting = match self.connecting.clone() {
+            Some(connecting) => connecting,
+            None => {
+                let noted = lock(&self.ours.book).get(&self.id).cloned();
+                let urls = noted.as_ref().unwrap_or(&self.urls);
+                let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
+                self.connecting.insert(connect(url.clone()).boxed().shared()).clone()
+            }
+        };
+        // The caller may give up here; whoever calls next goes on.
+        let connected = connecting.await;
+        self.connecting = None;
+        let client = connected.inspect_err(|_| self.turn = self.turn.wrapping_add(1))?;
         self.client = Some(client.clone());
+        self.heard = Instant::now();
         Ok(client)
     }
 
     /// Calls the member.
     ///
     /// # Errors
-    /// Its refusal, or that it cannot be reached; then the next call tries a new connection.
+    /// Its refusal; that it cannot be reached, and then the next call tries a new connection; or that it has not answered in time, which
+    /// costs the connection only when there has been no answer for [`SILENCE`].
     pub async fn call<Req, Resp, F, Fut>(&mut self, message: Req, limit: Duration, method: F) -> Result<Resp, Status>
     where
         F: FnOnce(PeerClient<Channel>, Request<Req>) -> Fut,
@@ -160,12 +183,15 @@ impl Link {
             Ok(answer) => answer,
             Err(_) => Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))),
         };
-        answer.map(tonic::Response::into_inner).inspect_err(|status| {
-            if status.code() != Code::FailedPrecondition {
+        match &answer {
+            Err(status) if status.code() == Code::DeadlineExceeded && self.heard.elapsed() < SILENCE => {}
+            Err(status) if status.code() != Code::FailedPrecondition => {
                 self.turn = self.turn.wrapping_add(1);
                 self.client = None;
             }
-        })
+            _ => self.heard = Instant::now(),
+        }
+        answer.map(tonic::Response::into_inner)
     }
 
     fn unreachable(&self, status: &Status) -> RPCError<TypeConfig> {
@@ -194,8 +220,8 @@ impl Link {
 }
 
 /// Connects to a peer port.
-async fn connect(url: &str) -> Result<PeerClient<Channel>, Status> {
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+async fn connect(url: String) -> Result<PeerClient<Channel>, Status> {
+    let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
     let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).http2_adaptive_window(true);
     let channel = endpoint.connect().await.map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
     let client = PeerClient::new(channel);
@@ -208,7 +234,7 @@ async fn connect(url: &str) -> Result<PeerClient<Channel>, Status> {
 /// That there is nobody, or nobody who says so.
 pub(crate) async fn members_at(url: &str) -> Result<peer::MembersResponse, Status> {
     let asked = async {
-        let answer = connect(url).await?.members(peer::MembersRequest { newest: true }).await?;
+        let answer = connect(url.to_owned()).await?.members(peer::MembersRequest { newest: true }).await?;
         Ok(answer.into_inner())
     };
     tokio::time::timeout(MEMBERS_TIMEOUT, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("{url}: no answer"))))
