@@ -98,6 +98,10 @@ const LOG_RESERVE_BYTES: u64 = 256 << 10;
 /// off all the same, and they may need another snapshot.
 const LOG_KEPT_BYTES: u64 = 4 << 30;
 
+/// Log on disk beyond which less of it is kept for members that lag than `snapshot-catchup-entries` asks for: an entry is as large as the
+/// batch of requests in it.
+const LOG_LAG_BYTES: u64 = 512 << 20;
+
 /// What etcd adds to a request before it measures it against `max-request-bytes`, about.
 const ENVELOPE_BYTES: usize = 20;
 
@@ -113,6 +117,8 @@ pub(crate) struct NodeOptions {
     pub max_txn_ops: usize,
     pub election_timeout: Duration,
     pub auto_compaction: Option<AutoCompaction>,
+    /// Entries of the log that are kept, at most, below what the state holds on disk, for members that lag.
+    pub catchup_entries: u64,
     /// How the history is opened when a snapshot takes the state's place.
     pub history: HistoryOptions,
     /// Where snapshots are put while they are received.

@@ -294,7 +294,11 @@ impl Member {
         if fresh {
             config.validate_bootstrap()?;
             let joins = config.initial_cluster_state == ClusterState::Existing;
-            dir.set_identity(if joins { join_cluster(config).await? } else { found(config, &peer_urls)? })?;
+            let identity = if joins { join_cluster(config).await? } else { found(config, &peer_urls)? };
+            if !joins {
+                check_not_founded(config, &identity).await?;
+            }
+            dir.set_identity(identity)?;
         }
         let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.name != config.name {
@@ -346,8 +350,8 @@ impl Member {
             election_timeout_max: config.election_timeout_ms / 4 * 3,
             // Snapshots follow the background writer's syncs, not the number of entries.
             snapshot_policy: openraft::SnapshotPolicy::Never,
-            // Alone nobody else needs them; with others about, who was away for a while gets them from here.
-            max_in_snapshot_log_to_keep: if config.unfinished_clusters { config.snapshot_catchup_entries } else { 0 },
+            // The node says how much of the log goes, see `Node::purge_log`.
+            max_in_snapshot_log_to_keep: u64::MAX,
             purge_batch_size: 1,
             enable_pre_vote: Some(config.pre_vote),
             ..openraft::Config::default()
@@ -387,6 +391,7 @@ impl Member {
             max_txn_ops: config.max_txn_ops,
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             auto_compaction: config.auto_compaction()?,
+            catchup_entries: config.snapshot_catchup_entries,
             history,
             member_dir: dir.member().to_owned(),
             clusters: config.unfinished_clusters,
@@ -654,14 +659,37 @@ fn place(config: &Config, told: &[(String, Vec<Url>)], there: &MembersResponse) 
         }
     }
     match ours {
-        // It has voted and acknowledged before: without what it wrote then, it would break its word.
-        Some(member) if member.published => {
-            let what = format!("member {:x} has already been bootstrapped: remove it, and add it anew", member.id);
-            Err(Error::Config(what))
-        }
+        Some(member) if member.published => Err(bootstrapped(member.id)),
         Some(member) => Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name: config.name.clone(), joined: true }),
         None => wrong(format!("no member has the URLs of {:?}", config.name)),
     }
+}
+
+/// A member that has voted and acknowledged before would break its word without what it wrote then.
+fn bootstrapped(id: u64) -> Error {
+    Error::Config(format!("member {id:x} has already been bootstrapped: remove it, and add it anew"))
+}
+
+/// Sees to it that a founder whose directory is empty has not founded the cluster before, and lost what it had. Who else is to found it is
+/// asked; those who are not there yet, as when all start for the first time, say nothing.
+///
+/// # Errors
+/// `Config`, when one of them knows the cluster as founded.
+async fn check_not_founded(config: &Config, ours: &Identity) -> Result<()> {
+    let told = config.initial_members()?;
+    let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
+    let asked = others.map(|url| async move { network::members_at(&url.to_string()).await });
+    let answers = futures_util::future::join_all(asked).await;
+    for there in answers.into_iter().flatten().filter(|there| there.cluster_id == ours.cluster_id) {
+        let found = there.members.iter().find(|member| member.id == ours.member_id);
+        match found {
+            Some(member) if member.published => return Err(bootstrapped(ours.member_id)),
+            // Listed from its beginning, unless it was removed.
+            None if !there.members.is_empty() => return Err(bootstrapped(ours.member_id)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn first_u64(digest: &[u8]) -> u64 {

@@ -2,7 +2,6 @@
 //!
 //! The errors are etcd's, to the letter: `ETCD` has them as etcd 3.5.30 gave them to the same requests.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +15,11 @@ use quorate::proto::etcdserverpb::*;
 use quorate::{Client, Config, Error, Server};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
+
+use ports::free_port;
+
+#[path = "common/ports.rs"]
+mod ports;
 
 /// What a cluster may take to come to something. A test that waits longer has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -36,10 +40,6 @@ mod etcd {
     pub const BAD_TRANSFEREE: (Code, &str) = (Code::FailedPrecondition, "etcdserver: bad leader transferee");
     pub const BAD_URLS: (Code, &str) = (Code::InvalidArgument, "etcdserver: given member URLs are invalid");
     pub const REMOVED: &str = "the member has been permanently removed from the cluster";
-}
-
-fn port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn url(port: u16) -> String {
@@ -118,7 +118,7 @@ impl One {
 
 /// Three members, with their names published, and a leader that has heard of all of them.
 async fn three(dir: &Path) -> Vec<One> {
-    let cluster = [("a", port()), ("b", port()), ("c", port())];
+    let cluster = [("a", free_port()), ("b", free_port()), ("c", free_port())];
     let mut members = Vec::new();
     for (name, port) in cluster {
         members.push(One::start(config(&dir.join(name), name, port, &cluster, ClusterState::New)).await.unwrap());
@@ -239,6 +239,27 @@ async fn each_member_tells_all() {
     stop(members).await;
 }
 
+/// It might vote twice in a term, and does not have what it has acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_founder_without_its_data_does_not_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut members = three(dir.path()).await;
+    let cluster: Vec<(String, u16)> = members.iter().map(|member| (member.name.clone(), member.port)).collect();
+    let cluster: Vec<(&str, u16)> = cluster.iter().map(|(name, port)| (name.as_str(), *port)).collect();
+    let gone = members.pop().unwrap();
+    let (id, port, path) = (gone.id(), gone.port, gone.dir.clone());
+    gone.server.shutdown().await.unwrap();
+    std::fs::remove_dir_all(&path).unwrap();
+    let again = || config(&path, "c", port, &cluster, ClusterState::New);
+    let refusal = Server::start(again()).await.unwrap_err().to_string();
+    assert!(refusal.contains(&format!("member {id:x} has already been bootstrapped")), "{refusal}");
+    // Nor once it is removed.
+    settled("removing it", async || members[0].remove(id).await).await;
+    let refusal = Server::start(again()).await.unwrap_err().to_string();
+    assert!(refusal.contains("has already been bootstrapped"), "{refusal}");
+    stop(members).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn leadership_moves_where_it_is_told() {
     let dir = tempfile::tempdir().unwrap();
@@ -272,16 +293,16 @@ async fn changes_are_refused_as_etcd_refuses_them() {
         })
         .await;
         assert_refused!(member.remove(0xdead).await, etcd::NOT_FOUND);
-        assert_refused!(member.update(0xdead, port()).await, etcd::NOT_FOUND);
+        assert_refused!(member.update(0xdead, free_port()).await, etcd::NOT_FOUND);
         assert_refused!(member.promote(0xdead).await, etcd::NOT_FOUND);
         assert_refused!(member.promote(ids[1]).await, etcd::NOT_LEARNER);
         assert_refused!(member.update(ids[0], taken).await, etcd::URL_EXISTS);
         let malformed = MemberAddRequest { peer_urls: vec!["nowhere".into()], is_learner: false };
         assert_refused!(member.cluster().member_add(malformed.clone()).await, etcd::BAD_URLS);
     }
-    let learner = settled("adding a learner", async || members[0].add(port(), true).await).await;
+    let learner = settled("adding a learner", async || members[0].add(free_port(), true).await).await;
     for member in &members {
-        assert_refused!(member.add(port(), true).await, etcd::TOO_MANY_LEARNERS);
+        assert_refused!(member.add(free_port(), true).await, etcd::TOO_MANY_LEARNERS);
         assert_refused!(member.promote(learner).await, etcd::NOT_READY);
         let listed = member.list().await;
         let told = listed.iter().find(|told| told.id == learner).unwrap();
@@ -295,7 +316,7 @@ async fn changes_are_refused_as_etcd_refuses_them() {
     let id = down.id();
     down.server.shutdown().await.unwrap();
     let leads = leader(&members).await;
-    until("the leader misses it", async || match members[leads].add(port(), false).await {
+    until("the leader misses it", async || match members[leads].add(free_port(), false).await {
         Err(err) => (err.code(), err.message()) == etcd::UNHEALTHY,
         Ok(added) => {
             members[leads].remove(added).await.unwrap();
@@ -309,10 +330,10 @@ async fn changes_are_refused_as_etcd_refuses_them() {
     }
     assert_eq!(members[0].remove(id).await.unwrap().len(), 2);
     // An added voter that never comes: no other until it has, and the two go on without it.
-    let unstarted = settled("adding a voter", async || members[0].add(port(), false).await);
+    let unstarted = settled("adding a voter", async || members[0].add(free_port(), false).await);
     // Of two members, three with the new one, both must be up.
     let unstarted = unstarted.await;
-    assert_refused!(members[1].add(port(), false).await, etcd::NOT_STARTED);
+    assert_refused!(members[1].add(free_port(), false).await, etcd::NOT_STARTED);
     assert_refused!(members[1].remove(members[0].id()).await, etcd::NOT_STARTED);
     put(&members[0].client(), "goes", "on").await;
     members[0].remove(unstarted).await.unwrap();
@@ -324,13 +345,13 @@ async fn a_learner_joins_and_becomes_a_voter() {
     let dir = tempfile::tempdir().unwrap();
     let mut members = three(dir.path()).await;
     put(&members[0].client(), "before", "0").await;
-    let port = port();
+    let port = free_port();
     // Nobody knows it yet.
     let err = join(&dir.path().join("d"), "d", port, &members).await.err().unwrap();
     assert!(err.to_string().contains("member count is unequal"), "{err}");
     let id = settled("adding a learner", async || members[1].add(port, true).await).await;
     let mut wrong: Vec<(&str, u16)> = members.iter().map(|member| (member.name.as_str(), member.port)).collect();
-    wrong[2].1 = self::port();
+    wrong[2].1 = self::free_port();
     wrong.push(("d", port));
     let err = One::start(config(&dir.path().join("d"), "d", port, &wrong, ClusterState::Existing)).await.err().unwrap();
     assert!(err.to_string().contains("no match found for existing member"), "{err}");
@@ -346,7 +367,7 @@ async fn a_learner_joins_and_becomes_a_voter() {
     assert_refused!(kv.range(RangeRequest { serializable: false, ..own() }).await, etcd::LEARNER);
     assert_refused!(kv.put(PutRequest::default()).await, etcd::LEARNER);
     assert_refused!(kv.txn(TxnRequest::default()).await, etcd::LEARNER);
-    assert_refused!(learner.add(self::port(), false).await, etcd::LEARNER);
+    assert_refused!(learner.add(self::free_port(), false).await, etcd::LEARNER);
     assert_refused!(learner.cluster().member_list(MemberListRequest::default()).await, etcd::LEARNER);
     let mut maintenance = MaintenanceClient::new(learner.channel.clone());
     assert!(maintenance.status(StatusRequest {}).await.unwrap().into_inner().is_learner);
@@ -371,7 +392,7 @@ async fn a_learner_joins_and_becomes_a_voter() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_member_becomes_three() {
     let dir = tempfile::tempdir().unwrap();
-    let (a, b, c) = (port(), port(), port());
+    let (a, b, c) = (free_port(), free_port(), free_port());
     let mut members = vec![One::start(config(&dir.path().join("a"), "a", a, &[("a", a)], ClusterState::New)).await.unwrap()];
     put(&members[0].client(), "alone", "1").await;
     for (name, port) in [("b", b), ("c", c)] {
@@ -453,7 +474,7 @@ async fn a_member_moves() {
     let dir = tempfile::tempdir().unwrap();
     let mut members = three(dir.path()).await;
     let at = (leader(&members).await + 1) % 3;
-    let (id, to) = (members[at].id(), port());
+    let (id, to) = (members[at].id(), free_port());
     let listed = settled("updating", async || members[(at + 1) % 3].update(id, to).await).await;
     assert!(listed.iter().any(|told| told.id == id && told.peer_urls == [url(to)]));
     let moved = members.remove(at);
@@ -583,7 +604,7 @@ async fn etcdctl_sees_and_changes_the_whole_cluster() {
     let moved = works(&members[leads], &format!("move-leader {:x}", members[follower].id()));
     assert_eq!(moved.trim(), format!("Leadership transferred from {id:x} to {:x}", members[follower].id()));
 
-    let port = port();
+    let port = free_port();
     settled("healthy", async || match members[0].add(members[1].port, true).await {
         Err(err) if (err.code(), err.message()) == etcd::URL_EXISTS => Ok(()),
         other => other.map(drop),
@@ -595,7 +616,7 @@ async fn etcdctl_sees_and_changes_the_whole_cluster() {
     let promote = format!("member promote {:x}", learner.id());
     until("promoted", async || run(&members[1], &promote).0).await;
     assert!(run(&members[1], &promote).2.contains(&format!("Error: {}", etcd::NOT_LEARNER.1)));
-    works(&members[2], &format!("member update {:x} --peer-urls={},http://127.0.0.1:{}", learner.id(), url(port), self::port()));
+    works(&members[2], &format!("member update {:x} --peer-urls={},http://127.0.0.1:{}", learner.id(), url(port), self::free_port()));
     until("removed", async || run(&members[0], &format!("member remove {:x}", learner.id())).0).await;
     assert_eq!(works(&members[1], "member list").lines().count(), 3);
     let stopped = tokio::time::timeout(PATIENCE, learner.server.stopped()).await.unwrap();

@@ -3,11 +3,10 @@
 //! Three members in one process, over loopback. One is stopped, the others write until the log that it would need is gone, and it comes
 //! back.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use quorate::client::WatchMessage;
 use quorate::proto::etcdserverpb::{AlarmRequest, AlarmType, RangeRequest, WatchCreateRequest};
@@ -15,60 +14,24 @@ use quorate::proto::internal::{LogId, Vote};
 use quorate::proto::peer::install_snapshot_response::Outcome;
 use quorate::proto::peer::peer_client::PeerClient;
 use quorate::proto::peer::{InstallSnapshotRequest, PutSnapshotRequest};
-use quorate::{Client, Config, Error, Server};
+use quorate::{Client, Config, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const NAMES: [&str; 3] = ["a", "b", "c"];
+use three::{insist, ports, start_all, stop_all, until};
 
-/// What a cluster may take to come to something. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
+#[path = "common/ports.rs"]
+mod ports;
+#[path = "common/three.rs"]
+mod three;
 
 /// Puts under way at the same time: enough to fill entries of the log, few enough for more entries than are kept.
 const AT_ONCE: usize = 8;
 
-fn ports() -> [u16; 3] {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap().port())
-}
-
+/// A member whose log keeps nothing for those who lag.
 fn config(dir: &Path, ports: &[u16; 3], at: usize) -> Config {
-    let url = |at: usize| format!("http://127.0.0.1:{}", ports[at]);
-    let mut config = Config::default();
-    config.name = NAMES[at].into();
-    config.data_dir = Some(dir.join(NAMES[at]));
-    config.listen_client_urls = vec!["http://127.0.0.1:0".parse().unwrap()];
-    config.listen_peer_urls = vec![url(at).parse().unwrap()];
-    config.initial_advertise_peer_urls = config.listen_peer_urls.clone();
-    config.initial_cluster = (0..3).map(|at| format!("{}={}", NAMES[at], url(at))).collect::<Vec<_>>().join(",");
-    config.unfinished_clusters = true;
+    let mut config = three::config(dir, ports, at);
     config.snapshot_catchup_entries = 10;
     config
-}
-
-async fn start(dir: &Path, ports: &[u16; 3], at: usize) -> Server {
-    Server::start(config(dir, ports, at)).await.unwrap()
-}
-
-/// Tries however often it takes: while there is no leader it may.
-async fn insist<T, F: Future<Output = quorate::Result<T>>>(what: &str, mut attempt: impl FnMut() -> F) -> T {
-    let began = Instant::now();
-    loop {
-        match attempt().await {
-            Ok(done) => return done,
-            Err(err) => {
-                assert!(began.elapsed() < PATIENCE, "{what}: {err}");
-                assert!(matches!(err, Error::Timeout | Error::Apply(_)), "{what}: {err}");
-            }
-        }
-    }
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// Puts `keys` times, several at once.
@@ -126,10 +89,7 @@ async fn are_equal(servers: &[&Server]) -> i64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_lags_past_the_log_gets_a_snapshot() {
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
-    let mut servers = Vec::new();
-    for at in 0..3 {
-        servers.push(start(dir.path(), &ports, at).await);
-    }
+    let mut servers = start_all(|at| config(dir.path(), &ports, at)).await;
     let client = servers[0].client();
     write(&client, "early/", 50).await;
     let lost = servers.pop().unwrap();
@@ -153,7 +113,7 @@ async fn who_lags_past_the_log_gets_a_snapshot() {
     let last = client.revision();
     log_is_gone(&[&servers[0], &servers[1]], before).await;
 
-    let back = start(dir.path(), &ports, 2).await;
+    let back = Server::start(config(dir.path(), &ports, 2)).await.unwrap();
     let late = back.client();
     // Watches that are there before the snapshot is: from what was compacted meanwhile, and from what will be there.
     let mut old = late
@@ -199,7 +159,7 @@ async fn who_lags_past_the_log_gets_a_snapshot() {
 
     // It starts from its data alone, without another snapshot; nothing is left lying about.
     servers.pop().unwrap().shutdown().await.unwrap();
-    let again = start(dir.path(), &ports, 2).await;
+    let again = Server::start(config(dir.path(), &ports, 2)).await.unwrap();
     assert!(again.client().revision() >= last);
     let member = dir.path().join("c/member");
     assert!(std::fs::read_dir(&member).unwrap().all(|entry| !entry.unwrap().file_name().to_string_lossy().starts_with("incoming")));
@@ -207,9 +167,7 @@ async fn who_lags_past_the_log_gets_a_snapshot() {
     servers.push(again);
     are_equal(&servers.iter().collect::<Vec<_>>()).await;
     assert_eq!(metric(&servers[2], "quorate_snapshots_received_total"), 0);
-    for server in servers {
-        server.shutdown().await.unwrap();
-    }
+    stop_all(servers).await;
 }
 
 /// Passes bytes on between a port and another one, and cuts each connection when it has passed on so many.
@@ -257,10 +215,7 @@ async fn a_broken_connection_does_not_begin_the_snapshot_anew() {
         config.listen_peer_urls = vec![format!("http://127.0.0.1:{}", ports[at]).parse().unwrap()];
         config
     };
-    let mut servers = Vec::new();
-    for at in 0..3 {
-        servers.push(Server::start(config(at)).await.unwrap());
-    }
+    let mut servers = start_all(config).await;
     let client = servers[0].client();
     write(&client, "early/", 10).await;
     let lost = servers.pop().unwrap();
@@ -279,9 +234,7 @@ async fn a_broken_connection_does_not_begin_the_snapshot_anew() {
     let sent: u64 = servers.iter().map(|server| metric(server, "quorate_snapshot_sent_bytes_total")).sum();
     let whole = (KEYS * VALUE) as u64;
     assert!((whole / 2..whole + whole / 2).contains(&sent), "{sent} bytes sent of a snapshot of about {whole}");
-    for server in servers {
-        server.shutdown().await.unwrap();
-    }
+    stop_all(servers).await;
     proxy.abort();
 }
 

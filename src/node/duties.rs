@@ -148,8 +148,10 @@ impl Node {
     }
 
     /// Has openraft cut the log off below what is durable, as that moves. While a member is sent a snapshot, and somewhat longer, nothing
-    /// is cut off: what is written meanwhile it will want from the log.
+    /// is cut off: what is written meanwhile it will want from the log. Otherwise, if there are other members, as much is kept for those
+    /// who lag as the configuration says, and [`LOG_LAG_BYTES`] allow; who lags more is sent a snapshot.
     pub async fn purge_log(self: Arc<Self>, mut durable: watch::Receiver<u64>) {
+        let mut keep = self.options.catchup_entries;
         while durable.changed().await.is_ok() {
             while self.machine.sendings.need_log() && !self.wal.space_low() && self.wal.metrics().disk_bytes < LOG_KEPT_BYTES {
                 tokio::time::sleep(WATCHDOG_INTERVAL).await;
@@ -158,7 +160,30 @@ impl Node {
             tracing::debug!(index, "the state is durable, the log before it may go");
             if let Err(err) = self.raft.trigger().snapshot().await {
                 tracing::warn!(error = %err, "noting the durable state");
+                continue;
             }
+            // What is not noted yet is not cut off: then the rest goes with the next.
+            let noted = self.raft.wait(Some(WATCHDOG_INTERVAL)).metrics(|now| now.snapshot.is_some_and(|id| id.index >= index), "noted");
+            let _ = noted.await;
+            keep = self.log_to_keep(keep);
+            if index > keep
+                && let Err(err) = self.raft.trigger().purge_log(index - keep).await
+            {
+                tracing::warn!(error = %err, "cutting off the log");
+            }
+        }
+    }
+
+    /// How many entries below what is durable are kept for members that lag, when as many were kept until now.
+    fn log_to_keep(&self, until_now: u64) -> u64 {
+        let most = if self.has_peers() { self.options.catchup_entries } else { 0 };
+        if self.wal.space_low() {
+            0
+        } else if self.wal.metrics().disk_bytes > LOG_LAG_BYTES {
+            // Entries differ in size by much: as many as fit are found by halving, and by doubling while there is room.
+            until_now.min(most) / 2
+        } else {
+            until_now.saturating_mul(2).saturating_add(1).min(most)
         }
     }
 

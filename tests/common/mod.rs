@@ -20,12 +20,12 @@
 pub mod build;
 pub mod generate;
 pub mod pb;
+pub mod ports;
 pub mod raw;
 pub mod render;
 pub mod watch;
 
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +39,7 @@ use pb::kv_client::KvClient;
 use pb::lease_client::LeaseClient;
 use pb::maintenance_client::MaintenanceClient;
 use pb::watch_client::WatchClient;
+use ports::free_port;
 
 /// How long a member may take until it answers its first call. Generous, because several members may start at once.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -315,22 +316,6 @@ impl Clients {
 fn endpoint(url: &str) -> Endpoint {
     let endpoint = Endpoint::from_shared(url.to_owned()).expect("a member's URL is valid");
     endpoint.connect_timeout(Duration::from_secs(5)).timeout(CALL_LIMIT)
-}
-
-/// A port that nobody listens on right now. It lies below the range from which outgoing connections take theirs, and
-/// test processes start at different places, so that losing it again before the member binds it is rare.
-fn free_port() -> u16 {
-    const FIRST: u32 = 20_000;
-    const COUNT: u32 = 12_000;
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    for _ in 0..COUNT {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = (FIRST + std::process::id().wrapping_mul(37).wrapping_add(step) % COUNT) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-    panic!("no free port on loopback");
 }
 
 /// The end of a log, short enough to read.
