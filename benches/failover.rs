@@ -126,10 +126,8 @@ async fn compare(args: &Args) -> Result<()> {
     std::fs::create_dir_all(&args.dir)?;
     let timing = [format!("--heartbeat-interval={}", args.heartbeat_ms), format!("--election-timeout={}", args.election_ms)];
     let mut sides = Vec::new();
-    for (name, binary, own) in
-        [("quorate", &args.quorate, &["--unfinished-clusters", "--snapshot-catchup-entries=100000000"][..]), ("etcd", &args.etcd, &[][..])]
-    {
-        let flags = timing.iter().cloned().chain(own.iter().map(|flag| (*flag).to_owned())).collect();
+    for (name, binary) in [("quorate", &args.quorate), ("etcd", &args.etcd)] {
+        let flags = timing.to_vec();
         sides.push((name, Cluster::start(binary, &args.dir, flags).await.map_err(|error| format!("{name}: {error}"))?, Vec::new()));
     }
     for kill in 0..args.kills {

@@ -88,10 +88,7 @@ pub struct Config {
     pub initial_cluster_state: ClusterState,
     /// Told apart by this, two clusters with the same members get different ids. Default: `etcd-cluster`.
     pub initial_cluster_token: String,
-    /// Allows clusters of more than one member, of which only a part is built. For the tests of that part.
-    #[doc(hidden)]
-    pub unfinished_clusters: bool,
-    /// Refuse membership changes that would cost the quorum. Without effect while there is one member.
+    /// Refuse changes of the members that would cost the quorum.
     pub strict_reconfig_check: bool,
     /// Ask for votes before standing for election, so that a returning member does not unseat a leader.
     pub pre_vote: bool,
@@ -160,7 +157,6 @@ impl Default for Config {
             initial_cluster: String::new(),
             initial_cluster_state: ClusterState::New,
             initial_cluster_token: "etcd-cluster".into(),
-            unfinished_clusters: false,
             strict_reconfig_check: true,
             pre_vote: true,
             heartbeat_interval_ms: 100,
@@ -228,7 +224,7 @@ impl Config {
         self.validate_member()?;
         self.validate_urls()?;
         self.validate_limits()?;
-        self.validate_cluster()?;
+        self.initial_members()?;
         self.auto_compaction().map(drop)
     }
 
@@ -332,28 +328,12 @@ impl Config {
         Ok(())
     }
 
-    fn validate_cluster(&self) -> Result<()> {
-        let members = self.initial_members()?;
-        if members.len() > 1 && !self.unfinished_clusters {
-            let right = format!("it names {} members; clusters of more than one are not built yet", members.len());
-            return Err(bad("initial-cluster", &self.initial_cluster, right));
-        }
-        Ok(())
-    }
-
     /// Checks what matters only on an empty data directory: etcd too takes no notice of it on a restart.
     ///
     /// # Errors
     /// [`Error::Config`] when this member is to join a cluster, or is not, or not with its URLs, in `initial_cluster`.
     pub fn validate_bootstrap(&self) -> Result<()> {
         let joining = self.initial_cluster_state == ClusterState::Existing;
-        if joining && !self.unfinished_clusters {
-            return Err(bad(
-                "initial-cluster-state",
-                "existing",
-                "there is no data here yet, and joining a cluster is not built yet; use new",
-            ));
-        }
         let members = self.initial_members()?;
         if joining && members.len() < 2 {
             let right = "initial-cluster-state is existing: it must name the cluster's members and this one";

@@ -123,8 +123,6 @@ pub(crate) struct NodeOptions {
     pub history: HistoryOptions,
     /// Where snapshots are put while they are received.
     pub member_dir: PathBuf,
-    /// Whether the members may be changed; until clusters are whole, for those who ask for them unfinished.
-    pub clusters: bool,
     /// Refuse changes of the members that might cost the quorum.
     pub strict_reconfig: bool,
 }
@@ -251,10 +249,8 @@ impl Node {
         node.spawn(node.clone().confirm_reads());
         node.spawn(node.clone().revoke_expired());
         node.spawn(node.clone().watch_space());
-        if node.options.clusters {
-            node.spawn(node.clone().promote_added());
-            node.spawn(node.clone().heed_removal());
-        }
+        node.spawn(node.clone().promote_added());
+        node.spawn(node.clone().heed_removal());
         if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));
         }
@@ -516,6 +512,14 @@ impl Node {
         self.check_running()?;
         let deadline = Instant::now() + self.request_timeout();
         loop {
+            if self.is_leader() && !self.leads_surely() {
+                // It may have been deposed without having heard of it: the new leader may let the lease expire.
+                if Instant::now() >= deadline {
+                    return Err(Error::Timeout);
+                }
+                self.pause(EXPIRED_RETRY).await?;
+                continue;
+            }
             let renewed = lock(&self.machine.lessor).renew(id, self.machine.now());
             match renewed {
                 Ok(Renewal::Renewed { ttl, clear_checkpoint }) => {

@@ -52,7 +52,7 @@ use crate::raft::log::LogStore;
 use crate::raft::network::{self, Network};
 use crate::storage::Backend;
 use crate::storage::dir::{DataDir, Identity};
-use crate::storage::history::HistoryOptions;
+use crate::storage::history::{Gate, HistoryOptions};
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
 
@@ -317,7 +317,7 @@ impl Member {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
         let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
-        let history = HistoryOptions { cache_bytes: config.value_cache_bytes };
+        let history = HistoryOptions { cache_bytes: config.value_cache_bytes, gate: Some(gate_of(&wal)) };
         let mut attached = Vec::new();
         let (store, saved) = Store::open(backend.clone(), history.clone(), &mut |lease, key| attached.push((lease, key)))?;
         let store = Arc::new(store);
@@ -328,7 +328,7 @@ impl Member {
         let machine = Arc::new(Machine::new(store, saved, attached, lessor, clock.clone(), slow, counters.clone())?);
         finish_install(&machine, &wal, &recovered.state).await?;
         check_reach(&machine, &wal.log_state(), &backend.path())?;
-        backend.accept();
+        backend.accept()?;
         if lock(&machine.members).is_removed(identity.member_id) {
             dir.set_removed()?;
             return Err(Error::Removed);
@@ -345,8 +345,9 @@ impl Member {
             cluster_name: format!("{:x}", identity.cluster_id),
             heartbeat_interval: config.heartbeat_interval_ms,
             // A member stands for election when it has heard of no leader for the greatest of these (the time for which it supports a leader)
-            // and a random part between them: in all from one election timeout to one and a half.
-            election_timeout_min: config.election_timeout_ms / 4,
+            // and a random part between them: in all from one and a quarter election timeouts to one and a half. The lesser is also what
+            // a vote may take, with its connection and the voter's fsync.
+            election_timeout_min: config.election_timeout_ms / 2,
             election_timeout_max: config.election_timeout_ms / 4 * 3,
             // Snapshots follow the background writer's syncs, not the number of entries.
             snapshot_policy: openraft::SnapshotPolicy::Never,
@@ -394,7 +395,6 @@ impl Member {
             catchup_entries: config.snapshot_catchup_entries,
             history,
             member_dir: dir.member().to_owned(),
-            clusters: config.unfinished_clusters,
             strict_reconfig: config.strict_reconfig_check,
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health, network);
@@ -414,7 +414,6 @@ impl Member {
         let clients = bind_all(&config.listen_client_urls).await?;
         let https = bind_all(&config.listen_client_http_urls).await?;
         let metrics_only = bind_all(&config.listen_metrics_urls).await?;
-        // Whoever asks is told the version and the health; members speak to each other only in clusters, which are not whole yet.
         let peers = bind_all(&config.listen_peer_urls).await?;
         let peer_addrs = addrs_of(&peers);
         let addrs = addrs_of(&clients);
@@ -442,8 +441,8 @@ impl Member {
         for listener in clients {
             serving.push(Serving::start(listener, limits.clone(), client.clone()));
         }
-        let router = || Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics));
-        let peer = App { grpc: config.unfinished_clusters.then(router), http: plain.http.clone() };
+        let router = Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics));
+        let peer = App { grpc: Some(router), http: plain.http.clone() };
         for listener in peers {
             serving.push(Serving::start(listener, limits.clone(), peer.clone()));
         }
@@ -617,6 +616,8 @@ async fn join_cluster(config: &Config) -> Result<Identity> {
     let (mut tried, mut unlike) = (Vec::new(), None);
     for url in others {
         match network::members_at(&url.to_string()).await {
+            // What it knows may be from before this member was added, or was up.
+            Ok(there) if !there.newest => tried.push(format!("{url}: it does not know of a leader")),
             // One that lags may not know of this member yet.
             Ok(there) => match place(config, &told, &there) {
                 Ok(identity) => return Ok(identity),
@@ -659,10 +660,21 @@ fn place(config: &Config, told: &[(String, Vec<Url>)], there: &MembersResponse) 
         }
     }
     match ours {
-        Some(member) if member.published => Err(bootstrapped(member.id)),
+        Some(member) if member.published || member.votes => Err(bootstrapped(member.id)),
         Some(member) => Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name: config.name.clone(), joined: true }),
         None => wrong(format!("no member has the URLs of {:?}", config.name)),
     }
+}
+
+/// Lets the state be written when the log is on disk as far as it was asked to be.
+fn gate_of(wal: &Arc<Wal>) -> Gate {
+    let wal = wal.clone();
+    Gate(Arc::new(move || {
+        let (done, wait) = std::sync::mpsc::sync_channel(1);
+        // No entries: what was asked before.
+        wal.append(Vec::new(), Box::new(move |result| drop(done.send(result))))?;
+        wait.recv().unwrap_or(Err(Error::Stopped))
+    }))
 }
 
 /// A member that has voted and acknowledged before would break its word without what it wrote then.

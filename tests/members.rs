@@ -55,7 +55,6 @@ fn config(dir: &Path, name: &str, port: u16, cluster: &[(&str, u16)], state: Clu
     config.initial_advertise_peer_urls = config.listen_peer_urls.clone();
     config.initial_cluster = cluster.iter().map(|(name, port)| format!("{name}={}", url(*port))).collect::<Vec<_>>().join(",");
     config.initial_cluster_state = state;
-    config.unfinished_clusters = true;
     config
 }
 

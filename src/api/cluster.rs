@@ -37,21 +37,12 @@ impl Api {
         });
         members.collect()
     }
-
-    /// Until clusters are whole, only who asks for them unfinished changes the members. This goes when they are.
-    fn check_clusters(&self) -> Result<(), Status> {
-        if self.node.options.clusters {
-            return Ok(());
-        }
-        Err(Status::unimplemented("etcdserver: changing the members is not implemented"))
-    }
 }
 
 // Headers of this service say nothing of revisions.
 #[tonic::async_trait]
 impl Cluster for Api {
     async fn member_add(&self, request: Request<MemberAddRequest>) -> Result<Response<MemberAddResponse>, Status> {
-        self.check_clusters()?;
         let MemberAddRequest { peer_urls, is_learner } = request.into_inner();
         let id = self.node.member_add(&peer_urls, is_learner).await.map_err(status)?;
         let members = self.members();
@@ -60,7 +51,6 @@ impl Cluster for Api {
     }
 
     async fn member_remove(&self, request: Request<MemberRemoveRequest>) -> Result<Response<MemberRemoveResponse>, Status> {
-        self.check_clusters()?;
         let id = request.into_inner().id;
         self.node.member_remove(id).await.map_err(status)?;
         let mut members = self.members();
@@ -70,7 +60,6 @@ impl Cluster for Api {
     }
 
     async fn member_update(&self, request: Request<MemberUpdateRequest>) -> Result<Response<MemberUpdateResponse>, Status> {
-        self.check_clusters()?;
         let MemberUpdateRequest { id, peer_urls } = request.into_inner();
         self.node.member_update(id, &peer_urls).await.map_err(status)?;
         Ok(Response::new(MemberUpdateResponse { header: Some(self.node.header(0)), members: self.members() }))
@@ -84,7 +73,6 @@ impl Cluster for Api {
     }
 
     async fn member_promote(&self, request: Request<MemberPromoteRequest>) -> Result<Response<MemberPromoteResponse>, Status> {
-        self.check_clusters()?;
         self.node.member_promote(request.into_inner().id).await.map_err(status)?;
         Ok(Response::new(MemberPromoteResponse { header: Some(self.node.header(0)), members: self.members() }))
     }

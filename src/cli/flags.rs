@@ -58,7 +58,7 @@ const AUTH: &str = "users and roles are not built yet";
 const DISCOVERY: &str = "discovery is not built yet";
 const V2: &str = "etcd's v2 interface is not offered";
 const ONE_STORE: &str = "the storage engine has no such knob";
-const ONE_MEMBER: &str = "it concerns clusters of several members";
+const NOT_YET: &str = "what it tunes is not built yet";
 const GONE: &str = "etcd itself ignores it";
 
 const fn set(
@@ -70,11 +70,6 @@ const fn set(
     f: fn(&mut Draft, &str) -> Set,
 ) -> Flag {
     Flag { name, kind, default, help, group, act: Act::Set(f) }
-}
-
-/// Honoured, and not in the help.
-const fn hidden(name: &'static str, kind: Kind, default: &'static str, f: fn(&mut Draft, &str) -> Set) -> Flag {
-    Flag { name, kind, default, help: "", group: "", act: Act::Set(f) }
 }
 
 const fn noop(name: &'static str, kind: Kind, default: &'static str, why: &'static str) -> Flag {
@@ -114,7 +109,7 @@ pub(super) static FLAGS: &[Flag] = &[
     set(MEMBER, "heartbeat-interval", Number, "100", "Milliseconds between heartbeats of the leader.", |d, v| uint(v).map(|v| d.config.heartbeat_interval_ms = v)),
     set(MEMBER, "election-timeout", Number, "1000", "Milliseconds without a heartbeat after which an election starts.", |d, v| uint(v).map(|v| d.config.election_timeout_ms = v)),
     set(MEMBER, "snapshot-count", Number, "10000", "No effect yet: the log is cut off as soon as the state holds what it says.", |d, v| uint(v).map(|v| d.config.snapshot_count = or(v, 10_000))),
-    set(MEMBER, "snapshot-catchup-entries", Number, "5000", "No effect yet: nobody else needs them.", |d, v| uint(v).map(|v| d.config.snapshot_catchup_entries = v)),
+    set(MEMBER, "snapshot-catchup-entries", Number, "5000", "Entries of the log to keep, at most, for members that lag; who lags more is sent a snapshot.", |d, v| uint(v).map(|v| d.config.snapshot_catchup_entries = v)),
     set(MEMBER, "quota-backend-bytes", Number, "0", "Bytes that the data may take before writes are refused. 0: 2 GiB; negative: no quota.", |d, v| int(v).map(|v| d.config.quota_backend_bytes = v)),
     set(MEMBER, "max-txn-ops", Number, "128", "Operations in one transaction.", |d, v| uint(v).map(|v| d.config.max_txn_ops = v)),
     set(MEMBER, "max-request-bytes", Number, "1572864", "Bytes in one request.", |d, v| uint(v).map(|v| d.config.max_request_bytes = v)),
@@ -129,9 +124,8 @@ pub(super) static FLAGS: &[Flag] = &[
     set(CLUSTER, "initial-cluster", Text, "", "Founding members, as name=url,name=url. Empty: this one alone.", |d, v| { d.config.initial_cluster = v.into(); Ok(()) }),
     set(CLUSTER, "initial-cluster-state", Text, "new", "Whether the cluster is 'new' or 'existing'. No matter once there is data.", |d, v| choose(v, &[("new", ClusterState::New), ("existing", ClusterState::Existing)]).map(|v| d.config.initial_cluster_state = v)),
     set(CLUSTER, "initial-cluster-token", Text, "etcd-cluster", "Tells clusters of the same members apart.", |d, v| { d.config.initial_cluster_token = v.into(); Ok(()) }),
-    set(CLUSTER, "strict-reconfig-check", Bool, "true", "Refuse changes of the members that might cost the quorum. No effect yet: there is one member.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
+    set(CLUSTER, "strict-reconfig-check", Bool, "true", "Refuse changes of the members that might cost the quorum.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
     set(CLUSTER, "pre-vote", Bool, "true", "Ask for votes before standing for election.", |d, v| boolean(v).map(|v| d.config.pre_vote = v)),
-    hidden("unfinished-clusters", Bool, "false", |d, v| boolean(v).map(|v| d.config.unfinished_clusters = v)),
 
     set(RETENTION, "auto-compaction-mode", Text, "periodic", "What the retention counts: 'periodic' (time) or 'revision'.", |d, v| choose(v, &[("periodic", AutoCompactionMode::Periodic), ("revision", AutoCompactionMode::Revision)]).map(|v| d.config.auto_compaction_mode = v)),
     set(RETENTION, "auto-compaction-retention", Amount, "0", "History to keep: 5m, 5 (hours), or a number of revisions. 0: all.", |d, v| { d.config.auto_compaction_retention = v.into(); Ok(()) }),
@@ -161,17 +155,17 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("memory-mlock", Bool, "false", "memory is not locked"),
     noop("socket-reuse-port", Bool, "false", "ports are not shared"),
     noop("socket-reuse-address", Bool, "false", "the system's way is used"),
-    noop("initial-election-tick-advance", Bool, "true", ONE_MEMBER),
-    noop("raft-read-timeout", Time, "5s", ONE_MEMBER),
-    noop("raft-write-timeout", Time, "5s", ONE_MEMBER),
-    noop("max-learners", Number, "1", ONE_MEMBER),
-    noop("corrupt-check-time", Time, "0s", ONE_MEMBER),
-    noop("compact-hash-check-time", Time, "1m", ONE_MEMBER),
-    noop("downgrade-check-time", Time, "5s", ONE_MEMBER),
-    noop("experimental-initial-corrupt-check", Bool, "false", ONE_MEMBER),
-    noop("experimental-compact-hash-check-enabled", Bool, "false", ONE_MEMBER),
-    noop("experimental-enable-lease-checkpoint", Bool, "false", ONE_MEMBER),
-    noop("experimental-enable-lease-checkpoint-persist", Bool, "false", ONE_MEMBER),
+    noop("initial-election-tick-advance", Bool, "true", NOT_YET),
+    noop("raft-read-timeout", Time, "5s", NOT_YET),
+    noop("raft-write-timeout", Time, "5s", NOT_YET),
+    noop("max-learners", Number, "1", "there may be one learner at a time"),
+    noop("corrupt-check-time", Time, "0s", NOT_YET),
+    noop("compact-hash-check-time", Time, "1m", NOT_YET),
+    noop("downgrade-check-time", Time, "5s", NOT_YET),
+    noop("experimental-initial-corrupt-check", Bool, "false", NOT_YET),
+    noop("experimental-compact-hash-check-enabled", Bool, "false", NOT_YET),
+    noop("experimental-enable-lease-checkpoint", Bool, "false", NOT_YET),
+    noop("experimental-enable-lease-checkpoint-persist", Bool, "false", NOT_YET),
     noop("feature-gates", List, "", "there are no feature gates"),
     noop("enable-grpc-gateway", Bool, "true", "the JSON gateway is not built yet"),
     noop("enable-pprof", Bool, "false", "profiles of the Go runtime do not exist here"),

@@ -452,21 +452,17 @@ fn compare_one(writer: &Writer<'_>, compare: &Compare, budget: &mut Budget) -> R
         KeyRange::Span(start, end) => (start, Bound::Before(end)),
         KeyRange::From(start) => (start, Bound::Unbounded),
     };
-    let (mut looked_at, mut is_empty, mut all_hold) = (0, true, true);
-    for (_, entry) in writer.state.index.range(start, end) {
+    let (mut looked_at, mut all_hold) = (0, true);
+    // Keys that are there alone: how many others the index still has depends on how far this member's compaction has come.
+    for found in writer.state.index.range(start, end).filter_map(|(_, entry)| entry.current()) {
         looked_at += 1;
-        if looked_at > WORK_MAX {
+        all_hold = check(found)?;
+        if !all_hold || looked_at > WORK_MAX {
             break;
-        }
-        if let Some(found) = entry.current() {
-            is_empty = false;
-            all_hold = check(found)?;
-            if !all_hold {
-                break;
-            }
         }
     }
     budget.work(looked_at)?;
+    let is_empty = looked_at == 0;
     // No value is like that of a key that does not exist; its numbers are all 0.
     let missing = Meta { created: 0, version: 0, lease: 0 };
     Ok(if is_empty { target != Ok(CompareTarget::Value) && holds(compare, target, missing, 0) } else { all_hold })
@@ -570,7 +566,8 @@ fn count(writer: &Writer<'_>, txn: &TxnRequest, path: &mut std::slice::Iter<'_, 
     Ok(pairs)
 }
 
-/// Counts the keys of a range as they were at a revision, up to `limit`. Each key that has ever been there is work.
+/// Counts the keys of a range as they were at a revision, up to `limit`. Each of them is work; keys that were not there then are not, for
+/// how many of them the index still has depends on how far this member's compaction has come, and the outcome must not.
 fn count_range(writer: &Writer<'_>, range: &KeyRange, limit: usize, at: i64, budget: &mut Budget) -> Result<usize> {
     let (start, end) = match range {
         // What a single key costs is the operation's own share.
@@ -578,11 +575,10 @@ fn count_range(writer: &Writer<'_>, range: &KeyRange, limit: usize, at: i64, bud
         KeyRange::Span(start, end) => (start, Bound::Before(end)),
         KeyRange::From(start) => (start, Bound::Unbounded),
     };
-    let mut looked_at = 0;
-    let found = writer.state.index.range(start, end).take(WORK_MAX).inspect(|_| looked_at += 1).filter(|(_, entry)| entry.at(at).is_some());
-    let count = found.take(limit).count();
+    let found = writer.state.index.range(start, end).filter(|(_, entry)| entry.at(at).is_some());
+    let count = found.take(limit.min(WORK_MAX)).count();
     // Once here, once when it is measured, once when it is answered.
-    budget.work(3 * looked_at)?;
+    budget.work(3 * count)?;
     Ok(count)
 }
 

@@ -656,7 +656,8 @@ mod tests {
 
     fn furnished(limits: Limits) -> (Arc<Counting>, Arc<Store>, Arc<WatchHub>) {
         let backend = Arc::new(Counting::default());
-        let (store, _) = Store::open(backend.clone(), HistoryOptions { cache_bytes: 1 }, &mut |_, _| {}).unwrap();
+        let (store, _) =
+            Store::open(backend.clone(), HistoryOptions { cache_bytes: 1, ..HistoryOptions::default() }, &mut |_, _| {}).unwrap();
         let hub = Arc::new(WatchHub::with_limits(store.revision(), limits));
         (backend, Arc::new(store), hub)
     }

@@ -82,11 +82,15 @@ impl Node {
             }
             let expired = lock(&self.machine.lessor).expired(self.machine.now(), REVOKE_MAX);
             // Together, so that they become one entry, and thus one sync.
-            let revoked = expired.into_iter().map(|id| self.propose(Op::LeaseRevoke(LeaseRevokeRequest { id })));
+            // By this member, or not at all: who leads by the time that a cut-off leader is heard again may have renewed them.
+            let revoked = expired.into_iter().map(|id| {
+                let op = Some(Op::LeaseRevoke(LeaseRevokeRequest { id }));
+                self.propose_here(internal::Command { id: 0, op })
+            });
             for result in futures_util::future::join_all(revoked).await {
                 match result {
                     Ok(_) => self.counters().leases_expired.inc(),
-                    Err(Error::Apply(ApplyError::LeaseNotFound)) => {}
+                    Err(Error::Apply(ApplyError::LeaseNotFound | ApplyError::NotLeader)) => {}
                     // The lessor offers it again.
                     Err(err) => tracing::warn!(error = %err, "revoking an expired lease"),
                 }
@@ -163,8 +167,8 @@ impl Node {
                 continue;
             }
             // What is not noted yet is not cut off: then the rest goes with the next.
-            let noted = self.raft.wait(Some(WATCHDOG_INTERVAL)).metrics(|now| now.snapshot.is_some_and(|id| id.index >= index), "noted");
-            let _ = noted.await;
+            let wait = self.raft.wait(Some(WATCHDOG_INTERVAL));
+            let _ = wait.metrics(|now| now.snapshot.is_some_and(|id| id.index >= index), "the durable state is noted").await;
             keep = self.log_to_keep(keep);
             if index > keep
                 && let Err(err) = self.raft.trigger().purge_log(index - keep).await

@@ -39,6 +39,9 @@ const LEARNERS_MAX: usize = 1;
 /// Entries that a learner may lack to be promoted, beside etcd's tenth of the log: the quorum may have to wait for them.
 const LAG_MAX: u64 = 1000;
 
+/// Entries that a voter may lack to be handed the lead: nothing is proposed until it has them.
+const TRANSFER_LAG_MAX: u64 = 1000;
+
 /// How often the leader looks whether an added voter has the log.
 const PROMOTE_LOOK: Duration = Duration::from_millis(100);
 
@@ -163,6 +166,9 @@ impl View {
                     // Nobody would be left to decide anything.
                     return Err(ApplyError::NotEnoughStarted.into());
                 }
+                if strict {
+                    self.keeps_quorum(*id)?;
+                }
                 self.with(|voters, members| {
                     voters.remove(id);
                     members.remove(id);
@@ -207,6 +213,17 @@ impl View {
             return Err(ApplyError::NotEnoughStarted);
         }
         if self.count(|seen| seen.active) < quorum(voters + 1) {
+            return Err(ApplyError::UnhealthyCluster);
+        }
+        Ok(())
+    }
+
+    /// Whether those who vote now, without this one, can go on: one that was added as a voter and does not vote yet is no help.
+    fn keeps_quorum(&self, id: u64) -> Result<(), ApplyError> {
+        let active = |voter: &u64| self.members.get(voter).is_some_and(|seen| seen.active);
+        let voters: Vec<u64> = self.membership.voter_ids().filter(|voter| *voter != id).collect();
+        let votes = voters.len() < self.membership.voter_ids().count();
+        if votes && voters.iter().filter(|voter| active(voter)).count() < quorum(voters.len()) {
             return Err(ApplyError::UnhealthyCluster);
         }
         Ok(())
@@ -429,12 +446,14 @@ impl Node {
         if !self.is_leader() {
             return Err(ApplyError::NotLeader.into());
         }
-        let (voter, active) = {
+        let (voter, active, near) = {
             let metrics = self.raft.metrics();
             let now = metrics.borrow_watched();
+            let matched = now.replication.as_ref().and_then(|all| all.get(&to)).and_then(|matched| matched.as_ref().map(|at| at.index));
+            let near = matched.is_some_and(|matched| matched + TRANSFER_LAG_MAX >= now.last_log_index.unwrap_or(0));
             let heard = now.heartbeat.as_ref().and_then(|heard| heard.get(&to)).and_then(|at| at.as_ref().map(|at| at.elapsed()));
             let voter = now.membership_config.membership().voter_ids().any(|id| id == to);
-            (voter, heard.is_some_and(|ago| ago < self.options.election_timeout))
+            (voter, heard.is_some_and(|ago| ago < self.options.election_timeout), near)
         };
         if !voter {
             return Err(ApplyError::BadLeaderTransferee.into());
@@ -442,8 +461,8 @@ impl Node {
         if to == self.identity.member_id {
             return Ok(());
         }
-        if !active {
-            // Nothing is proposed while leadership is handed over: not to one who is not there.
+        if !active || !near {
+            // Nothing is proposed while leadership is handed over: not to one who is not there, or has much to fetch first.
             return Err(ApplyError::TimeoutLeaderTransfer.into());
         }
         tracing::info!(to = %format_args!("{to:x}"), "leadership is handed over");
@@ -465,9 +484,6 @@ impl Node {
     /// Tells all members, through the log, how this one is called and where clients reach it. Alone there is nobody to tell.
     /// One that was added as a voter waits until it votes: who is listed as started counts.
     pub fn publish(self: &Arc<Self>, client_urls: Vec<String>) {
-        if !self.options.clusters {
-            return;
-        }
         let wanted = MemberAttributes { id: self.identity.member_id, name: self.identity.name.clone(), client_urls };
         let node = self.clone();
         self.spawn(async move {
@@ -592,10 +608,8 @@ impl Node {
     }
 
     pub async fn peer_members(&self, request: MembersRequest) -> Result<MembersResponse> {
-        if request.newest {
-            // Without a leader it is told what is known here.
-            let _ = self.within(BELONG_LOOK, self.read_barrier()).await;
-        }
+        // Without a leader it is told what is known here.
+        let newest = request.newest && matches!(self.within(BELONG_LOOK, self.read_barrier()).await, Ok(Ok(())));
         let membership = self.machine.applied().membership;
         let known = lock(&self.machine.members);
         let members = membership.membership().nodes().map(|(&id, member)| ListedMember {
@@ -603,8 +617,9 @@ impl Node {
             name: known.attributes(id).map_or_else(|| member.name.clone(), |attributes| attributes.name.clone()),
             peer_urls: member.peer_urls.clone(),
             published: known.attributes(id).is_some(),
+            votes: membership.membership().voter_ids().any(|voter| voter == id),
         });
-        Ok(MembersResponse { cluster_id: self.identity.cluster_id, members: members.collect() })
+        Ok(MembersResponse { cluster_id: self.identity.cluster_id, members: members.collect(), newest })
     }
 }
 
@@ -649,6 +664,16 @@ mod tests {
             Err(Error::Apply(err)) => Some(err),
             Err(err) => panic!("{err}"),
         }
+    }
+
+    /// One that was added as a voter and has not got the log yet counts as a voter for etcd's checks, and is no help to the quorum.
+    #[test]
+    fn who_does_not_vote_yet_does_not_hold_the_quorum() {
+        let mut view = view(4, &[(3, DOWN)]);
+        let nodes: BTreeMap<u64, Member> = view.membership.nodes().map(|(&id, member)| (id, member.clone())).collect();
+        view.membership = Membership::new(vec![[1, 2, 3].into()], nodes).unwrap();
+        assert_eq!(refused(&view, &Change::Remove(2)), Some(ApplyError::UnhealthyCluster));
+        assert_eq!(refused(&view, &Change::Remove(3)), None);
     }
 
     /// The outcomes that etcd 3.5 has in the same places.

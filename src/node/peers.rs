@@ -186,6 +186,17 @@ impl Node {
         Some(read.index())
     }
 
+    /// Whether nobody else can lead: a quorum has heard of this leader so lately that none of it supports another yet.
+    pub(super) fn leads_surely(&self) -> bool {
+        if self.alone.load(Ordering::Acquire) {
+            return true;
+        }
+        use openraft::Instant as _;
+        let metrics = self.raft.metrics();
+        let acknowledged = metrics.borrow_watched().last_quorum_acked.as_ref().map(|at| at.elapsed());
+        acknowledged.is_some_and(|ago| ago < self.options.election_timeout / 2)
+    }
+
     /// Has the leader renew a lease. None: try again.
     pub(super) async fn renew_elsewhere(&self, id: i64) -> Option<i64> {
         let mut link = self.leader_link()?;
@@ -201,7 +212,7 @@ impl Node {
         loop {
             {
                 let lessor = lock(&self.machine.lessor);
-                if lessor.is_primary() {
+                if lessor.is_primary() && self.leads_surely() {
                     return Ok(lessor.time_to_live(id, self.machine.now(), false).map_or(-1, |found| found.remaining));
                 }
             }
@@ -283,7 +294,7 @@ impl Node {
 
     pub async fn peer_time_to_live(&self, request: TimeToLiveRequest) -> Result<TimeToLiveResponse> {
         let lessor = lock(&self.machine.lessor);
-        let not_leader = !lessor.is_primary();
+        let not_leader = !lessor.is_primary() || !self.leads_surely();
         let remaining = lessor.time_to_live(request.id, self.machine.now(), false).map_or(-1, |found| found.remaining);
         Ok(TimeToLiveResponse { remaining, not_leader })
     }

@@ -185,11 +185,12 @@ impl Link {
         };
         match &answer {
             Err(status) if status.code() == Code::DeadlineExceeded && self.heard.elapsed() < SILENCE => {}
-            Err(status) if status.code() != Code::FailedPrecondition => {
+            // A refusal, too: another member may stand where this one was.
+            Err(_) => {
                 self.turn = self.turn.wrapping_add(1);
                 self.client = None;
             }
-            _ => self.heard = Instant::now(),
+            Ok(_) => self.heard = Instant::now(),
         }
         answer.map(tonic::Response::into_inner)
     }

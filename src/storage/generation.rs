@@ -178,7 +178,9 @@ impl Generation {
         match Generation::open(dir, number, fsync) {
             Ok(generation) => Ok((generation, kept)),
             Err(error) => {
-                if let Some(Err(failed)) = kept.map(Kept::restore) {
+                // Under another handle's hands the files are as they should be, and the copy need not be.
+                let end = if matches!(error, Error::Locked { .. }) { Kept::release } else { Kept::restore };
+                if let Some(Err(failed)) = kept.map(end) {
                     tracing::warn!(error = %failed, "putting the state back as it was; the next start tries again");
                 }
                 Err(error)

@@ -126,11 +126,24 @@ const LIMITS: Limits =
 pub struct HistoryOptions {
     /// What the cached blocks may take in memory, in bytes. One block is kept even if it takes more.
     pub cache_bytes: usize,
+    /// Called before what has been committed is written: returns when it may be.
+    pub gate: Option<Gate>,
+}
+
+/// Keeps the storage from getting ahead of the log: an entry may be applied, since others have it on disk, before this member's own log
+/// has. Its effects must not be on disk then, for after a crash the log would end before the state.
+#[derive(Clone)]
+pub struct Gate(pub Arc<dyn Fn() -> Result<()> + Send + Sync>);
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gate")
+    }
 }
 
 impl Default for HistoryOptions {
     fn default() -> Self {
-        HistoryOptions { cache_bytes: 64 * 1024 * 1024 }
+        HistoryOptions { cache_bytes: 64 * 1024 * 1024, gate: None }
     }
 }
 
@@ -173,6 +186,7 @@ pub struct HistoryStats {
 pub struct History {
     backend: Arc<dyn Backend>,
     limits: Limits,
+    gate: Option<Gate>,
     // No two of these locks are ever held together, and none during a call to the backend.
     tail: Mutex<Tail>,
     map: RwLock<BlockMap>,
@@ -264,6 +278,7 @@ impl History {
         let history = History {
             backend,
             limits,
+            gate: opts.gate,
             tail: Mutex::new(Tail::new(last, limits.cut_bytes)),
             map: RwLock::new(map),
             overlay: Mutex::new(overlay),

@@ -76,13 +76,18 @@ impl Kept {
     }
 
     /// The copy is not needed any more.
-    pub fn release(self) {
+    ///
+    /// # Errors
+    /// `Io` when it may still count at the next start.
+    pub fn release(self) -> Result<()> {
         let (kept, unfinished) = (beside(&self.path, ".keep"), beside(&self.path, ".keep.tmp"));
         // Renamed first: a half of it must not count.
-        let removed = rename(&kept, &unfinished).and_then(|()| sync_dir(self.path.parent().unwrap_or(&self.path)));
-        if let Err(error) = removed.and_then(|()| remove(&unfinished)) {
-            tracing::warn!(path = %kept.display(), %error, "could not remove a copy that is not needed any more");
+        rename(&kept, &unfinished)?;
+        sync_dir(self.path.parent().unwrap_or(&self.path))?;
+        if let Err(error) = remove(&unfinished) {
+            tracing::warn!(path = %kept.display(), %error, "could not remove a copy that is not needed any more; the next start tries again");
         }
+        Ok(())
     }
 
     /// The copy takes its directory's place.
@@ -142,7 +147,7 @@ mod tests {
         let path = generation(dir.path());
         let kept = Kept::make(&path).unwrap();
         fs::write(path.join("db"), "changed").unwrap();
-        kept.release();
+        kept.release().unwrap();
         assert_eq!((fs::read_to_string(path.join("db")).unwrap().as_str(), there(dir.path())), ("changed", vec!["gen-0000001".into()]));
         let kept = Kept::make(&path).unwrap();
         fs::write(path.join("db"), "changed again").unwrap();

@@ -174,7 +174,12 @@ pub trait Backend: Send + Sync + 'static {
     fn reopen(&self) -> Result<()>;
 
     /// What was opened has been found whole. Before that the files are put back as they were when they are given up.
-    fn accept(&self) {}
+    ///
+    /// # Errors
+    /// `Io` when that cannot be made to last: nothing may be changed then, for the next start would put them back all the same.
+    fn accept(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives the files up, for good: every later call ends with `Stopped`. Readers may still hold the backend by then.
     fn close(&self) {}

@@ -352,10 +352,8 @@ impl Backend for Sled {
         Ok(())
     }
 
-    fn accept(&self) {
-        if let Some(kept) = lock(&self.kept).take() {
-            kept.release();
-        }
+    fn accept(&self) -> Result<()> {
+        lock(&self.kept).take().map_or(Ok(()), Kept::release)
     }
 
     fn close(&self) {
@@ -1097,7 +1095,7 @@ mod tests {
         assert!(wrong > 8, "{wrong}");
         fs::write(&db, &good).unwrap();
         let backend = Sled::open(dir.path()).unwrap();
-        backend.accept();
+        backend.accept().unwrap();
         assert_eq!(dump(&backend).unwrap(), expected);
     }
 
@@ -1123,7 +1121,7 @@ mod tests {
             })
             .unwrap();
         // Otherwise closing it would undo what follows.
-        backend.accept();
+        backend.accept().unwrap();
         let change = Batch { puts: expected.keys().map(|key| (key.clone(), Bytes::from_static(b"new"))).collect(), deletes: Vec::new() };
         assert_corrupt(&backend.apply(&change).unwrap_err(), "gen-0000001");
         assert!(backend.get(&key(1)).is_err() && backend.sync().is_err());

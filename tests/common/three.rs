@@ -25,7 +25,6 @@ pub fn config(dir: &Path, ports: &[u16; 3], at: usize) -> Config {
     config.listen_peer_urls = vec![url(at).parse().unwrap()];
     config.initial_advertise_peer_urls = config.listen_peer_urls.clone();
     config.initial_cluster = (0..3).map(|at| format!("{}={}", NAMES[at], url(at))).collect::<Vec<_>>().join(",");
-    config.unfinished_clusters = true;
     config
 }
 

@@ -85,9 +85,6 @@ impl Cluster {
                 let mut flags: Vec<&str> = own.iter().map(String::as_str).collect();
                 flags.extend(["--initial-cluster", &all]);
                 flags.extend(FLAGS);
-                if !program.is_etcd {
-                    flags.push("--unfinished-clusters");
-                }
                 Member::new(program, home.path(), &home.path().join(name(at)), &flags)
             })
             .collect();

@@ -151,7 +151,7 @@ pub(in crate::mvcc) fn collect(result: RangeResult, pin: &Pin, keys_only: bool, 
 /// Opens what a member keeps. Returns it with the number of commands of the log that it contains.
 fn open(mem: &Arc<Mem>) -> (Arc<Store>, Lessor, usize) {
     let mut attached = Vec::new();
-    let options = HistoryOptions { cache_bytes: 1 };
+    let options = HistoryOptions { cache_bytes: 1, ..HistoryOptions::default() };
     let (store, saved) = Store::open(mem.clone(), options, &mut |lease, key| attached.push((lease, key))).expect("the storage is sound");
     let (applied, revision) = saved.applied.map_or((0, 1), |bytes| {
         let (applied, revision) = bytes.split_at(8);

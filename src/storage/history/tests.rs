@@ -194,7 +194,7 @@ fn open(backend: &Arc<Nasty>, cache_bytes: usize) -> Result<Opened> {
 
 fn open_limited(backend: &Arc<Nasty>, cache_bytes: usize, limits: Limits) -> Result<Opened> {
     let mut records = BTreeMap::new();
-    let opts = HistoryOptions { cache_bytes };
+    let opts = HistoryOptions { cache_bytes, gate: None };
     let (history, saved) = History::open_limited(backend.clone(), opts, limits, &mut |rev, record| {
         assert!(records.last_key_value().is_none_or(|(last, _)| *last < rev), "{rev:?} is visited out of order");
         records.insert(rev, record.clone());

@@ -119,6 +119,9 @@ impl History {
         self.catch_up(writer)?;
         let mut left = self.tail().seal();
         let written = left > 0;
+        if written && let Some(Gate(pass)) = &self.gate {
+            pass()?;
+        }
         while left > 0 {
             self.make_room(writer)?;
             let cuts = self.tail().front(left, self.limits.batch_bytes);

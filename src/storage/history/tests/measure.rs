@@ -82,7 +82,7 @@ fn measure_on(backend: Arc<dyn Backend>) {
     const RECORDS: usize = 1_000_000;
     const A_BATCH: usize = 4000;
     const GETS: usize = 100_000;
-    let opts = |cache_bytes| HistoryOptions { cache_bytes };
+    let opts = |cache_bytes| HistoryOptions { cache_bytes, gate: None };
     let open = |cache_bytes| {
         let mut records = 0usize;
         let visit = &mut |_, _: &Record| {
