@@ -42,7 +42,9 @@ pub fn install(config: &LogConfig, now: fn() -> SystemTime) -> Result<(), Error>
         LogLevel::Info | LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Error => LevelFilter::ERROR,
     };
-    let filter = Targets::new().with_default(below).with_target("quorate", level);
+    // openraft warns of each heartbeat that does not arrive; the node tells that once.
+    let raft = if level < LevelFilter::DEBUG { below.min(LevelFilter::ERROR) } else { below };
+    let filter = Targets::new().with_default(below).with_target("quorate", level).with_target("openraft", raft);
     let lines = Lines { format: config.format, outputs, now };
     // Fails only if a subscriber is there already, and then there is a log.
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();

@@ -250,6 +250,7 @@ impl Node {
         node.spawn(node.clone().revoke_expired());
         node.spawn(node.clone().watch_space());
         node.spawn(node.clone().promote_added());
+        node.spawn(node.clone().watch_members());
         node.spawn(node.clone().heed_removal());
         if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));

@@ -481,6 +481,30 @@ impl Node {
 
     // ---- By itself
 
+    /// Tells, as the leader, of members that are not heard of any more, and of those that are again: once each.
+    pub(super) async fn watch_members(self: Arc<Self>) {
+        let mut silent = std::collections::BTreeSet::new();
+        let mut leads_since = None;
+        loop {
+            tokio::time::sleep(WATCHDOG_INTERVAL).await;
+            if !self.is_leader() {
+                (silent, leads_since) = Default::default();
+                continue;
+            }
+            let since = *leads_since.get_or_insert_with(Instant::now);
+            let Some(view) = self.view().filter(|_| since.elapsed() > self.options.election_timeout) else { continue };
+            for (&id, seen) in &view.members {
+                let member = format_args!("{id:x}");
+                if seen.active && silent.remove(&id) {
+                    tracing::info!(%member, "a member is heard of again");
+                } else if !seen.active && silent.insert(id) {
+                    tracing::warn!(%member, "a member is not heard of: it is down, or cut off");
+                }
+            }
+            silent.retain(|id| view.members.contains_key(id));
+        }
+    }
+
     /// Tells all members, through the log, how this one is called and where clients reach it. Alone there is nobody to tell.
     /// One that was added as a voter waits until it votes: who is listed as started counts.
     pub fn publish(self: &Arc<Self>, client_urls: Vec<String>) {
