@@ -354,6 +354,9 @@ impl Member {
             // The node says how much of the log goes, see `Node::purge_log`.
             max_in_snapshot_log_to_keep: u64::MAX,
             purge_batch_size: 1,
+            // A leader that is started again in its own term would confirm reads by the first entry of that term, and has forgotten what
+            // was committed since: it has to be elected anew, and commit an entry of a new term, before it serves any.
+            enable_leader_restore: Some(false),
             enable_pre_vote: Some(config.pre_vote),
             ..openraft::Config::default()
         };
