@@ -69,15 +69,15 @@ pub mod cli;
 pub mod client;
 pub mod config;
 mod error;
-#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
+#[allow(dead_code, reason = "invariants that tests check")]
 mod lease;
 mod lock;
 pub mod metrics;
-#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
+#[allow(dead_code, reason = "invariants that tests check")]
 mod mvcc;
 mod node;
 pub mod proto;
-#[allow(dead_code, reason = "invariants that tests check, and what clusters of more than one will call")]
+#[allow(dead_code, reason = "invariants that tests check")]
 mod raft;
 mod server;
 mod slow;

@@ -11,8 +11,8 @@
 //! store without another task in between; a long one goes to a few threads kept for that.
 //!
 //! # By itself
-//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). Leases that have expired are revoked, the space quota raises its alarm and takes it back, old revisions are compacted
-//! if so configured. The storage is the [background writer's](crate::background) business.
+//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). Leases that have expired are revoked, the
+//! space quota raises its alarm and takes it back, old revisions are compacted if so configured. The storage is the [background writer's](crate::background) business.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

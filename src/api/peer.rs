@@ -2,8 +2,8 @@
 //!
 //! Who calls says in three headers of which cluster it is, who it is and whom it means; see [`network`]. They are looked at
 //! before anything else of the call is: a member of another cluster, or one that takes this member for another, is refused with
-//! FAILED_PRECONDITION and a text that names both sides, and so is one that was removed. Who is about to join does not know all that yet, and
-//! calls Members without any of the headers.
+//! FAILED_PRECONDITION and a text that names both sides, and so is one that was removed. Who is about to join does not know all that
+//! yet, and calls Members without any of the headers.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -52,7 +52,8 @@ impl Node {
     }
 
     /// Returns when this member can serve: it knows a leader, and has applied what the log held. One that has peers does not wait for
-    /// them, for they may not have been started yet: until a quorum is there, requests wait. Nor does one that joins, which is called from outside.
+    /// them, for they may not have been started yet: until a quorum is there, requests wait. Nor does one that joins,
+    /// which is called from outside.
     pub async fn ready(&self) -> Result<()> {
         let mut health = self.health();
         loop {

@@ -419,15 +419,14 @@ impl Node {
         }
         let membership = now.membership_config.membership().clone();
         let voters: Vec<u64> = membership.voter_ids().collect();
-        let heard = |id: u64| now.heartbeat.as_ref().and_then(|heard| heard.get(&id)).and_then(|at| at.as_ref().map(|at| at.elapsed()));
         let members = membership.nodes().map(|(&id, member)| {
             let ours = id == self.identity.member_id;
             let published = lock(&self.machine.members).attributes(id).is_some();
-            let matched = now.replication.as_ref().and_then(|all| all.get(&id)).and_then(|matched| matched.as_ref().map(|at| at.index));
+            let (heard, matched) = self.heard_of(&now, id);
             let seen = Seen {
                 voter: member.voter_to_be || voters.contains(&id),
                 started: published || !member.name.is_empty(),
-                active: ours || heard(id).is_some_and(|ago| ago < self.options.election_timeout),
+                active: ours || heard,
                 matched: matched.unwrap_or(0),
             };
             (id, seen)
@@ -435,6 +434,13 @@ impl Node {
         let members = members.collect();
         let last = now.last_log_index.unwrap_or(0);
         Some(View { at: *now.membership_config.log_id(), membership, ours: self.identity.member_id, last, members })
+    }
+
+    /// Whether this leader has heard of another member lately, and up to which entry that one is known to have the log.
+    fn heard_of(&self, now: &openraft::RaftMetrics<TypeConfig>, id: u64) -> (bool, Option<u64>) {
+        let heard = now.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(|at| at.as_ref().map(|at| at.elapsed()));
+        let matched = now.replication.as_ref().and_then(|all| all.get(&id)).and_then(|matched| matched.as_ref().map(|at| at.index));
+        (heard.is_some_and(|ago| ago < self.options.election_timeout), matched)
     }
 
     /// Hands leadership over, and waits until the other leads.
@@ -449,11 +455,10 @@ impl Node {
         let (voter, active, near) = {
             let metrics = self.raft.metrics();
             let now = metrics.borrow_watched();
-            let matched = now.replication.as_ref().and_then(|all| all.get(&to)).and_then(|matched| matched.as_ref().map(|at| at.index));
+            let (active, matched) = self.heard_of(&now, to);
             let near = matched.is_some_and(|matched| matched + TRANSFER_LAG_MAX >= now.last_log_index.unwrap_or(0));
-            let heard = now.heartbeat.as_ref().and_then(|heard| heard.get(&to)).and_then(|at| at.as_ref().map(|at| at.elapsed()));
             let voter = now.membership_config.membership().voter_ids().any(|id| id == to);
-            (voter, heard.is_some_and(|ago| ago < self.options.election_timeout), near)
+            (voter, active, near)
         };
         if !voter {
             return Err(ApplyError::BadLeaderTransferee.into());

@@ -1,8 +1,8 @@
 //! Messages between members: a [`Link`] to each of them, for Raft and for what members do for each other's clients.
 //!
-//! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke, or has been silent; a member with
-//! several peer URLs is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a heartbeat never
-//! waits behind entries in one queue. A member that moves is followed: connections are made to where the newest membership has it.
+//! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke, or has been silent; a member
+//! with several peer URLs is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a
+//! heartbeat never waits behind entries in one queue. A member that moves is followed: connections are made to where the newest membership has it.
 //!
 //! ```text
 //! Append {vote, previous, entries} + headers quorate-cluster, quorate-from, quorate-to  ->  success | conflict | higher vote
@@ -223,8 +223,10 @@ impl Link {
 /// Connects to a peer port.
 async fn connect(url: String) -> Result<PeerClient<Channel>, Status> {
     let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
-    let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).http2_adaptive_window(true);
-    let channel = endpoint.connect().await.map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+    let endpoint = endpoint.tcp_nodelay(true).http2_adaptive_window(true);
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
+    let connected = connected.map_err(|_| Status::unavailable(format!("{url}: no connection within {CONNECT_TIMEOUT:?}")))?;
+    let channel = connected.map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
     let client = PeerClient::new(channel);
     Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
 }

@@ -4,7 +4,7 @@
 //! the same entry. [`Writer`] then reads the history behind it, while the member goes on.
 //!
 //! ```text
-//! start = machine.begin_snapshot(For::Member)?       revision 900 held, entry 17, leases, alarms, membership
+//! start = machine.begin_snapshot(true)?              revision 900 held, entry 17, leases, alarms, membership
 //! writer = Writer::new(cluster, member, 0, start)?
 //! while !writer.is_finished() { send(writer.step()?) }
 //! ```

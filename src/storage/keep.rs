@@ -2,7 +2,8 @@
 //!
 //! sled changes what it opens, and what it takes for the end of its log it overwrites; see [`inspect`](super::inspect). Where there is
 //! a doubt, the directory is copied before. When the state has been found whole the copy goes; when it is refused, the copy takes the
-//! directory's place, so that a start which fails leaves everything as it was, for another try, another release, or somebody who can mend it.
+//! directory's place, so that a start which fails leaves everything as it was, for another try, another release, or somebody who can
+//! mend it.
 //!
 //! ```text
 //! gen-0000002.keep.tmp/   being made, or being removed: means nothing
@@ -42,6 +43,11 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).map_err(|err| Error::io("rename", from, err))
 }
 
+/// Makes what was renamed beside the directory durable.
+fn sync_beside(path: &Path) -> Result<()> {
+    sync_dir(path.parent().unwrap_or(path))
+}
+
 impl Kept {
     /// Copies the directory and what is in it, and syncs the copy.
     ///
@@ -51,7 +57,7 @@ impl Kept {
         let unfinished = beside(path, ".keep.tmp");
         let made = copy_dir(path, &unfinished).and_then(|()| {
             rename(&unfinished, &beside(path, ".keep"))?;
-            sync_dir(path.parent().unwrap_or(path))
+            sync_beside(path)
         });
         if let Err(err) = made {
             // The next start tries again.
@@ -83,7 +89,7 @@ impl Kept {
         let (kept, unfinished) = (beside(&self.path, ".keep"), beside(&self.path, ".keep.tmp"));
         // Renamed first: a half of it must not count.
         rename(&kept, &unfinished)?;
-        sync_dir(self.path.parent().unwrap_or(&self.path))?;
+        sync_beside(&self.path)?;
         if let Err(error) = remove(&unfinished) {
             tracing::warn!(path = %kept.display(), %error, "could not remove a copy that is not needed any more; the next start tries again");
         }
@@ -101,7 +107,7 @@ impl Kept {
             rename(&self.path, &undone)?;
         }
         rename(&beside(&self.path, ".keep"), &self.path)?;
-        sync_dir(self.path.parent().unwrap_or(&self.path))?;
+        sync_beside(&self.path)?;
         remove(&undone)
     }
 }

@@ -32,8 +32,8 @@
 //! only the store that counts may write `CURRENT`: so a rewrite of the old one and the making of its successor do not meet.
 //!
 //! # Locks
-//! One `RwLock`, and within it at most the lock on who counts. Reading: get, one chunk of a scan (never a visitor), flush, fsync. Writing: handing a batch to sled, copying
-//! one chunk, changing the generation. So readers never see a part of a batch, not even of one that fails in the middle,
+//! One `RwLock`, and within it at most the lock on who counts. Reading: get, one chunk of a scan (never a visitor), flush, fsync.
+//! Writing: handing a batch to sled, copying one chunk, changing the generation. So readers never see a part of a batch, not even of one that fails in the middle,
 //! and wait for milliseconds. A reopen and the removal of the old files happen outside the lock.
 //!
 //! # Measured
@@ -123,7 +123,8 @@ impl Sled {
     /// earlier process left half done is removed.
     ///
     /// # Errors
-    /// `Corrupt` names the file when `CURRENT`, or the generation it names, is missing or damaged; it is left as it was. `Format` for a `CURRENT` of a newer release. `Locked` when another handle is open.
+    /// `Corrupt` names the file when `CURRENT`, or the generation it names, is missing or damaged; it is left as it was. `Format` for a
+    /// `CURRENT` of a newer release. `Locked` when another handle is open.
     pub fn open(dir: &Path) -> Result<Sled> {
         Self::open_with(dir, true)
     }
