@@ -135,8 +135,8 @@ pub struct Config {
     /// Log a warning, one in a second at most, when a unary request takes longer than this. Default: 300 ms.
     pub warning_unary_request_duration: Duration,
 
-    /// Bytes of memory for values read from disk. Not one of etcd's settings. Default: 64 MiB.
-    pub value_cache_bytes: usize,
+    /// Bytes of memory for values that are on disk. Not one of etcd's settings. Default: what [`Config::value_cache`] says.
+    pub value_cache_bytes: Option<usize>,
     /// Do not wait for the disk. A crash of the machine then loses acknowledged writes, or all of them; a crash of the process
     /// does not. For tests only; the log warns of it at the start.
     pub unsafe_no_fsync: bool,
@@ -177,7 +177,7 @@ impl Default for Config {
             watch_progress_notify_interval: Duration::from_secs(10 * 60),
             warning_apply_duration: Duration::from_millis(100),
             warning_unary_request_duration: Duration::from_millis(300),
-            value_cache_bytes: 64 * 1024 * 1024,
+            value_cache_bytes: None,
             unsafe_no_fsync: false,
         }
     }
@@ -322,8 +322,8 @@ impl Config {
             let (is, least) = (self.watch_progress_notify_interval, WATCH_PROGRESS_INTERVAL_MIN);
             return Err(bad("watch-progress-notify-interval", format!("{is:?}"), format!("it must be at least {least:?}")));
         }
-        if self.value_cache_bytes < VALUE_CACHE_BYTES_MIN {
-            return Err(bad("value-cache-bytes", self.value_cache_bytes, format!("it must be at least {VALUE_CACHE_BYTES_MIN}")));
+        if let Some(bytes) = self.value_cache_bytes.filter(|bytes| *bytes < VALUE_CACHE_BYTES_MIN) {
+            return Err(bad("value-cache-bytes", bytes, format!("it must be at least {VALUE_CACHE_BYTES_MIN}")));
         }
         Ok(())
     }
@@ -382,6 +382,20 @@ impl Config {
     /// The data directory in use: `data_dir`, or `<name>.etcd`.
     pub fn effective_data_dir(&self) -> PathBuf {
         self.data_dir.clone().unwrap_or_else(|| format!("{}.etcd", self.name).into())
+    }
+
+    /// What cached values may take in memory, in bytes: what [`value_cache_bytes`](Config::value_cache_bytes) says, or else half of the
+    /// quota, and at most a quarter of the machine's memory. It is taken only as there are values to fill it.
+    ///
+    /// A value that is not cached costs some 100 us of processor time, a cached one 1 us, so it is worth its memory; and with all of
+    /// its values cached a member still takes less than etcd, whose memory grows with its whole file.
+    pub fn value_cache(&self) -> usize {
+        self.value_cache_bytes.unwrap_or_else(|| {
+            let info = rustix::system::sysinfo();
+            let memory = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
+            let bytes = (self.quota().unwrap_or(u64::MAX) / 2).min(memory / 4);
+            usize::try_from(bytes).unwrap_or(usize::MAX).max(VALUE_CACHE_BYTES_MIN)
+        })
     }
 
     /// The quota in bytes; `None`: there is none.
@@ -743,7 +757,7 @@ mod tests {
             (|c| c.max_concurrent_streams = 0, "max-concurrent-streams is 0"),
             (|c| c.compaction_batch_limit = 0, "compaction-batch-limit is 0"),
             (|c| c.watch_progress_notify_interval = Duration::ZERO, "watch-progress-notify-interval is 0ns"),
-            (|c| c.value_cache_bytes = 1, "value-cache-bytes is 1"),
+            (|c| c.value_cache_bytes = Some(1), "value-cache-bytes is 1"),
             (|c| c.initial_cluster = "a=http://h:1,".into(), "initial-cluster is a=http://h:1,"),
             (|c| c.initial_cluster = "=http://h:1".into(), "initial-cluster is =http://h:1"),
             (|c| c.auto_compaction_retention = "-5".into(), "auto-compaction-retention is \"-5\""),

@@ -317,7 +317,7 @@ impl Member {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
         let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
-        let history = HistoryOptions { cache_bytes: config.value_cache_bytes, gate: Some(gate_of(&wal)) };
+        let history = HistoryOptions { cache_bytes: config.value_cache(), gate: Some(gate_of(&wal)) };
         let mut attached = Vec::new();
         let (store, saved) = Store::open(backend.clone(), history.clone(), &mut |lease, key| attached.push((lease, key)))?;
         let store = Arc::new(store);

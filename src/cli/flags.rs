@@ -117,7 +117,7 @@ pub(super) static FLAGS: &[Flag] = &[
     set(MEMBER, "grpc-keepalive-min-time", Time, "5s", "No effect yet: nobody is disconnected for its pings.", |d, v| parse_duration(v).map(|v| d.config.grpc_keepalive_min_time = v)),
     set(MEMBER, "grpc-keepalive-interval", Time, "2h", "How often an idle connection is pinged. 0: never.", |d, v| parse_duration(v).map(|v| d.config.grpc_keepalive_interval = v)),
     set(MEMBER, "grpc-keepalive-timeout", Time, "20s", "How long a ping may remain unanswered. 0: forever.", |d, v| parse_duration(v).map(|v| d.config.grpc_keepalive_timeout = v)),
-    set(MEMBER, "value-cache-bytes", Number, "67108864", "Bytes of memory for values read from disk. Not one of etcd's flags.", |d, v| uint(v).map(|v| d.config.value_cache_bytes = v)),
+    set(MEMBER, "value-cache-bytes", Number, "0", "Bytes of memory for values that are on disk; 0: half of the quota, at most a quarter of the machine's memory. Not one of etcd's flags.", |d, v| uint(v).map(|v: usize| d.config.value_cache_bytes = Some(v).filter(|v| *v > 0))),
 
     set(CLUSTER, "advertise-client-urls", List, "", "URLs to tell clients. Empty: those listened on.", |d, v| urls(v).map(|v| d.config.advertise_client_urls = v)),
     set(CLUSTER, "initial-advertise-peer-urls", List, "", "URLs to tell peers. Empty: those listened on.", |d, v| urls(v).map(|v| d.config.initial_advertise_peer_urls = v)),

@@ -88,6 +88,11 @@ pub(super) struct Line {
 }
 
 impl Line {
+    /// Whether the block is in memory; this is not a use.
+    pub fn is_cached(&self) -> bool {
+        self.cached.is_some()
+    }
+
     /// The block, if it is in memory.
     pub fn block(&self) -> Option<&Block> {
         let block = self.cached.as_deref()?;
@@ -122,6 +127,11 @@ impl BlockMap {
         self.cached_bytes
     }
 
+    /// Whether so many bytes more can be cached before any are dropped.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.cached_bytes + bytes <= self.capacity
+    }
+
     /// The only block that may hold the revision.
     pub fn find(&self, rev: Revision) -> Option<(Revision, &Line)> {
         self.blocks.range(..=rev).next_back().map(|(first, line)| (*first, line))
@@ -149,6 +159,11 @@ impl BlockMap {
     /// The lines before a block, the nearest first.
     pub fn before(&self, first: Revision) -> impl Iterator<Item = (Revision, &Line)> {
         self.blocks.range(..first).rev().map(|(first, line)| (*first, line))
+    }
+
+    /// The lines from a block on, ascending.
+    pub fn from(&self, first: Revision) -> impl Iterator<Item = (Revision, &Line)> {
+        self.blocks.range(first..).map(|(first, line)| (*first, line))
     }
 
     /// The lines after a block, the nearest first.

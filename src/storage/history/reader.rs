@@ -1,5 +1,5 @@
 //! Reading many records: a [`Reader`] remembers the block of the last one, since neighbours in the index are often neighbours in the
-//! history. It tells what is at hand from what the backend has to be asked for, so that a thread that must not wait need not.
+//! history, and reads ahead when they are. It tells what is at hand from what the backend has to be asked for, so that a thread that must not wait need not.
 
 use super::block::Held;
 use super::*;
@@ -9,6 +9,8 @@ pub struct Reader<'a> {
     history: &'a History,
     /// First and last revision of a block, and the block. It may have been replaced since: what was live in it then is the same now.
     open: Option<(Revision, Revision, Block)>,
+    /// The block behind those that the backend was asked for last, and how many they were.
+    next: Option<(Revision, usize)>,
 }
 
 impl History {
@@ -22,7 +24,7 @@ impl History {
 
     /// A reader for a few or many records.
     pub fn reader(&self) -> Reader<'_> {
-        Reader { history: self, open: None }
+        Reader { history: self, open: None, next: None }
     }
 }
 
@@ -50,10 +52,29 @@ impl Reader<'_> {
     /// # Errors
     /// As there.
     pub fn get(&mut self, rev: Revision) -> Result<Option<Record>> {
-        match self.at_hand(rev) {
-            Some(record) => Ok(Some(record)),
-            None => self.history.get(rev),
+        if let Some(record) = self.at_hand(rev) {
+            return Ok(Some(record));
         }
+        self.read_ahead(rev)?;
+        self.history.get(rev)
+    }
+
+    /// Brings the block of a revision into the cache, and with it some of those behind when one after the other was asked for.
+    fn read_ahead(&mut self, rev: Revision) -> Result<()> {
+        let Some(first) = self.history.map().find(rev).map(|(first, _)| first) else { return Ok(()) };
+        let run = match self.next {
+            Some((next, run)) if next == first => (2 * run).min(RUN_BLOCKS),
+            _ => 1,
+        };
+        let mut last = first;
+        if run > 1 {
+            let blocks = self.history.fetch_run(first, run)?;
+            last = blocks.last().map_or(first, |block| block.first);
+            let mut map = self.history.map_mut();
+            blocks.into_iter().for_each(|ahead| map.keep(ahead.first, ahead.id, ahead.block));
+        }
+        self.next = self.history.map().after(last).next().map(|(next, _)| (next, run));
+        Ok(())
     }
 }
 

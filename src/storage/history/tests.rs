@@ -44,6 +44,8 @@ struct NastyState {
     limbo: Option<Batch>,
     batches: usize,
     syncs: usize,
+    /// Gets and scans.
+    reads: usize,
 }
 
 fn change(values: &mut Values, batch: &Batch) {
@@ -107,6 +109,7 @@ impl Backend for Nasty {
     }
 
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>> {
+        self.write().reads += 1;
         let value = self.state.read().unwrap().live.get(key).cloned();
         let meanwhile = self.meanwhile.lock().unwrap().take_if(|(tag, _)| key.first() == Some(tag));
         if let Some((_, meanwhile)) = meanwhile {
@@ -116,6 +119,7 @@ impl Backend for Nasty {
     }
 
     fn scan(&self, start: &[u8], end: &[u8], visit: &mut Visit<'_>) -> Result<()> {
+        self.write().reads += 1;
         let values = self.values();
         for (key, value) in values.range(start.to_vec()..) {
             if (!end.is_empty() && key.as_slice() >= end) || !visit(key, value)? {
@@ -393,6 +397,10 @@ fn run(ops: &[Op], cache_bytes: usize) {
         assert!(found.iter().map(|(rev, record)| (rev, record)).eq(&model.now.live), "a scan after {op:?}");
         for (rev, record) in &model.now.live {
             assert_eq!(history.get(*rev).unwrap().as_ref(), Some(record), "{rev:?} after {op:?}");
+        }
+        let mut reader = history.reader();
+        for (rev, record) in &model.now.live {
+            assert_eq!(reader.get(*rev).unwrap().as_ref(), Some(record), "{rev:?} read one after the other after {op:?}");
         }
         assert_eq!(history.get(successor(model.now.last)).unwrap(), None);
         let (from, to) = (rev(model.now.last.main / 3), rev(model.now.last.main / 2));
@@ -877,6 +885,47 @@ fn a_scan_ends_when_it_is_told_to() {
     assert!(history.scan(rev(2), END, &mut |_, _| Err(Error::Stopped)).is_err());
     history.scan(rev(9), rev(9), &mut |_, _| panic!("an empty range")).unwrap();
     history.scan(rev(9), rev(2), &mut |_, _| panic!("a range from right to left")).unwrap();
+}
+
+/// What is read in order, or while there is room in the cache, is not asked for block by block.
+#[test]
+fn neighbours_are_read_in_one_go() {
+    const BLOCKS: usize = 100;
+    let fill = |cache_bytes| {
+        let backend = Nasty::new(Values::new());
+        let (history, ..) = open(&backend, cache_bytes).unwrap();
+        for main in 1..=(BLOCKS * BLOCK_RECORDS) as i64 {
+            history.append(rev(main), record(rev(main), 9));
+        }
+        history.commit(Bytes::from_static(b"1"));
+        history.write_out().unwrap();
+        history.sync().unwrap();
+        drop(history);
+        let (history, ..) = open(&backend, cache_bytes).unwrap();
+        backend.write().reads = 0;
+        (backend, history)
+    };
+    let reads = |backend: &Nasty| std::mem::take(&mut backend.write().reads);
+    let all = || (1..=(BLOCKS * BLOCK_RECORDS) as i64).map(rev);
+
+    // 1, 2, 4, 8, 16, 32, 32 blocks, and what is left.
+    let (backend, history) = fill(0);
+    history.scan(Revision::default(), END, &mut |_, _| Ok(true)).unwrap();
+    assert_eq!(reads(&backend), 8);
+
+    // A cache of one block keeps nothing of a run but its last; the reader then asks for each.
+    let (backend, history) = fill(1 << 20);
+    let mut reader = history.reader();
+    all().for_each(|rev| assert!(reader.get(rev).unwrap().is_some()));
+    assert!(reads(&backend) <= 13, "a reader that goes through all");
+
+    let (backend, history) = fill(1 << 24);
+    let mut mixed: Vec<Revision> = all().collect();
+    mixed.sort_by_key(|rev| rev.main * 7919 % 4001);
+    mixed.iter().for_each(|rev| assert!(history.get(*rev).unwrap().is_some()));
+    assert!(reads(&backend) < BLOCKS / 2, "gets while the cache fills");
+    mixed.iter().for_each(|rev| assert!(history.get(*rev).unwrap().is_some()));
+    assert_eq!(reads(&backend), 0, "all of it is cached");
 }
 
 /// Readers never miss a record while it moves from the tail to a block and from block to block, nor while the backend fails
