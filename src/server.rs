@@ -345,10 +345,10 @@ impl Member {
             cluster_name: format!("{:x}", identity.cluster_id),
             heartbeat_interval: config.heartbeat_interval_ms,
             // A member stands for election when it has heard of no leader for the greatest of these (the time for which it supports a leader)
-            // and a random part between them: in all from one and a quarter election timeouts to one and a half. The lesser is also what
-            // a vote may take, with its connection and the voter's fsync.
-            election_timeout_min: config.election_timeout_ms / 2,
-            election_timeout_max: config.election_timeout_ms / 4 * 3,
+            // and a random part between them: in all from one election timeout to one and a quarter, which is never earlier than the flag
+            // says, and sooner than etcd's one to two. The lesser is also what a vote may take, with its connection and the voter's fsync.
+            election_timeout_min: config.election_timeout_ms * 3 / 8,
+            election_timeout_max: config.election_timeout_ms * 5 / 8,
             // Snapshots follow the background writer's syncs, not the number of entries.
             snapshot_policy: openraft::SnapshotPolicy::Never,
             // The node says how much of the log goes, see `Node::purge_log`.
