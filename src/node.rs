@@ -53,6 +53,7 @@ use crate::storage::history::HistoryOptions;
 use crate::storage::wal::Wal;
 
 mod duties;
+mod forward;
 pub(crate) mod members;
 mod peers;
 mod propose;
@@ -183,6 +184,8 @@ pub(crate) struct Node {
     network: Network,
     /// The way to the leader, if it is another member.
     leader_link: Mutex<Option<Link>>,
+    /// Commands for the leader, if it is another member.
+    outbox: forward::Outbox,
     /// Reads that wait for a leader's confirmation. As many as there are requests: connections bound them.
     reads: Mutex<Vec<oneshot::Sender<u64>>>,
     read_wanted: Notify,
@@ -236,6 +239,7 @@ impl Node {
             leases_changed: Notify::new(),
             network,
             leader_link: Mutex::new(None),
+            outbox: forward::Outbox::default(),
             reads: Mutex::default(),
             read_wanted: Notify::new(),
             receiving: tokio::sync::Mutex::new(None),
@@ -245,6 +249,7 @@ impl Node {
             stop: CancellationToken::new(),
         });
         node.spawn(node.clone().propose_batches());
+        node.spawn(node.clone().forward_batches());
         node.spawn(node.clone().follow_raft());
         node.spawn(node.clone().confirm_reads());
         node.spawn(node.clone().revoke_expired());

@@ -1,6 +1,9 @@
 //! Three members in one process, over loopback: what of clusters is built.
 
-use quorate::proto::etcdserverpb::RangeRequest;
+use bytes::Bytes;
+use quorate::proto::etcdserverpb::request_op::Request;
+use quorate::proto::etcdserverpb::response_op::Response;
+use quorate::proto::etcdserverpb::{PutRequest, RangeRequest, RequestOp, TxnRequest};
 use quorate::{Client, Server};
 
 use three::{config, insist, ports, start_all, stop_all};
@@ -75,6 +78,48 @@ async fn any_member_may_be_gone() {
     for server in servers.iter().flatten() {
         assert_eq!(get(&server.client(), "without 2, from 1").await.as_deref(), Some("y"));
     }
+}
+
+/// Many at once at the members that do not lead, who send them on together: each gets its own outcome, refusals too.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_of_many_gets_its_own_outcome() {
+    const MANY: usize = 1500;
+    let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
+    let servers = start_all(|at| config(dir.path(), &ports, at)).await;
+    put(&servers[0].client(), "first", "0").await;
+    let mut asked = tokio::task::JoinSet::new();
+    for number in 0..MANY {
+        let client = servers[number % 3].client();
+        asked.spawn(async move {
+            let key = Bytes::from(format!("key {}", number % 700));
+            let value = Bytes::from(number.to_string());
+            match number % 3 {
+                0 => {
+                    let put = PutRequest { key, value, lease: 4711, ..Default::default() };
+                    let refused = client.put_with(put).await.unwrap_err();
+                    assert_eq!(refused.to_string(), "etcdserver: requested lease not found");
+                }
+                1 => {
+                    let put = PutRequest { key: key.clone(), value, prev_kv: true, ..Default::default() };
+                    let before = client.put_with(put).await.unwrap().prev_kv;
+                    assert!(before.is_none_or(|before| before.decode().unwrap().key == key));
+                }
+                _ => {
+                    let put = RequestOp {
+                        request: Some(Request::RequestPut(PutRequest { key: key.clone(), value: value.clone(), ..Default::default() })),
+                    };
+                    let get = RequestOp { request: Some(Request::RequestRange(RangeRequest { key, ..Default::default() })) };
+                    let done = client.txn(TxnRequest { compare: vec![], success: vec![put, get], failure: vec![] }).await.unwrap();
+                    let Some(Response::ResponseRange(read)) = &done.responses[1].response else { panic!("{done:?}") };
+                    assert_eq!(read.kvs[0].decode().unwrap().value, value);
+                }
+            }
+        });
+    }
+    while let Some(done) = asked.join_next().await {
+        done.unwrap();
+    }
+    stop_all(servers).await;
 }
 
 /// Two of three are gone: nothing is written and nothing is read that might be stale, and what is there can still be read as it is.

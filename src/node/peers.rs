@@ -1,21 +1,17 @@
-//! What members do for each other's clients: a member that does not lead hands writes to the one that does, asks it how far a
-//! linearizable read must see, and renews leases with it.
+//! What members do for each other's clients: a member that does not lead hands writes to the one that does (see [`forward`](super::forward)),
+//! asks it how far a linearizable read must see, and renews leases with it.
 //!
 //! ```text
-//! put at b:   b --Propose--> a (leads): log, quorum, apply   --index 17, PutResponse-->  b waits until it has applied 17, answers
 //! get at b:   b --ReadIndex--> a: confirms that it leads     --index 17-->               b waits until it has applied 17, reads its own
 //! ```
 //!
 //! # Invariants
-//! - A command is sent again only after an answer that says that it was not proposed, or when it was never sent. When that is not known,
-//!   the client is told that the request has timed out: it may have been carried out, and is never carried out twice by our own doing.
 //! - One confirmation serves all reads that wait for one when it begins, and none that come later.
 
 use super::*;
-use crate::proto::peer::propose_response::Outcome as Answer;
 use crate::proto::peer::{
-    AppendRequest, AppendResponse, Nothing, ProposeRequest, ProposeResponse, ReadIndexRequest, ReadIndexResponse, RenewRequest,
-    RenewResponse, TimeToLiveRequest, TimeToLiveResponse, VoteRequest, VoteResponse,
+    AppendRequest, AppendResponse, ReadIndexRequest, ReadIndexResponse, RenewRequest, RenewResponse, TimeToLiveRequest, TimeToLiveResponse,
+    VoteRequest, VoteResponse,
 };
 use crate::raft::network::{self, Link};
 use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
@@ -53,54 +49,6 @@ impl Node {
         let mut kept = lock(&self.leader_link);
         if kept.as_ref().is_some_and(|kept| kept.id() == link.id()) {
             *kept = Some(link);
-        }
-    }
-
-    /// Has the leader carry out a command, and waits until this member has applied it, too.
-    pub(super) async fn propose_elsewhere(&self, command: internal::Command) -> Result<Reply> {
-        let began = Instant::now();
-        loop {
-            let left = self.request_timeout().saturating_sub(began.elapsed());
-            if left.is_zero() {
-                return Err(Error::Timeout);
-            }
-            if self.is_leader() {
-                match self.propose_here(command.clone()).await {
-                    // It hands over, or has lost its quorum: nothing was appended.
-                    Err(Error::Apply(ApplyError::NotLeader)) => {
-                        self.pause(LEADER_RETRY).await?;
-                        continue;
-                    }
-                    outcome => return outcome,
-                }
-            }
-            let Some(mut link) = self.leader_link() else {
-                self.pause(LEADER_RETRY).await?;
-                continue;
-            };
-            let request = ProposeRequest { command: Some(command.clone()) };
-            let handed = match self.within(left, link.reach()).await? {
-                Err(_) => Handed::Refused,
-                Ok(_) => {
-                    let answer = link.call(request, left, |mut client, request| async move { client.propose(request).await }).await;
-                    match answer.map(|answer| (answer.index, answer.outcome)) {
-                        Ok((_, Some(Answer::NotLeader(_)))) => Handed::Refused,
-                        Ok((_, Some(Answer::Unknown(_)) | None)) => Handed::Unknown,
-                        Ok((index, Some(outcome))) => Handed::Done((index, outcome)),
-                        Err(status) if status.code() == tonic::Code::FailedPrecondition => Handed::Refused,
-                        Err(_) => Handed::Unknown,
-                    }
-                }
-            };
-            self.keep_link(link);
-            match handed {
-                Handed::Refused => self.pause(LEADER_RETRY).await?,
-                Handed::Unknown => return Err(ApplyError::TimeoutLeaderFail.into()),
-                Handed::Done((index, outcome)) => {
-                    self.applied_upto(index).await?;
-                    return Ok(from_answer(outcome)?);
-                }
-            }
         }
     }
 
@@ -258,28 +206,6 @@ impl Node {
         })
     }
 
-    /// Carries out a command of another member's client.
-    pub async fn peer_propose(&self, request: ProposeRequest) -> Result<ProposeResponse> {
-        let command = request.command.ok_or_else(|| Error::Failed("a proposal without a command".into()))?;
-        if !self.is_leader() {
-            return Ok(ProposeResponse { index: 0, outcome: Some(Answer::NotLeader(Nothing {})) });
-        }
-        self.check_running()?;
-        if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
-            return Ok(ProposeResponse { index: 0, outcome: Some(Answer::Refused(ApplyError::RequestTooLarge.to_string())) });
-        }
-        let outcome = match self.propose_here(command).await {
-            Ok(reply) => to_answer(reply),
-            Err(Error::Apply(ApplyError::NotLeader)) => Answer::NotLeader(Nothing {}),
-            Err(Error::Apply(ApplyError::TimeoutLeaderFail) | Error::Timeout) => Answer::Unknown(Nothing {}),
-            Err(Error::Apply(refused)) => Answer::Refused(refused.to_string()),
-            Err(Error::Stopped) => Answer::Unknown(Nothing {}),
-            Err(err) => return Err(err),
-        };
-        let index = self.machine.applied().log_id.map_or(0, |id| id.index);
-        Ok(ProposeResponse { index, outcome: Some(outcome) })
-    }
-
     pub async fn peer_read_index(&self, _: ReadIndexRequest) -> Result<ReadIndexResponse> {
         let index = if self.is_leader() { self.confirm_here().await } else { None };
         Ok(ReadIndexResponse { index: index.unwrap_or(0), not_leader: index.is_none() })
@@ -298,38 +224,6 @@ impl Node {
         let remaining = lessor.time_to_live(request.id, self.machine.now(), false).map_or(-1, |found| found.remaining);
         Ok(TimeToLiveResponse { remaining, not_leader })
     }
-}
-
-fn to_answer(reply: Reply) -> Answer {
-    match reply {
-        Reply::Put(response) => Answer::Put(response),
-        Reply::DeleteRange(response) => Answer::DeleteRange(response),
-        Reply::Txn(response) => Answer::Txn(response),
-        Reply::Compaction(response) => Answer::Compaction(response),
-        Reply::LeaseGrant(response) => Answer::LeaseGrant(response),
-        Reply::LeaseRevoke(response) => Answer::LeaseRevoke(response),
-        Reply::LeaseCheckpoint => Answer::LeaseCheckpoint(Nothing {}),
-        Reply::Alarm(response) => Answer::Alarm(response),
-        Reply::ClusterVersion => Answer::ClusterVersion(Nothing {}),
-        Reply::MemberAttributes => Answer::MemberAttributes(Nothing {}),
-    }
-}
-
-fn from_answer(answer: Answer) -> Outcome {
-    Ok(match answer {
-        Answer::Put(response) => Reply::Put(response),
-        Answer::DeleteRange(response) => Reply::DeleteRange(response),
-        Answer::Txn(response) => Reply::Txn(response),
-        Answer::Compaction(response) => Reply::Compaction(response),
-        Answer::LeaseGrant(response) => Reply::LeaseGrant(response),
-        Answer::LeaseRevoke(response) => Reply::LeaseRevoke(response),
-        Answer::LeaseCheckpoint(_) => Reply::LeaseCheckpoint,
-        Answer::Alarm(response) => Reply::Alarm(response),
-        Answer::ClusterVersion(_) => Reply::ClusterVersion,
-        Answer::MemberAttributes(_) => Reply::MemberAttributes,
-        Answer::Refused(text) => return Err(refusal(&text)),
-        Answer::NotLeader(_) | Answer::Unknown(_) => return Err(ApplyError::TimeoutLeaderFail),
-    })
 }
 
 /// The refusal of which another member has told the text.

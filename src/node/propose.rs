@@ -36,6 +36,15 @@ impl Node {
     /// # Errors
     /// `NotLeader` when nothing was appended, because this member does not lead, or hands over.
     pub(super) async fn propose_here(&self, command: internal::Command) -> Result<Reply> {
+        let wait = self.enqueue(command).await?;
+        self.outcome_of(wait, self.request_timeout()).await
+    }
+
+    /// Puts a command into the queue, for the next entry of the log.
+    ///
+    /// # Errors
+    /// That there is no room for it; nothing was proposed then.
+    pub(super) async fn enqueue(&self, command: internal::Command) -> Result<oneshot::Receiver<Outcome>> {
         let bytes = command.encoded_len();
         let is_behind = self.store().history().is_behind();
         let free = if is_behind { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
@@ -63,7 +72,15 @@ impl Node {
         if wake {
             self.queued.notify_one();
         }
-        match self.within(self.request_timeout(), wait).await {
+        Ok(wait)
+    }
+
+    /// Waits for a queued command's outcome.
+    ///
+    /// # Errors
+    /// It, if it is a refusal; `Timeout` and `Stopped` leave open what becomes of it.
+    pub(super) async fn outcome_of(&self, wait: oneshot::Receiver<Outcome>, limit: Duration) -> Result<Reply> {
+        match self.within(limit, wait).await {
             Ok(Ok(outcome)) => Ok(outcome?),
             // The member stopped before it knew the outcome.
             Ok(Err(_)) | Err(Error::Stopped) => Err(Error::Stopped),
