@@ -186,6 +186,8 @@ pub(crate) struct Node {
     leader_link: Mutex<Option<Link>>,
     /// Commands for the leader, if it is another member.
     outbox: forward::Outbox,
+    /// Renewals of leases for it.
+    renewals: forward::Renewals,
     /// Reads that wait for a leader's confirmation. As many as there are requests: connections bound them.
     reads: Mutex<Vec<oneshot::Sender<u64>>>,
     read_wanted: Notify,
@@ -240,6 +242,7 @@ impl Node {
             network,
             leader_link: Mutex::new(None),
             outbox: forward::Outbox::default(),
+            renewals: forward::Renewals::default(),
             reads: Mutex::default(),
             read_wanted: Notify::new(),
             receiving: tokio::sync::Mutex::new(None),
@@ -250,6 +253,7 @@ impl Node {
         });
         node.spawn(node.clone().propose_batches());
         node.spawn(node.clone().forward_batches());
+        node.spawn(node.clone().forward_renewals());
         node.spawn(node.clone().follow_raft());
         node.spawn(node.clone().confirm_reads());
         node.spawn(node.clone().revoke_expired());
@@ -548,6 +552,21 @@ impl Node {
                 Err(ApplyError::NotLeader) => return Err(Error::Timeout),
                 Err(err) => return Err(err.into()),
             }
+        }
+    }
+
+    /// Renews a lease, if that needs nothing to be waited for. None: ask [`lease_renew`](Self::lease_renew).
+    fn renew_at_once(&self, id: i64) -> Option<i64> {
+        if !self.leads_surely() {
+            return None;
+        }
+        match lock(&self.machine.lessor).renew(id, self.machine.now()) {
+            Ok(Renewal::Renewed { ttl, clear_checkpoint: false }) => {
+                self.counters().leases_renewed.inc();
+                Some(ttl)
+            }
+            Err(ApplyError::LeaseNotFound) => Some(0),
+            _ => None,
         }
     }
 

@@ -119,6 +119,21 @@ async fn each_of_many_gets_its_own_outcome() {
     while let Some(done) = asked.join_next().await {
         done.unwrap();
     }
+    // Renewals of leases, too: those that are there, and those that are not.
+    let lease = servers[0].client().lease_grant(0, 100).await.unwrap().id;
+    for number in 0..MANY {
+        let client = servers[number % 3].client();
+        asked.spawn(async move {
+            let renewed = client.lease_keep_alive(if number % 2 == 0 { lease } else { 4711 }).await;
+            match renewed {
+                Ok(ttl) => assert_eq!((number % 2, ttl), (0, 100)),
+                Err(err) => assert_eq!((number % 2, err.to_string().as_str()), (1, "etcdserver: requested lease not found")),
+            }
+        });
+    }
+    while let Some(done) = asked.join_next().await {
+        done.unwrap();
+    }
     stop_all(servers).await;
 }
 

@@ -3,6 +3,8 @@
 //! They gather while those before them are under way, and go as one message; the leader puts them into its log as one entry and answers
 //! when it has applied them. So a thousand clients cost two members a few messages, and not a thousand.
 //!
+//! Renewals of leases, which the log has nothing of, gather and go in the same way.
+//!
 //! ```text
 //! put, put, txn at b:   b --Propose [put, put, txn]--> a (leads): log, quorum, apply   --index 17, three outcomes-->  b has applied 17, answers
 //! ```
@@ -15,7 +17,7 @@
 use super::peers::{Handed, LEADER_RETRY, refusal};
 use super::*;
 use crate::proto::peer::proposed::Outcome as Answer;
-use crate::proto::peer::{Nothing, ProposeRequest, ProposeResponse, Proposed};
+use crate::proto::peer::{Nothing, ProposeRequest, ProposeResponse, Proposed, RenewRequest, RenewResponse};
 use crate::raft::network::{Link, MESSAGE_BYTES_MAX};
 
 /// Messages under way to one leader. What comes meanwhile gathers for the next.
@@ -43,6 +45,19 @@ pub(super) struct Outbox {
     waiting: Mutex<Vec<Forwarded>>,
     wanted: Notify,
 }
+
+/// Renewals of leases that wait to be sent: as many as there are streams of them, and a message takes [`RENEWALS_MAX`].
+#[derive(Default)]
+pub(super) struct Renewals {
+    waiting: Mutex<Vec<(i64, oneshot::Sender<Option<i64>>)>>,
+    wanted: Notify,
+}
+
+/// Renewals in one message. What is beyond waits for the next.
+const RENEWALS_MAX: usize = 4096;
+
+/// Of a renewal among many: it has to be asked for alone.
+const ALONE: i64 = -1;
 
 impl Node {
     /// Has the leader carry out a command, and waits until this member has applied it, too.
@@ -195,6 +210,75 @@ impl Node {
     async fn leads_no_more(&self, leader: u64) {
         let mut metrics = self.raft.metrics();
         while self.leader() == leader && metrics.changed().await.is_ok() {}
+    }
+
+    /// Has the leader renew a lease. None: try again.
+    pub(super) async fn renew_elsewhere(&self, id: i64) -> Option<i64> {
+        let (answer, wait) = oneshot::channel();
+        lock(&self.renewals.waiting).push((id, answer));
+        self.renewals.wanted.notify_one();
+        match self.within(self.request_timeout(), wait).await.ok()?.ok()?? {
+            ALONE => {
+                let answer = self.send_renewals(RenewRequest { id, ids: Vec::new() }).await?;
+                Some(answer.ttl)
+            }
+            ttl => Some(ttl),
+        }
+    }
+
+    /// Sends renewals, all that wait at a time.
+    pub(super) async fn forward_renewals(self: Arc<Self>) {
+        loop {
+            self.renewals.wanted.notified().await;
+            loop {
+                let batch = {
+                    let mut waiting = lock(&self.renewals.waiting);
+                    waiting.retain(|(_, answer)| !answer.is_closed());
+                    let count = waiting.len().min(RENEWALS_MAX);
+                    let rest = waiting.split_off(count);
+                    std::mem::replace(&mut *waiting, rest)
+                };
+                if batch.is_empty() {
+                    break;
+                }
+                let ids = batch.iter().map(|(id, _)| *id).collect();
+                let ttls = self.send_renewals(RenewRequest { id: 0, ids }).await.map(|answer| answer.ttls).unwrap_or_default();
+                let mut ttls = ttls.into_iter();
+                for (_, answer) in batch {
+                    let _ = answer.send(ttls.next());
+                }
+            }
+        }
+    }
+
+    async fn send_renewals(&self, request: RenewRequest) -> Option<RenewResponse> {
+        let mut link = self.leader_link()?;
+        let leader = link.id();
+        let limit = self.request_timeout();
+        let answer = {
+            let call = link.call(request, limit, |mut client, request| async move { client.renew(request).await });
+            tokio::select! {
+                biased;
+                answer = call => answer.ok(),
+                // To renew a lease once more does no harm.
+                () = self.leads_no_more(leader) => None,
+            }
+        };
+        self.keep_link(link);
+        answer.filter(|answer| !answer.not_leader)
+    }
+
+    /// Renews leases of another member's clients.
+    pub async fn peer_renew(&self, request: RenewRequest) -> Result<RenewResponse> {
+        let not_leader = !lock(&self.machine.lessor).is_primary();
+        let mut answer = RenewResponse { not_leader, ..RenewResponse::default() };
+        if not_leader {
+        } else if request.ids.is_empty() {
+            answer.ttl = self.lease_renew(request.id).await?;
+        } else {
+            answer.ttls = request.ids.iter().map(|id| self.renew_at_once(*id).unwrap_or(ALONE)).collect();
+        }
+        Ok(answer)
     }
 
     /// Carries out commands of another member's clients: all of them are queued before the first is waited for.

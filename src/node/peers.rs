@@ -10,8 +10,7 @@
 
 use super::*;
 use crate::proto::peer::{
-    AppendRequest, AppendResponse, ReadIndexRequest, ReadIndexResponse, RenewRequest, RenewResponse, TimeToLiveRequest, TimeToLiveResponse,
-    VoteRequest, VoteResponse,
+    AppendRequest, AppendResponse, ReadIndexRequest, ReadIndexResponse, TimeToLiveRequest, TimeToLiveResponse, VoteRequest, VoteResponse,
 };
 use crate::raft::network::{self, Link};
 use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
@@ -145,15 +144,6 @@ impl Node {
         acknowledged.is_some_and(|ago| ago < self.options.election_timeout / 2)
     }
 
-    /// Has the leader renew a lease. None: try again.
-    pub(super) async fn renew_elsewhere(&self, id: i64) -> Option<i64> {
-        let mut link = self.leader_link()?;
-        let limit = self.request_timeout();
-        let answer = link.call(RenewRequest { id }, limit, |mut client, request| async move { client.renew(request).await }).await;
-        self.keep_link(link);
-        answer.ok().filter(|answer| !answer.not_leader).map(|answer| answer.ttl)
-    }
-
     /// The time that a lease has left, in seconds; -1 when there is no such lease.
     pub async fn lease_remaining(&self, id: i64) -> Result<i64> {
         let began = Instant::now();
@@ -209,13 +199,6 @@ impl Node {
     pub async fn peer_read_index(&self, _: ReadIndexRequest) -> Result<ReadIndexResponse> {
         let index = if self.is_leader() { self.confirm_here().await } else { None };
         Ok(ReadIndexResponse { index: index.unwrap_or(0), not_leader: index.is_none() })
-    }
-
-    pub async fn peer_renew(&self, request: RenewRequest) -> Result<RenewResponse> {
-        if !lock(&self.machine.lessor).is_primary() {
-            return Ok(RenewResponse { ttl: 0, not_leader: true });
-        }
-        Ok(RenewResponse { ttl: self.lease_renew(request.id).await?, not_leader: false })
     }
 
     pub async fn peer_time_to_live(&self, request: TimeToLiveRequest) -> Result<TimeToLiveResponse> {
