@@ -24,7 +24,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
-use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -45,16 +44,19 @@ use crate::mvcc::Store;
 use crate::node::{Health, Node, NodeOptions, StorageEvents};
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::internal;
-use crate::proto::peer::MembersResponse;
 use crate::raft::Raft;
 use crate::raft::apply::{Clock, Machine, StateMachine};
 use crate::raft::log::LogStore;
-use crate::raft::network::{self, Network};
+use crate::raft::network::Network;
 use crate::storage::Backend;
-use crate::storage::dir::{DataDir, Identity};
+use crate::storage::dir::DataDir;
 use crate::storage::history::{Gate, HistoryOptions};
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
+
+use founding::{check_not_founded, found, founders, join_cluster};
+
+mod founding;
 
 /// Threads for long reads and steps of backups. Beyond it they wait for each other; none of them waits for a client.
 const BLOCKING_THREADS: usize = 4;
@@ -572,103 +574,6 @@ fn min_ttl(config: &Config) -> i64 {
     i64::try_from(ms.div_ceil(1000)).unwrap_or(i64::MAX).max(1)
 }
 
-/// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
-/// are told the same come to the same ids.
-fn founders(config: &Config, peer_urls: &[Url]) -> Result<Vec<(u64, String, Vec<Url>)>> {
-    let mut members = config.initial_members()?;
-    if members.is_empty() {
-        members.push((config.name.clone(), peer_urls.to_vec()));
-    }
-    let mut founders: Vec<_> =
-        members.into_iter().map(|(name, urls)| (member_id(&urls, &config.initial_cluster_token), name, urls)).collect();
-    founders.sort_by_key(|(id, ..)| *id);
-    Ok(founders)
-}
-
-fn member_id(urls: &[Url], token: &str) -> u64 {
-    let mut urls: Vec<String> = urls.iter().map(Url::to_string).collect();
-    urls.sort();
-    let mut member = Sha256::new();
-    for part in urls.iter().map(String::as_str).chain([token]) {
-        // Each part with its length, so that no two lists look alike.
-        member.update((part.len() as u64).to_be_bytes());
-        member.update(part);
-    }
-    first_u64(&member.finalize())
-}
-
-/// The identity of a new member. The cluster's id follows from those of its founders.
-fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
-    let founders = founders(config, peer_urls)?;
-    let ours = founders.iter().find(|(_, name, _)| *name == config.name);
-    let (member_id, ..) = ours.ok_or_else(|| Error::Config(format!("initial-cluster does not name this member, {:?}", config.name)))?;
-    let mut cluster = Sha256::new();
-    for (id, ..) in &founders {
-        cluster.update(id.to_be_bytes());
-    }
-    Ok(Identity { cluster_id: first_u64(&cluster.finalize()), member_id: *member_id, name: config.name.clone(), joined: false })
-}
-
-/// The identity of a member that joins: as the members of the cluster know it, which has to know it before.
-///
-/// # Errors
-/// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which.
-async fn join_cluster(config: &Config) -> Result<Identity> {
-    let told = config.initial_members()?;
-    let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
-    let (mut tried, mut unlike) = (Vec::new(), None);
-    for url in others {
-        match network::members_at(&url.to_string()).await {
-            // What it knows may be from before this member was added, or was up.
-            Ok(there) if !there.newest => tried.push(format!("{url}: it does not know of a leader")),
-            // One that lags may not know of this member yet.
-            Ok(there) => match place(config, &told, &there) {
-                Ok(identity) => return Ok(identity),
-                Err(err) => unlike = Some(err),
-            },
-            Err(err) => tried.push(format!("{url}: {}", err.message())),
-        }
-    }
-    if let Some(err) = unlike {
-        return Err(err);
-    }
-    let what = "could not retrieve cluster information from the given URLs";
-    Err(Error::Config(format!("cannot fetch cluster info from peer urls: {what}: {}", tried.join("; "))))
-}
-
-/// Finds a joining member's place: as many members here as there, each with the same URLs.
-fn place(config: &Config, told: &[(String, Vec<Url>)], there: &MembersResponse) -> Result<Identity> {
-    let list = |members: &mut dyn Iterator<Item = String>| members.collect::<Vec<_>>().join(", ");
-    let wrong = |what: String| {
-        let known = list(&mut there.members.iter().map(|member| format!("{:x} {}={}", member.id, member.name, member.peer_urls.join(","))));
-        Err(Error::Config(format!(
-            "error validating peerURLs of initial-cluster {:?}: {what}; the cluster has {known}",
-            config.initial_cluster
-        )))
-    };
-    if told.len() != there.members.len() {
-        return wrong(format!("member count is unequal: {} here, {} there", told.len(), there.members.len()));
-    }
-    let mut ours = None;
-    for member in &there.members {
-        let urls: Vec<Url> = member.peer_urls.iter().filter_map(|url| url.parse().ok()).collect();
-        let all_among = |some: &[Url], others: &[Url]| some.iter().all(|url| others.iter().any(|other| url.may_be_same_place(other)));
-        let found = told.iter().find(|(_, told)| all_among(told, &urls) && all_among(&urls, told));
-        match found {
-            Some((name, _)) if *name == config.name => ours = Some(member),
-            Some(_) => {}
-            None => {
-                return wrong(format!("PeerURLs: no match found for existing member ({:x}, [{}])", member.id, member.peer_urls.join(" ")));
-            }
-        }
-    }
-    match ours {
-        Some(member) if member.published || member.votes => Err(bootstrapped(member.id)),
-        Some(member) => Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name: config.name.clone(), joined: true }),
-        None => wrong(format!("no member has the URLs of {:?}", config.name)),
-    }
-}
-
 /// Lets the state be written when the log is on disk as far as it was asked to be.
 fn gate_of(wal: &Arc<Wal>) -> Gate {
     let wal = wal.clone();
@@ -678,39 +583,6 @@ fn gate_of(wal: &Arc<Wal>) -> Gate {
         wal.append(Vec::new(), Box::new(move |result| drop(done.send(result))))?;
         wait.recv().unwrap_or(Err(Error::Stopped))
     }))
-}
-
-/// A member that has voted and acknowledged before would break its word without what it wrote then.
-fn bootstrapped(id: u64) -> Error {
-    Error::Config(format!("member {id:x} has already been bootstrapped: remove it, and add it anew"))
-}
-
-/// Sees to it that a founder whose directory is empty has not founded the cluster before, and lost what it had. Who else is to found it is
-/// asked; those who are not there yet, as when all start for the first time, say nothing.
-///
-/// # Errors
-/// `Config`, when one of them knows the cluster as founded.
-async fn check_not_founded(config: &Config, ours: &Identity) -> Result<()> {
-    let told = config.initial_members()?;
-    let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
-    let asked = others.map(|url| async move { network::members_at(&url.to_string()).await });
-    let answers = futures_util::future::join_all(asked).await;
-    for there in answers.into_iter().flatten().filter(|there| there.cluster_id == ours.cluster_id) {
-        let found = there.members.iter().find(|member| member.id == ours.member_id);
-        match found {
-            Some(member) if member.published => return Err(bootstrapped(ours.member_id)),
-            // Listed from its beginning, unless it was removed.
-            None if !there.members.is_empty() => return Err(bootstrapped(ours.member_id)),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-fn first_u64(digest: &[u8]) -> u64 {
-    let first = digest.iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte));
-    // 0 stands for nobody.
-    first.max(1)
 }
 
 /// Finishes what a crash has interrupted: a snapshot has taken the state's place, and the log up to it was still to be purged.
