@@ -36,6 +36,10 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
+pub(crate) mod tls;
+
+pub use tls::{CIPHER_SUITES, TlsVersion, TransportSecurity};
+
 /// The release of etcd whose behaviour and interfaces this crate claims.
 pub const ETCD_VERSION: &str = "3.7.1";
 
@@ -81,6 +85,17 @@ pub struct Config {
     pub advertise_client_urls: Vec<Url>,
     /// The URLs told to peers. Empty: derived, see [`Config::advertised_peer_urls`].
     pub initial_advertise_peer_urls: Vec<Url>,
+
+    /// The certificates of clients' listeners, and whose clients are asked for.
+    pub client_transport_security: TransportSecurity,
+    /// The certificates of the peers' listeners, and of the connections to other members.
+    pub peer_transport_security: TransportSecurity,
+    /// The oldest TLS that is spoken. Default: 1.2.
+    pub tls_min_version: TlsVersion,
+    /// The newest TLS that is spoken. `None`: the newest there is.
+    pub tls_max_version: Option<TlsVersion>,
+    /// Of TLS 1.2 only these, of [`CIPHER_SUITES`]. Empty: all of them.
+    pub cipher_suites: Vec<String>,
 
     /// The founding members as `name=url,name=url`. Empty: this member alone.
     pub initial_cluster: String,
@@ -154,6 +169,11 @@ impl Default for Config {
             listen_metrics_urls: Vec::new(),
             advertise_client_urls: Vec::new(),
             initial_advertise_peer_urls: Vec::new(),
+            client_transport_security: TransportSecurity::default(),
+            peer_transport_security: TransportSecurity::default(),
+            tls_min_version: TlsVersion::V1_2,
+            tls_max_version: None,
+            cipher_suites: Vec::new(),
             initial_cluster: String::new(),
             initial_cluster_state: ClusterState::New,
             initial_cluster_token: "etcd-cluster".into(),
@@ -223,8 +243,8 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.validate_member()?;
         self.validate_urls()?;
+        self.validate_tls()?;
         self.validate_limits()?;
-        self.initial_members()?;
         self.auto_compaction().map(drop)
     }
 
@@ -257,9 +277,7 @@ impl Config {
         let mut taken: Vec<(&str, &Url)> = Vec::new();
         for (setting, urls) in listeners {
             for url in urls {
-                if url.is_tls() {
-                    return Err(bad(setting, url, "TLS is not built yet, use http:// or unix://"));
-                }
+                self.validate_listener(setting, url)?;
                 if url.socket_path().is_none() && url.listen_ip().is_none() {
                     return Err(bad(setting, url, "to listen on, give an IP address or localhost"));
                 }

@@ -40,6 +40,7 @@
 //! | `error`, `proto` | two error enums; etcd's messages |
 //! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
 //! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
+//! | `tls/` | who may talk to whom, and the files that say so (feature `tls`) |
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
 //! | `snapshot` | the format of backups |
 //! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
@@ -92,6 +93,11 @@ pub mod storage;
 pub mod internals;
 #[cfg(test)]
 mod testing;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls/off.rs"]
+mod tls;
 
 pub use client::Client;
 pub use config::{Config, Url};

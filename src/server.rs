@@ -53,6 +53,7 @@ use crate::storage::dir::DataDir;
 use crate::storage::history::{Gate, HistoryOptions};
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
+use crate::tls::{Acceptor, Tls};
 
 use founding::{check_not_founded, found, founders, join_cluster};
 
@@ -283,12 +284,15 @@ struct Member {
     wal: Arc<Wal>,
     metrics: Arc<Metrics>,
     compacted_at: Arc<AtomicU64>,
+    tls: Tls,
     // Held until everything else is closed.
     dir: DataDir,
 }
 
 impl Member {
     async fn open(config: &Config) -> Result<Member> {
+        // First, for nothing has been touched yet.
+        let tls = Tls::open(config)?;
         let path = config.effective_data_dir();
         let mut dir = DataDir::open(&path, config.wal_dir.as_deref())?;
         let peer_urls = config.advertised_peer_urls(&config.listen_peer_urls);
@@ -296,9 +300,9 @@ impl Member {
         if fresh {
             config.validate_bootstrap()?;
             let joins = config.initial_cluster_state == ClusterState::Existing;
-            let identity = if joins { join_cluster(config).await? } else { found(config, &peer_urls)? };
+            let identity = if joins { join_cluster(config, &tls.connector).await? } else { found(config, &peer_urls)? };
             if !joins {
-                check_not_founded(config, &identity).await?;
+                check_not_founded(config, &identity, &tls.connector).await?;
             }
             dir.set_identity(identity)?;
         }
@@ -363,7 +367,7 @@ impl Member {
             ..openraft::Config::default()
         };
         let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
-        let network = Network::new(identity.cluster_id, identity.member_id, counters);
+        let network = Network::new(identity.cluster_id, identity.member_id, counters, tls.connector.clone());
         let log = LogStore::new(wal.clone());
         let raft =
             Raft::new(identity.member_id, Arc::new(raft_config), network.clone(), log, StateMachine { machine: machine.clone() }).await;
@@ -404,7 +408,7 @@ impl Member {
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health, network);
         node.spawn_purge(purge);
-        let member = Member { node, background, wal, metrics, compacted_at, dir };
+        let member = Member { node, background, wal, metrics, compacted_at, tls, dir };
         match member.node.ready().await {
             Ok(()) => Ok(member),
             Err(err) => {
@@ -416,10 +420,10 @@ impl Member {
 
     /// Opens the listeners and begins to serve.
     async fn listen(&self, config: &Config, stop: &CancellationToken) -> Result<Listening> {
-        let clients = bind_all(&config.listen_client_urls).await?;
-        let https = bind_all(&config.listen_client_http_urls).await?;
-        let metrics_only = bind_all(&config.listen_metrics_urls).await?;
-        let peers = bind_all(&config.listen_peer_urls).await?;
+        let clients = bind_all(&config.listen_client_urls, &self.tls.client).await?;
+        let https = bind_all(&config.listen_client_http_urls, &self.tls.client).await?;
+        let metrics_only = bind_all(&config.listen_metrics_urls, &self.tls.client).await?;
+        let peers = bind_all(&config.listen_peer_urls, &self.tls.peer).await?;
         let peer_addrs = addrs_of(&peers);
         let addrs = addrs_of(&clients);
         let bound = config.listen_client_urls.iter().zip(&clients);
@@ -483,13 +487,20 @@ impl Listening {
     }
 }
 
-async fn bind_all(urls: &[Url]) -> Result<Vec<Listener>> {
+/// Listens on all of them; with TLS where they say so.
+async fn bind_all(urls: &[Url], tls: &Option<Acceptor>) -> Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     for url in urls {
-        listeners.push(match (url.socket_path(), url.listen_ip(), url.port()) {
+        let listener = match (url.socket_path(), url.listen_ip(), url.port()) {
             (Some(path), _, _) => Listener::unix(path).await?,
             (None, Some(ip), Some(port)) => Listener::tcp(SocketAddr::new(ip, port)).await?,
             _ => return Err(Error::Config(format!("{url} cannot be listened on: it has no address"))),
+        };
+        listeners.push(match (url.is_tls(), tls) {
+            (false, _) => listener,
+            (true, Some(tls)) => listener.with_tls(tls.clone()),
+            // Refused by the configuration; to be sure that it is never listened on in plain.
+            (true, None) => return Err(Error::Config(format!("{url} cannot be listened on: there is no certificate for it"))),
         });
     }
     Ok(listeners)

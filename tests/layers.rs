@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["error", "lock", "proto", "testing"],
     &["storage", "config", "lease", "metrics", "slow"],
-    &["mvcc", "snapshot", "cli"],
+    &["mvcc", "snapshot", "cli", "tls"],
     &["raft"],
     &["background"],
     &["node"],

@@ -11,6 +11,8 @@
 //!             limit            deadline      HTTP/1: hyper -> http.rs                    (one task)
 //! ```
 //!
+//! At an `https` URL a connection begins with a handshake, and what is sniffed and spoken comes out of TLS; see [`tls`](crate::tls).
+//!
 //! A request whose outcome is at hand (a read, a refusal) is answered in the very poll that took it from the socket: no
 //! task is made for it. The others wait side by side in the connection's [`FuturesUnordered`].
 //!
@@ -66,6 +68,7 @@ use super::unary::{self, Router};
 use super::wire::{Io, Limits, Outgoing, Stream, WRITE_STALL, Wire};
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::tls::Acceptor;
 
 /// Streams that one connection may have open, if the configuration asks for no fewer; the peer is told so, and its further
 /// requests wait in its own library. A stream beyond what was told is refused (RST_STREAM, REFUSED_STREAM).
@@ -146,6 +149,8 @@ pub(crate) struct App {
 /// A socket that accepts.
 pub(crate) enum Listener {
     Tcp(TcpListener),
+    /// Its connections begin with a handshake.
+    Tls(TcpListener, Acceptor),
     /// The path is removed when the listener is dropped.
     Unix(UnixListener, #[allow(dead_code, reason = "kept for its drop")] SocketPath),
 }
@@ -170,6 +175,14 @@ impl Listener {
         Ok(Listener::Tcp(listener.map_err(|err| Error::io("listening on", addr.to_string(), err))?))
     }
 
+    /// The same, with TLS; a Unix socket remains as it is.
+    pub fn with_tls(self, tls: Acceptor) -> Self {
+        match self {
+            Listener::Tcp(listener) => Listener::Tls(listener, tls),
+            other => other,
+        }
+    }
+
     /// Listens on a Unix socket. A socket that a server has left behind there is replaced; one that is in use, or another kind of file, is not.
     ///
     /// # Errors
@@ -190,14 +203,18 @@ impl Listener {
     /// Where it listens, if that is an internet address.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {
-            Listener::Tcp(listener) => listener.local_addr().ok(),
+            Listener::Tcp(listener) | Listener::Tls(listener, _) => listener.local_addr().ok(),
             Listener::Unix(..) => None,
         }
     }
 
+    fn tls(&self) -> Option<Acceptor> {
+        if let Listener::Tls(_, tls) = self { Some(tls.clone()) } else { None }
+    }
+
     async fn accept(&self) -> io::Result<Stream> {
         match self {
-            Listener::Tcp(listener) => {
+            Listener::Tcp(listener) | Listener::Tls(listener, _) => {
                 let (stream, _) = listener.accept().await?;
                 // Answers are written whole; to wait for more to send would only delay them.
                 let _ = stream.set_nodelay(true);
@@ -277,7 +294,7 @@ async fn accept(listener: Listener, limits: Arc<Limits>, app: App, tasks: TaskTr
             continue;
         }
         let wire = Wire::new(limits.clone());
-        let connection = connection(Io::new(stream, wire.clone()), wire, app.clone(), stop.clone());
+        let connection = connection(stream, listener.tls(), wire, app.clone(), stop.clone());
         let cut = cut.clone();
         tasks.spawn(async move {
             tokio::select! {
@@ -290,7 +307,23 @@ async fn accept(listener: Listener, limits: Arc<Limits>, app: App, tasks: TaskTr
 }
 
 /// One connection, from its first byte.
-async fn connection(mut io: Io, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+async fn connection(stream: Stream, tls: Option<Acceptor>, wire: Arc<Wire>, app: App, stop: CancellationToken) {
+    let stream = match (tls, stream) {
+        (Some(tls), Stream::Tcp(stream)) => {
+            // In a place of its own, which connections without it need not have.
+            let mut handshake = Box::pin(tls.accept(stream));
+            let shaken = tokio::select! {
+                () = stop.cancelled() => return,
+                shaken = &mut handshake => shaken,
+            };
+            match shaken {
+                Some(stream) => Stream::Tls(stream),
+                None => return,
+            }
+        }
+        (_, stream) => stream,
+    };
+    let mut io = Io::new(stream, wire.clone());
     let sniffed = tokio::select! {
         () = stop.cancelled() => return,
         sniffed = tokio::time::timeout(PREFACE_TIMEOUT, io.is_http2()) => sniffed,

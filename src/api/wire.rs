@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::lock::lock;
+use crate::tls::ServerStream;
 
 /// Connections of one server at the same time, unless the limit of open files leaves room for fewer. One that comes beyond
 /// it is closed at once, so that its client turns to another member.
@@ -254,16 +255,20 @@ impl Drop for Partial {
 pub(super) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(ServerStream),
 }
 
 enum ReadHalf {
     Tcp(tcp::OwnedReadHalf),
     Unix(unix::OwnedReadHalf),
+    /// TLS has one state for both ways. They are taken in turn, by the connection's task alone.
+    Tls(Arc<Mutex<ServerStream>>),
 }
 
 enum WriteHalf {
     Tcp(tcp::OwnedWriteHalf),
     Unix(unix::OwnedWriteHalf),
+    Tls(Arc<Mutex<ServerStream>>),
 }
 
 /// The way out of a connection: what has been written to it and has not left yet.
@@ -278,11 +283,25 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Sends what was gathered. Ready when all of it has left.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let WriteHalf::Tls(tls) = &self.half {
+            let mut tls = lock(tls);
+            let before = tls.taken();
+            let sent = poll_send(&mut tls, cx, &self.gathered, &mut self.sent);
+            if tls.taken() != before {
+                self.wire.note_taken();
+            }
+            if sent.is_pending() {
+                self.wire.note_blocked();
+            }
+            ready!(sent)?;
+        }
         while let Some(left) = self.gathered.get(self.sent..).filter(|left| !left.is_empty()) {
             // Whatever budget this turn has used up: only the socket may say that it takes no more.
             let write = match &mut self.half {
                 WriteHalf::Tcp(half) => half.try_write(left),
                 WriteHalf::Unix(half) => half.try_write(left),
+                // Nothing is left.
+                WriteHalf::Tls(_) => Ok(0),
             };
             let written = match (write, &mut self.half) {
                 (Err(err), WriteHalf::Tcp(half)) if err.kind() == io::ErrorKind::WouldBlock => Pin::new(half).poll_write(cx, left),
@@ -322,6 +341,17 @@ impl Outgoing {
     }
 }
 
+/// Sends what is left of these bytes, and what TLS makes of them.
+fn poll_send(tls: &mut ServerStream, cx: &mut Context<'_>, bytes: &[u8], sent: &mut usize) -> Poll<io::Result<()>> {
+    while let Some(left) = bytes.get(*sent..).filter(|left| !left.is_empty()) {
+        match ready!(Pin::new(&mut *tls).poll_write(cx, left))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            len => *sent += len,
+        }
+    }
+    Pin::new(tls).poll_flush(cx)
+}
+
 /// A connection's bytes: first those that were read to find out what it speaks, then the socket's.
 pub(super) struct Io {
     read: Bytes,
@@ -345,6 +375,10 @@ impl Io {
                 let (read, write) = stream.into_split();
                 (ReadHalf::Unix(read), WriteHalf::Unix(write))
             }
+            Stream::Tls(stream) => {
+                let both = Arc::new(Mutex::new(stream));
+                (ReadHalf::Tls(both.clone()), WriteHalf::Tls(both))
+            }
         };
         let out = Arc::new(Mutex::new(Outgoing { half: out, gathered: Vec::new(), sent: 0, wire }));
         Io { read: Bytes::new(), half, out, is_gathering: false }
@@ -367,6 +401,11 @@ impl Io {
             let read = match &mut self.half {
                 ReadHalf::Tcp(half) => half.read(&mut seen[len..]).await?,
                 ReadHalf::Unix(half) => half.read(&mut seen[len..]).await?,
+                ReadHalf::Tls(both) => {
+                    let mut buf = ReadBuf::new(&mut seen[len..]);
+                    std::future::poll_fn(|cx| Pin::new(&mut *lock(both)).poll_read(cx, &mut buf)).await?;
+                    buf.filled().len()
+                }
             };
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -388,6 +427,7 @@ impl AsyncRead for Io {
         match &mut self.half {
             ReadHalf::Tcp(half) => Pin::new(half).poll_read(cx, buf),
             ReadHalf::Unix(half) => Pin::new(half).poll_read(cx, buf),
+            ReadHalf::Tls(both) => Pin::new(&mut *lock(both)).poll_read(cx, buf),
         }
     }
 }
@@ -415,6 +455,7 @@ impl AsyncWrite for Io {
         match &mut out.half {
             WriteHalf::Tcp(half) => Pin::new(half).poll_shutdown(cx),
             WriteHalf::Unix(half) => Pin::new(half).poll_shutdown(cx),
+            WriteHalf::Tls(both) => Pin::new(&mut *lock(both)).poll_shutdown(cx),
         }
     }
 }

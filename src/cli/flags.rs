@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Draft, LogFormat, LogLevel, LogOutput};
-use crate::config::{AutoCompactionMode, ClusterState, Url, WATCH_PROGRESS_INTERVAL_MIN, parse_duration, parse_url};
+use crate::config::{AutoCompactionMode, ClusterState, TlsVersion, Url, WATCH_PROGRESS_INTERVAL_MIN, parse_duration, parse_url};
 
 /// Result of reading one value; the error is a sentence that follows "invalid value ... for ...".
 pub(super) type Set<T = ()> = Result<T, String>;
@@ -53,7 +53,10 @@ pub(super) struct Flag {
     pub act: Act,
 }
 
-const TLS: &str = "TLS is not built yet";
+const CRL: &str = "revocation lists are not read";
+const AUTO: &str =
+    "certificates are not made here, for one that nobody can check keeps nobody out; give cert-file, key-file and trusted-ca-file";
+const GATEWAY: &str = "the JSON gateway, which would use it, is not built yet";
 const AUTH: &str = "users and roles are not built yet";
 const DISCOVERY: &str = "discovery is not built yet";
 const V2: &str = "etcd's v2 interface is not offered";
@@ -88,6 +91,7 @@ use Kind::{Amount, Bool, Duration as Time, List, Number, Text};
 
 const MEMBER: &str = "Member";
 const CLUSTER: &str = "Clustering";
+const SECURITY: &str = "Security";
 const RETENTION: &str = "Retention";
 const WATCHING: &str = "Monitoring";
 const LOGGING: &str = "Logging";
@@ -126,6 +130,25 @@ pub(super) static FLAGS: &[Flag] = &[
     set(CLUSTER, "initial-cluster-token", Text, "etcd-cluster", "Tells clusters of the same members apart.", |d, v| { d.config.initial_cluster_token = v.into(); Ok(()) }),
     set(CLUSTER, "strict-reconfig-check", Bool, "true", "Refuse changes of the members that might cost the quorum.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
     set(CLUSTER, "pre-vote", Bool, "true", "Ask for votes before standing for election.", |d, v| boolean(v).map(|v| d.config.pre_vote = v)),
+
+    set(SECURITY, "cert-file", Text, "", "Certificate of this server for clients, in PEM.", |d, v| { d.config.client_transport_security.cert_file = path(v); Ok(()) }),
+    set(SECURITY, "key-file", Text, "", "Its private key.", |d, v| { d.config.client_transport_security.key_file = path(v); Ok(()) }),
+    set(SECURITY, "trusted-ca-file", Text, "", "CAs whose certificates clients need. Empty: they need none.", |d, v| { d.config.client_transport_security.trusted_ca_file = path(v); Ok(()) }),
+    set(SECURITY, "client-cert-auth", Bool, "false", "Ask clients for a certificate; trusted-ca-file does, too.", |d, v| boolean(v).map(|v| d.config.client_transport_security.client_cert_auth = v)),
+    set(SECURITY, "client-cert-allowed-hostname", List, "", "Only clients whose certificates are made out to one of these hosts.", |d, v| { d.config.client_transport_security.allowed_hostname = texts(v); Ok(()) }),
+    set(SECURITY, "client-cert-allowed-cn", List, "", "Only clients whose certificates have one of these common names. Not one of etcd's flags.", |d, v| { d.config.client_transport_security.allowed_cn = texts(v); Ok(()) }),
+    set(SECURITY, "peer-cert-file", Text, "", "Certificate of this server for peers, in PEM.", |d, v| { d.config.peer_transport_security.cert_file = path(v); Ok(()) }),
+    set(SECURITY, "peer-key-file", Text, "", "Its private key.", |d, v| { d.config.peer_transport_security.key_file = path(v); Ok(()) }),
+    set(SECURITY, "peer-client-cert-file", Text, "", "Certificate to show to peers that are connected to. Empty: peer-cert-file.", |d, v| { d.config.peer_transport_security.client_cert_file = path(v); Ok(()) }),
+    set(SECURITY, "peer-client-key-file", Text, "", "Its private key.", |d, v| { d.config.peer_transport_security.client_key_file = path(v); Ok(()) }),
+    set(SECURITY, "peer-trusted-ca-file", Text, "", "CAs whose certificates peers need, on both ends.", |d, v| { d.config.peer_transport_security.trusted_ca_file = path(v); Ok(()) }),
+    set(SECURITY, "peer-client-cert-auth", Bool, "false", "Ask peers for a certificate; peer-trusted-ca-file does, too.", |d, v| boolean(v).map(|v| d.config.peer_transport_security.client_cert_auth = v)),
+    set(SECURITY, "peer-cert-allowed-cn", List, "", "Only peers whose certificates have one of these common names.", |d, v| { d.config.peer_transport_security.allowed_cn = texts(v); Ok(()) }),
+    set(SECURITY, "peer-cert-allowed-hostname", List, "", "Only peers whose certificates are made out to one of these hosts.", |d, v| { d.config.peer_transport_security.allowed_hostname = texts(v); Ok(()) }),
+    set(SECURITY, "peer-skip-client-san-verification", Bool, "false", "Take a peer's certificate from addresses that it is not made out to.", |d, v| boolean(v).map(|v| d.config.peer_transport_security.skip_client_san_verification = v)),
+    set(SECURITY, "tls-min-version", Text, "TLS1.2", "The oldest TLS that is spoken: TLS1.2 or TLS1.3.", |d, v| choose(v, &[("TLS1.2", TlsVersion::V1_2), ("TLS1.3", TlsVersion::V1_3)]).map(|v| d.config.tls_min_version = v)),
+    set(SECURITY, "tls-max-version", Text, "", "The newest TLS that is spoken. Empty: the newest there is.", |d, v| choose(v, &[("", None), ("TLS1.2", Some(TlsVersion::V1_2)), ("TLS1.3", Some(TlsVersion::V1_3))]).map(|v| d.config.tls_max_version = v)),
+    set(SECURITY, "cipher-suites", List, "", "Of TLS 1.2 only these cipher suites. Empty: all that are good.", |d, v| { d.config.cipher_suites = texts(v); Ok(()) }),
 
     set(RETENTION, "auto-compaction-mode", Text, "periodic", "What the retention counts: 'periodic' (time) or 'revision'.", |d, v| choose(v, &[("periodic", AutoCompactionMode::Periodic), ("revision", AutoCompactionMode::Revision)]).map(|v| d.config.auto_compaction_mode = v)),
     set(RETENTION, "auto-compaction-retention", Amount, "0", "History to keep: 5m, 5 (hours), or a number of revisions. 0: all.", |d, v| { d.config.auto_compaction_retention = v.into(); Ok(()) }),
@@ -176,10 +199,9 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("distributed-tracing-service-name", Text, "etcd", "tracing is not built yet"),
     noop("distributed-tracing-instance-id", Text, "", "tracing is not built yet"),
     noop("distributed-tracing-sampling-rate", Number, "0", "tracing is not built yet"),
-    noop("cipher-suites", List, "", TLS),
-    noop("tls-min-version", Text, "TLS1.2", TLS),
-    noop("tls-max-version", Text, "", TLS),
-    noop("self-signed-cert-validity", Number, "1", TLS),
+    noop("client-cert-file", Text, "", GATEWAY),
+    noop("client-key-file", Text, "", GATEWAY),
+    noop("self-signed-cert-validity", Number, "1", "certificates are not made here"),
     noop("discovery-fallback", Text, "exit", DISCOVERY),
     noop("discovery-proxy", Text, "", DISCOVERY),
     noop("discovery-srv-name", Text, "", DISCOVERY),
@@ -214,26 +236,10 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("v", Bool, "", GONE),
     noop("vv", Bool, "", GONE),
 
-    refuse("cert-file", Text, "", TLS),
-    refuse("key-file", Text, "", TLS),
-    refuse("client-cert-file", Text, "", TLS),
-    refuse("client-key-file", Text, "", TLS),
-    refuse("client-cert-auth", Bool, "false", TLS),
-    refuse("client-crl-file", Text, "", TLS),
-    refuse("client-cert-allowed-hostname", List, "", TLS),
-    refuse("trusted-ca-file", Text, "", TLS),
-    refuse("auto-tls", Bool, "false", TLS),
-    refuse("peer-cert-file", Text, "", TLS),
-    refuse("peer-key-file", Text, "", TLS),
-    refuse("peer-client-cert-file", Text, "", TLS),
-    refuse("peer-client-key-file", Text, "", TLS),
-    refuse("peer-client-cert-auth", Bool, "false", TLS),
-    refuse("peer-crl-file", Text, "", TLS),
-    refuse("peer-trusted-ca-file", Text, "", TLS),
-    refuse("peer-cert-allowed-cn", List, "", TLS),
-    refuse("peer-cert-allowed-hostname", List, "", TLS),
-    refuse("peer-auto-tls", Bool, "false", TLS),
-    refuse("peer-skip-client-san-verification", Bool, "false", TLS),
+    refuse("client-crl-file", Text, "", CRL),
+    refuse("auto-tls", Bool, "false", AUTO),
+    refuse("peer-crl-file", Text, "", CRL),
+    refuse("peer-auto-tls", Bool, "false", AUTO),
     refuse("auth-token", Text, "simple", AUTH),
     refuse("auth-token-ttl", Number, "300", AUTH),
     refuse("bcrypt-cost", Number, "10", AUTH),
@@ -366,6 +372,11 @@ fn or_time(value: Duration, default: Duration) -> Duration {
 
 fn path(value: &str) -> Option<std::path::PathBuf> {
     (!value.is_empty()).then(|| value.into())
+}
+
+/// Texts with commas between.
+fn texts(value: &str) -> Vec<String> {
+    value.split(',').map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned).collect()
 }
 
 /// URLs with commas between, in the order and without the repeats that etcd makes of them.

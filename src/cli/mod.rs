@@ -27,6 +27,8 @@
 //! - An unknown key in a file is a warning; etcd says nothing. A second document in a file is refused; etcd takes no notice of it.
 //! - Negative times are refused; etcd takes them for zero or worse.
 //! - `--listen-client-urls` without `--advertise-client-urls` is fine unless it listens everywhere; etcd always refuses it.
+//! - `--client-cert-auth` is refused where there is no CA, or no `https` URL at all to ask for certificates at; etcd takes the system's CAs, and
+//!   lets everybody in. A CA for clients may come with plain URLs beside the `https` ones; the log then warns of them.
 //! - Flags for what is not built are refused, see the table in `flags.rs` for the rule.
 
 mod flags;

@@ -26,7 +26,7 @@ const SECTIONS: &[(&str, &[(&str, &str)])] = &[
     ("client-transport-security", &[
         ("cert-file", "cert-file"), ("key-file", "key-file"), ("client-cert-file", "client-cert-file"), ("client-key-file", "client-key-file"),
         ("client-cert-auth", "client-cert-auth"), ("trusted-ca-file", "trusted-ca-file"), ("auto-tls", "auto-tls"),
-        ("allowed-cn", "client-cert-allowed-hostname"), ("allowed-hostname", "client-cert-allowed-hostname"),
+        ("allowed-cn", "client-cert-allowed-cn"), ("allowed-hostname", "client-cert-allowed-hostname"),
     ]),
     ("peer-transport-security", &[
         ("cert-file", "peer-cert-file"), ("key-file", "peer-key-file"), ("client-cert-file", "peer-client-cert-file"),

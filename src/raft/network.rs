@@ -44,6 +44,7 @@ use crate::proto::peer::append_response::Outcome;
 use crate::proto::peer::install_snapshot_response::Outcome as Installed;
 use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
+use crate::tls::Connector;
 
 use super::apply::SnapshotHandle;
 use super::outgoing::{SnapshotStart, Writer};
@@ -89,6 +90,8 @@ pub(crate) struct Network {
     pub cluster_id: u64,
     pub member_id: u64,
     pub counters: Arc<Counters>,
+    /// For members with `https` URLs.
+    tls: Option<Connector>,
     /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
     book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
 }
@@ -112,8 +115,8 @@ pub(crate) struct Link {
 type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Channel>, Status>>>;
 
 impl Network {
-    pub fn new(cluster_id: u64, member_id: u64, counters: Arc<Counters>) -> Network {
-        Network { cluster_id, member_id, counters, book: Arc::default() }
+    pub fn new(cluster_id: u64, member_id: u64, counters: Arc<Counters>, tls: Option<Connector>) -> Network {
+        Network { cluster_id, member_id, counters, tls, book: Arc::default() }
     }
 
     /// Takes a note of where the members are. Connections that work are kept.
@@ -147,7 +150,7 @@ impl Link {
                 let noted = lock(&self.ours.book).get(&self.id).cloned();
                 let urls = noted.as_ref().unwrap_or(&self.urls);
                 let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
-                self.connecting.insert(connect(url.clone()).boxed().shared()).clone()
+                self.connecting.insert(connect(url.clone(), self.ours.tls.clone()).boxed().shared()).clone()
             }
         };
         // The caller may give up here; whoever calls next goes on.
@@ -220,24 +223,47 @@ impl Link {
     }
 }
 
-/// Connects to a peer port.
-async fn connect(url: String) -> Result<PeerClient<Channel>, Status> {
+/// Connects to a peer port, in TLS if its URL says so.
+async fn connect(url: String, tls: Option<Connector>) -> Result<PeerClient<Channel>, Status> {
+    let is_tls = url.starts_with("https://");
+    if is_tls && tls.is_none() {
+        let what = "peer-trusted-ca-file is not set, so that nobody's certificate could be trusted";
+        return Err(Status::unavailable(format!("{url}: {what}")));
+    }
     let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
     let endpoint = endpoint.tcp_nodelay(true).http2_adaptive_window(true);
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
+    let connecting = async {
+        match tls {
+            Some(tls) if is_tls => endpoint.connect_with_connector(tls).await,
+            _ => endpoint.connect().await,
+        }
+    };
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await;
     let connected = connected.map_err(|_| Status::unavailable(format!("{url}: no connection within {CONNECT_TIMEOUT:?}")))?;
-    let channel = connected.map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
+    let channel = connected.map_err(|err| Status::unavailable(format!("{url}: {}", whole(&err))))?;
     let client = PeerClient::new(channel);
     Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+/// An error with all that it comes from: what is on top of a failed connection says nothing.
+fn whole(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(cause) = source {
+        text += ": ";
+        text += &cause.to_string();
+        source = cause.source();
+    }
+    text
 }
 
 /// Asks whoever listens at a peer URL for its cluster and the members, as one who does not belong to it yet.
 ///
 /// # Errors
 /// That there is nobody, or nobody who says so.
-pub(crate) async fn members_at(url: &str) -> Result<peer::MembersResponse, Status> {
+pub(crate) async fn members_at(url: &str, tls: &Option<Connector>) -> Result<peer::MembersResponse, Status> {
     let asked = async {
-        let answer = connect(url.to_owned()).await?.members(peer::MembersRequest { newest: true }).await?;
+        let answer = connect(url.to_owned(), tls.clone()).await?.members(peer::MembersRequest { newest: true }).await?;
         Ok(answer.into_inner())
     };
     tokio::time::timeout(MEMBERS_TIMEOUT, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("{url}: no answer"))))

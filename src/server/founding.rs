@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::proto::peer::MembersResponse;
 use crate::raft::network;
 use crate::storage::dir::Identity;
+use crate::tls::Connector;
 
 /// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
 /// are told the same come to the same ids.
@@ -61,12 +62,12 @@ pub(super) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
 ///
 /// # Errors
 /// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which.
-pub(super) async fn join_cluster(config: &Config) -> Result<Identity> {
+pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>) -> Result<Identity> {
     let told = config.initial_members()?;
     let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
     let (mut tried, mut unlike) = (Vec::new(), None);
     for url in others {
-        match network::members_at(&url.to_string()).await {
+        match network::members_at(&url.to_string(), tls).await {
             // What it knows may be from before this member was added, or was up.
             Ok(there) if !there.newest => tried.push(format!("{url}: it does not know of a leader")),
             // One that lags may not know of this member yet.
@@ -127,10 +128,10 @@ fn bootstrapped(id: u64) -> Error {
 ///
 /// # Errors
 /// `Config`, when one of them knows the cluster as founded.
-pub(super) async fn check_not_founded(config: &Config, ours: &Identity) -> Result<()> {
+pub(super) async fn check_not_founded(config: &Config, ours: &Identity, tls: &Option<Connector>) -> Result<()> {
     let told = config.initial_members()?;
     let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
-    let asked = others.map(|url| async move { network::members_at(&url.to_string()).await });
+    let asked = others.map(|url| async move { network::members_at(&url.to_string(), tls).await });
     let answers = futures_util::future::join_all(asked).await;
     for there in answers.into_iter().flatten().filter(|there| there.cluster_id == ours.cluster_id) {
         let found = there.members.iter().find(|member| member.id == ours.member_id);

@@ -1,0 +1,71 @@
+//! The side that connects: to another member, whose certificate has to be from the plane's CA and made out to the host that was asked for.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::codegen::Service;
+
+use super::files::Watched;
+use super::settings::Settings;
+use crate::error::Result;
+
+/// The port of an `https` URL that has none.
+const HTTPS: u16 = 443;
+
+/// Makes connections in TLS. Clones share the certificates.
+#[derive(Clone)]
+pub(crate) struct Connector(Arc<Watched<ClientConfig>>);
+
+impl Connector {
+    pub(super) fn open(settings: Settings) -> Result<Connector> {
+        Watched::open(settings.client_files(), move || settings.client()).map(Connector)
+    }
+
+    /// Connects, and shakes hands. How long it may take is the caller's business.
+    ///
+    /// # Errors
+    /// Those of the connection; and what is wrong with the other's certificate, or what it says is wrong with ours.
+    pub async fn connect(&self, host: &str, port: u16) -> io::Result<TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let stream = TcpStream::connect((host, port)).await?;
+        stream.set_nodelay(true)?;
+        TlsConnector::from(self.0.current().await).connect(name, stream).await
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a TLS connector")
+    }
+}
+
+/// As tonic's transport uses it.
+impl Service<Uri> for Connector {
+    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            let host = uri.host().ok_or_else(|| io::Error::other("the URL has no host"))?;
+            // As an address is written in a URL, if it is one of IPv6.
+            let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+            this.connect(host, uri.port_u16().unwrap_or(HTTPS)).await.map(TokioIo::new)
+        })
+    }
+}
