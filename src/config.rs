@@ -105,6 +105,8 @@ pub struct Config {
     pub initial_cluster_token: String,
     /// Refuse changes of the members that would cost the quorum.
     pub strict_reconfig_check: bool,
+    /// Learners that the cluster may have at the same time; 0: none. Default: 1.
+    pub max_learners: usize,
     /// Ask for votes before standing for election, so that a returning member does not unseat a leader.
     pub pre_vote: bool,
 
@@ -178,6 +180,7 @@ impl Default for Config {
             initial_cluster_state: ClusterState::New,
             initial_cluster_token: "etcd-cluster".into(),
             strict_reconfig_check: true,
+            max_learners: 1,
             pre_vote: true,
             heartbeat_interval_ms: 100,
             election_timeout_ms: 1000,

@@ -16,7 +16,7 @@
 //!
 //! # The format
 //! `prometheus_client` writes OpenMetrics, in which a counter `x_total` belongs to a family `x` and the text ends with `# EOF`. etcd
-//! serves the older format 0.0.4, where the family has the name of its samples, and so do we: [`plain`] translates. Three of
+//! serves the older format 0.0.4, where the family has the name of its samples, and so do we: [`plain`] translates. Some of
 //! etcd's counters do not end in `_total` at all ([`BARE_COUNTERS`]).
 //!
 //! # Invariants
@@ -40,6 +40,10 @@ use prometheus_client::registry::Registry;
 
 use crate::lock::lock;
 
+pub mod peers;
+
+use peers::Peers;
+
 /// Upper bounds, in seconds, of etcd's histograms of the log's and the backend's syncs.
 pub const SYNC_BUCKETS: [f64; 14] = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192];
 
@@ -54,7 +58,15 @@ pub const LONG_BUCKETS: [f64; 17] =
 const RPC_BUCKETS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// etcd's counters whose names do not end in `_total`.
-const BARE_COUNTERS: [&str; 3] = ["etcd_server_health_success", "etcd_server_health_failures", "etcd_server_learner_promote_successes"];
+const BARE_COUNTERS: [&str; 7] = [
+    "etcd_server_health_success",
+    "etcd_server_health_failures",
+    "etcd_server_learner_promote_successes",
+    "etcd_network_snapshot_send_success",
+    "etcd_network_snapshot_send_failures",
+    "etcd_network_snapshot_receive_success",
+    "etcd_network_snapshot_receive_failures",
+];
 
 /// The names of gRPC's status codes as Go has them, by number.
 const CODES: [&str; 17] = [
@@ -182,6 +194,8 @@ pub struct Counters {
     /// Messages of gRPC clients, in bytes.
     pub grpc_received_bytes: Counter,
     pub grpc_sent_bytes: Counter,
+    /// What is counted of each other member.
+    pub peers: Peers,
 }
 
 impl Default for Counters {
@@ -217,6 +231,7 @@ impl Default for Counters {
             snapshot_received_bytes: Counter::default(),
             grpc_received_bytes: Counter::default(),
             grpc_sent_bytes: Counter::default(),
+            peers: Peers::default(),
         }
     }
 }
@@ -603,6 +618,7 @@ impl Catalogue {
         self.encode_store(&mut page, &gauges)?;
         self.encode_disk(&mut page, &gauges)?;
         self.encode_grpc(&mut page, &gauges)?;
+        peers::encode(&mut page, &self.counters.peers, gauges.member_id)?;
         encode_process(&mut page)
     }
 

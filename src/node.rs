@@ -116,6 +116,7 @@ pub(crate) struct NodeOptions {
     pub quota_bytes: Option<u64>,
     pub max_request_bytes: usize,
     pub max_txn_ops: usize,
+    pub heartbeat: Duration,
     pub election_timeout: Duration,
     pub auto_compaction: Option<AutoCompaction>,
     /// Entries of the log that are kept, at most, below what the state holds on disk, for members that lag.
@@ -126,6 +127,8 @@ pub(crate) struct NodeOptions {
     pub member_dir: PathBuf,
     /// Refuse changes of the members that might cost the quorum.
     pub strict_reconfig: bool,
+    /// Learners that the cluster may have.
+    pub max_learners: usize,
 }
 
 /// Whether the member can do its work.
@@ -260,6 +263,7 @@ impl Node {
         node.spawn(node.clone().watch_space());
         node.spawn(node.clone().promote_added());
         node.spawn(node.clone().watch_members());
+        node.spawn(node.clone().watch_heartbeats());
         node.spawn(node.clone().heed_removal());
         if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));
@@ -334,6 +338,11 @@ impl Node {
     /// The leader's member id; 0 when there is none.
     pub fn leader(&self) -> u64 {
         self.leader.load(Ordering::Relaxed)
+    }
+
+    /// The newest entry that is known to be committed.
+    pub fn committed(&self) -> u64 {
+        self.raft.metrics().borrow_watched().local_committed.as_ref().map_or(0, |id| id.index)
     }
 
     pub fn is_leader(&self) -> bool {

@@ -399,12 +399,14 @@ impl Member {
             quota_bytes: config.quota(),
             max_request_bytes: config.max_request_bytes,
             max_txn_ops: config.max_txn_ops,
+            heartbeat: Duration::from_millis(config.heartbeat_interval_ms),
             election_timeout: Duration::from_millis(config.election_timeout_ms),
             auto_compaction: config.auto_compaction()?,
             catchup_entries: config.snapshot_catchup_entries,
             history,
             member_dir: dir.member().to_owned(),
             strict_reconfig: config.strict_reconfig_check,
+            max_learners: config.max_learners,
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health, network);
         node.spawn_purge(purge);
@@ -546,7 +548,7 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) ->
             is_leader: node.is_leader(),
             snapshot_apply_in_progress: node.is_installing(),
             is_learner: node.is_learner(),
-            proposals_committed: applied,
+            proposals_committed: node.committed().max(applied),
             proposals_applied: applied,
             proposals_pending: node.waiting() as u64,
             quota_bytes: node.options.quota_bytes.unwrap_or(0),

@@ -39,9 +39,9 @@ async fn any_member_takes_every_request() {
         let own = RangeRequest { key: format!("from {at}").into(), serializable: true, ..Default::default() };
         assert_eq!(client.range(own).await.unwrap().count, 1);
     }
-    let lease = clients[0].lease_grant(0, 100).await.unwrap();
+    let lease = insist("a grant", || clients[0].lease_grant(0, 100)).await;
     for client in &clients {
-        let left = client.lease_time_to_live(lease.id).await.unwrap().unwrap();
+        let left = insist("a look", || client.lease_time_to_live(lease.id)).await.unwrap();
         assert!(left.remaining > 90, "{left:?}");
     }
     let leaders: Vec<u64> = clients.iter().map(|client| client.status().leader).collect();
@@ -151,4 +151,74 @@ async fn without_a_quorum_nothing_is_promised() {
     assert_eq!(client.range(own).await.unwrap().count, 1);
     assert!(client.get("key").await.is_err());
     assert!(client.put("key", "other").await.is_err());
+}
+
+/// The series of a member's metrics with this name: their labels, and their values.
+fn series(server: &Server, name: &str) -> Vec<(String, f64)> {
+    let text = server.metrics().text();
+    let lines = text.lines().filter_map(|line| line.strip_prefix(name));
+    let split = lines.filter(|rest| rest.starts_with(['{', ' '])).map(|rest| rest.rsplit_once(' ').unwrap());
+    split.map(|(labels, value)| (labels.to_owned(), value.parse().unwrap())).collect()
+}
+
+/// What members count of each other, under the names and with the labels that three real etcd members have.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_count_each_other() {
+    let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
+    let mut servers = start_all(|at| config(dir.path(), &ports, at)).await;
+    put(&servers[0].client(), "key", &"x".repeat(1000)).await;
+    let sum = |server: &Server, name: &str| series(server, name).iter().map(|(_, value)| value).sum::<f64>();
+    // Each has heard of each other one, in its turn.
+    for server in &servers {
+        three::until("the others are there", || sum(server, "etcd_network_active_peers") == 2.0).await;
+        assert!(sum(server, "etcd_network_peer_round_trip_time_seconds_count") >= 2.0);
+        assert_eq!(sum(server, "etcd_server_has_leader"), 1.0);
+        assert!(sum(server, "etcd_server_leader_changes_seen_total") >= 1.0);
+        assert_eq!(sum(server, "etcd_network_disconnected_peers_total"), 0.0);
+    }
+    three::until("all have applied as much", || {
+        let applied = |server| sum(server, "etcd_server_proposals_applied_total");
+        servers.iter().all(|server| applied(server) >= 1.0 && applied(server) == sum(server, "etcd_server_proposals_committed_total"))
+            && servers.iter().all(|server| applied(server) == applied(&servers[0]))
+    })
+    .await;
+    assert_eq!(servers.iter().map(|server| sum(server, "etcd_server_is_leader")).sum::<f64>(), 1.0);
+    let labels = |key: &str, of: &[&Server]| {
+        let mut labels: Vec<String> = of.iter().map(|server| format!("{{{key}=\"{:x}\"}}", server.member_id())).collect();
+        labels.sort();
+        labels
+    };
+    let leads = servers.iter().position(|server| sum(server, "etcd_server_is_leader") == 1.0).unwrap();
+    let leader = servers.swap_remove(leads);
+    let others: Vec<&Server> = servers.iter().collect();
+    for (name, key) in [
+        ("etcd_network_peer_sent_bytes_total", "To"),
+        ("etcd_network_peer_received_bytes_total", "From"),
+        ("etcd_network_peer_sent_failures_total", "To"),
+        ("etcd_network_snapshot_send_success", "To"),
+        ("etcd_network_snapshot_receive_failures", "From"),
+    ] {
+        let mut found: Vec<String> = series(&leader, name).into_iter().map(|(labels, _)| labels).collect();
+        found.sort();
+        assert_eq!(found, labels(key, &others), "{name}");
+    }
+    // The value went to both, and more than a heartbeat has come back.
+    assert!(series(&leader, "etcd_network_peer_sent_bytes_total").iter().all(|(_, bytes)| *bytes > 1000.0));
+    assert!(series(&leader, "etcd_network_peer_received_bytes_total").iter().all(|(_, bytes)| *bytes > 10.0));
+    let from = format!("{{From=\"{:x}\"}}", leader.member_id());
+    for other in &servers {
+        let received = series(other, "etcd_network_peer_received_bytes_total");
+        assert!(received.iter().any(|(labels, bytes)| *labels == from && *bytes > 1000.0), "{received:?}");
+    }
+    // One goes: the others notice, and lose what they send it.
+    let gone = servers.pop().unwrap();
+    let id = gone.member_id();
+    gone.shutdown().await.unwrap();
+    let remote = format!("{{Local=\"{:x}\",Remote=\"{id:x}\"}}", leader.member_id());
+    let of = |name: &str, labels: &str| series(&leader, name).into_iter().find(|(found, _)| found == labels).unwrap().1;
+    three::until("it is missed", || of("etcd_network_active_peers", &remote) == 0.0).await;
+    assert!(of("etcd_network_disconnected_peers_total", &remote) >= 1.0);
+    three::until("sending fails", || of("etcd_network_peer_sent_failures_total", &format!("{{To=\"{id:x}\"}}")) >= 1.0).await;
+    stop_all(servers).await;
+    leader.shutdown().await.unwrap();
 }

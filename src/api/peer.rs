@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderMap;
+use prost::Message;
 use tonic::Status;
 
 use crate::lock::lock;
@@ -23,7 +24,7 @@ use crate::raft::network::{self, MESSAGE_BYTES_MAX};
 use crate::storage::dir::Identity;
 
 use super::status;
-use super::unary::Router;
+use super::unary::{Metadata, Router};
 
 const PEER: &str = "quorate.peer.Peer";
 const MEMBERS: &str = "/quorate.peer.Peer/Members";
@@ -32,7 +33,18 @@ const MEMBERS: &str = "/quorate.peer.Peer/Members";
 pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -> Router {
     macro_rules! of {
         ($method:ident, $request:ty) => {
-            |node: Arc<Node>, _, request: $request| async move { node.$method(request).await.map_err(status) }
+            |node: Arc<Node>, metadata: Metadata, request: $request| async move {
+                let from = metadata.get(network::FROM).and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0);
+                let peer = node.counters().peers.get(from);
+                if let Some(peer) = &peer {
+                    peer.received_bytes.add(request.encoded_len() as u64);
+                }
+                let answer = node.$method(request).await.map_err(status)?;
+                if let Some(peer) = &peer {
+                    peer.sent_bytes.add(answer.encoded_len() as u64);
+                }
+                Ok(answer)
+            }
         };
     }
     let ours = node.clone();

@@ -76,6 +76,11 @@ impl Metadata {
         self.0.get("hasleader").is_some_and(|value| value == "true")
     }
 
+    /// A header, if it is text.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name)?.to_str().ok()
+    }
+
     /// The client's auth token, if it has sent one that is text.
     pub fn token(&self) -> Option<&str> {
         let token = self.0.get("token").or_else(|| self.0.get("authorization"))?.to_str().ok()?;

@@ -130,6 +130,7 @@ pub(super) static FLAGS: &[Flag] = &[
     set(CLUSTER, "initial-cluster-token", Text, "etcd-cluster", "Tells clusters of the same members apart.", |d, v| { d.config.initial_cluster_token = v.into(); Ok(()) }),
     set(CLUSTER, "strict-reconfig-check", Bool, "true", "Refuse changes of the members that might cost the quorum.", |d, v| boolean(v).map(|v| d.config.strict_reconfig_check = v)),
     set(CLUSTER, "pre-vote", Bool, "true", "Ask for votes before standing for election.", |d, v| boolean(v).map(|v| d.config.pre_vote = v)),
+    set(CLUSTER, "max-learners", Number, "1", "Learners that the cluster may have at the same time.", |d, v| uint(v).map(|v| d.config.max_learners = v)),
 
     set(SECURITY, "cert-file", Text, "", "Certificate of this server for clients, in PEM.", |d, v| { d.config.client_transport_security.cert_file = path(v); Ok(()) }),
     set(SECURITY, "key-file", Text, "", "Its private key.", |d, v| { d.config.client_transport_security.key_file = path(v); Ok(()) }),
@@ -181,7 +182,6 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("initial-election-tick-advance", Bool, "true", NOT_YET),
     noop("raft-read-timeout", Time, "5s", NOT_YET),
     noop("raft-write-timeout", Time, "5s", NOT_YET),
-    noop("max-learners", Number, "1", "there may be one learner at a time"),
     noop("corrupt-check-time", Time, "0s", NOT_YET),
     noop("compact-hash-check-time", Time, "1m", NOT_YET),
     noop("downgrade-check-time", Time, "5s", NOT_YET),

@@ -51,6 +51,26 @@ impl Node {
         }
     }
 
+    /// Counts the heartbeats that went out late: all that this member does is done on one thread, and when a tick on it comes too late, so
+    /// did the heartbeats.
+    pub(super) async fn watch_heartbeats(self: Arc<Self>) {
+        let every = self.options.heartbeat;
+        loop {
+            if !self.is_leader() || !self.has_peers() {
+                // It sends none.
+                tokio::time::sleep(WATCHDOG_INTERVAL).await;
+                continue;
+            }
+            let last = Instant::now();
+            tokio::time::sleep(every).await;
+            // As in etcd: one that is late by more than its own interval.
+            if last.elapsed() > 2 * every {
+                let followers = self.raft.metrics().borrow_watched().membership_config.membership().nodes().count().saturating_sub(1);
+                self.counters().heartbeat_send_failures.add(followers as u64);
+            }
+        }
+    }
+
     /// Returns when this member can serve: it knows a leader, and has applied what the log held. One that has peers does not wait for
     /// them, for they may not have been started yet: until a quorum is there, requests wait. Nor does one that joins,
     /// which is called from outside.

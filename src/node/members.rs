@@ -33,9 +33,6 @@ use crate::proto::peer::{
 };
 use crate::raft::{Membership, log_id_from_proto, vote_from_proto};
 
-/// Learners that a cluster may have, as etcd's default.
-const LEARNERS_MAX: usize = 1;
-
 /// Entries that a learner may lack to be promoted, beside etcd's tenth of the log: the quorum may have to wait for them.
 const LAG_MAX: u64 = 1000;
 
@@ -78,6 +75,7 @@ struct View {
     ours: u64,
     last: u64,
     members: BTreeMap<u64, Seen>,
+    max_learners: usize,
 }
 
 /// What to put into the log.
@@ -151,7 +149,7 @@ impl View {
                 if self.are_taken(&add.peer_urls, new) {
                     return Err(ApplyError::PeerUrlExists.into());
                 }
-                if add.learner && self.members.len() - self.count(|_| true) >= LEARNERS_MAX {
+                if add.learner && self.members.len() - self.count(|_| true) >= self.max_learners {
                     return Err(ApplyError::TooManyLearners.into());
                 }
                 let member = Member { peer_urls: add.peer_urls.clone(), voter_to_be: !add.learner, ..Member::default() };
@@ -366,7 +364,12 @@ impl Node {
             let plan = view.plan(change, new, self.options.strict_reconfig)?;
             match self.within(left, self.carry_out(plan, view.at)).await {
                 Ok(tried) => match tried? {
-                    Tried::Done(index) => return Ok(Handed::Done((index, id))),
+                    Tried::Done(index) => {
+                        if matches!(change, Change::Promote(_)) {
+                            self.counters().learner_promote_successes.inc();
+                        }
+                        return Ok(Handed::Done((index, id)));
+                    }
                     Tried::Again => self.pause(LEADER_RETRY).await?,
                     Tried::NotLeader => return Ok(Handed::Refused),
                     Tried::Unknown => return Ok(Handed::Unknown),
@@ -433,7 +436,8 @@ impl Node {
         });
         let members = members.collect();
         let last = now.last_log_index.unwrap_or(0);
-        Some(View { at: *now.membership_config.log_id(), membership, ours: self.identity.member_id, last, members })
+        let (at, max_learners) = (*now.membership_config.log_id(), self.options.max_learners);
+        Some(View { at, membership, ours: self.identity.member_id, last, members, max_learners })
     }
 
     /// Whether this leader has heard of another member lately, and up to which entry that one is known to have the log.
@@ -572,19 +576,29 @@ impl Node {
         }
     }
 
-    /// Notices that this member was removed while it was not told: one of the others says so when it is called.
+    /// Asks the others in turn whether they are there, and how long they take to say so. Notices that this member was removed while it
+    /// was not told: one of the others says so then.
     pub(super) async fn heed_removal(self: Arc<Self>) {
         let mut last = 0;
+        let mut links = BTreeMap::new();
         loop {
             tokio::time::sleep(BELONG_LOOK).await;
             let membership = self.machine.applied().membership;
             let others = || membership.membership().nodes().filter(|(id, _)| **id != self.identity.member_id);
             let Some((&id, member)) = others().find(|(id, _)| **id > last).or_else(|| others().next()) else { continue };
             last = id;
-            let mut link = self.network.link(id, member);
+            links.retain(|id, _| membership.membership().get_node(id).is_some());
+            let link = links.entry(id).or_insert_with(|| self.network.link(id, member));
+            // A connection that has to be made first is no part of a round trip.
+            let _ = tokio::time::timeout(BELONG_LOOK, link.reach()).await;
+            let (asked, peer) = (Instant::now(), self.counters().peers.get(id));
             let answer = link
                 .call(MembersRequest { newest: false }, BELONG_LOOK, |mut client, request| async move { client.members(request).await })
                 .await;
+            match &answer {
+                Ok(_) => peer.inspect(|peer| peer.answered(asked.elapsed())),
+                Err(_) => peer.inspect(|peer| peer.lost()),
+            };
             if answer.is_err_and(|status| status.code() == tonic::Code::FailedPrecondition && status.message() == REMOVED) {
                 tokio::time::sleep(REMOVED_GRACE).await;
                 self.fail(Error::Removed);
@@ -679,7 +693,16 @@ mod tests {
         let members: BTreeMap<u64, Seen> = (1..=n).map(|id| (id, seen(id))).collect();
         let nodes: BTreeMap<u64, Member> = (1..=n).map(|id| (id, Member { peer_urls: url(id), ..Member::default() })).collect();
         let voters = members.iter().filter(|(_, seen)| seen.voter).map(|(&id, _)| id).collect();
-        View { at: None, membership: Membership::new(vec![voters], nodes).unwrap(), ours: 1, last: 100, members }
+        View { at: None, membership: Membership::new(vec![voters], nodes).unwrap(), ours: 1, last: 100, members, max_learners: 1 }
+    }
+
+    #[test]
+    fn as_many_learners_as_may_be() {
+        let add = Change::Add(AddMember { peer_urls: url(9), learner: true });
+        for (max_learners, outcome) in [(0, Some(ApplyError::TooManyLearners)), (1, Some(ApplyError::TooManyLearners)), (2, None)] {
+            assert_eq!(refused(&View { max_learners, ..view(4, &[(4, LEARNER)]) }, &add), outcome, "{max_learners}");
+        }
+        assert_eq!(refused(&View { max_learners: 0, ..view(3, &[]) }, &add), Some(ApplyError::TooManyLearners));
     }
 
     const UP: Seen = Seen { voter: true, started: true, active: true, matched: 100 };

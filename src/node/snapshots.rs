@@ -22,6 +22,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::metrics::peers::Transfer;
 use crate::proto::internal::Vote as VoteMessage;
 use crate::proto::peer::install_snapshot_response::Outcome as Installed;
 use crate::proto::peer::{InstallSnapshotRequest, InstallSnapshotResponse, Nothing, PutSnapshotRequest, PutSnapshotResponse};
@@ -44,6 +45,8 @@ pub(super) struct Incoming {
     file: Option<Arc<File>>,
     /// Bytes of it that are in the file.
     have: u64,
+    /// Counts how it goes, until all of it is here.
+    transfer: Option<Transfer>,
     /// How the installation goes, once it was asked for: none while it is under way, and in the end the vote or what was wrong.
     install: Option<watch::Receiver<Option<Result<VoteMessage, String>>>>,
 }
@@ -82,8 +85,9 @@ impl Node {
                 opened.map_err(|err| Error::io("making the file of a snapshot,", &made, err))
             });
             let file = Some(Arc::new(file.await??));
+            let transfer = self.counters().peers.get(self.leader()).map(|leader| leader.begin_receiving());
             tracing::info!(id = %format_args!("{:x}", request.id), term = request.term, "a leader begins to send a snapshot");
-            *receiving = Some(Incoming { id: request.id, term: request.term, path, file, have: 0, install: None });
+            *receiving = Some(Incoming { id: request.id, term: request.term, path, file, have: 0, transfer, install: None });
         }
         let Some(incoming) = receiving.as_mut() else { return refused("there is no snapshot".into()) };
         let Some(file) = incoming.file.clone().filter(|_| request.offset == incoming.have && !request.bytes.is_empty()) else {
@@ -133,6 +137,9 @@ impl Node {
                     let (tell, done) = watch::channel(None);
                     incoming.install = Some(done.clone());
                     incoming.file = None;
+                    if let Some(transfer) = incoming.transfer.take() {
+                        transfer.done();
+                    }
                     let (node, path) = (self.clone(), incoming.path.clone());
                     self.spawn(async move {
                         node.installing.store(true, Ordering::Relaxed);

@@ -14,7 +14,8 @@
 //! A member that lags so far that the log has been cut off before it is sent the state: in pieces of about 512 KiB, each made when the one
 //! before is in a file there. So neither side has more than a piece in memory, the revision and the history below it are held as long as it
 //! takes, and when a connection breaks, the piece under way is what has to be sent again. After [`STUCK`] without any progress it is given
-//! up, and openraft begins with a new one. For a member that is not there at all nothing is held.
+//! up, and openraft begins with a new one. For a member that is not there at all nothing is held, and no further snapshot is begun until
+//! it is: to begin one copies what is kept beside the history, on the thread that does everything.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -39,6 +40,7 @@ use tonic::{Code, Request, Status};
 use crate::error::Error;
 use crate::lock::lock;
 use crate::metrics::Counters;
+use crate::metrics::peers::PeerMetrics;
 use crate::proto::internal;
 use crate::proto::peer::append_response::Outcome;
 use crate::proto::peer::install_snapshot_response::Outcome as Installed;
@@ -74,9 +76,8 @@ const PIECE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a snapshot may be without any progress. Beyond it, it is given up; what it held is let go of.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// How long a member that is not there is waited for, with nothing held for it, before openraft is told so: it then takes a new snapshot,
-/// which costs a copy of what is kept beside the history.
-const ABSENT: Duration = Duration::from_secs(10);
+/// How often a member that is not there is looked for, to send it a snapshot.
+const ABSENT_LOOK: Duration = Duration::from_millis(500);
 
 /// How long to wait before a piece is sent again, or a pending installation is asked for again.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(100);
@@ -112,6 +113,35 @@ pub(crate) struct Link {
     heard: Instant,
 }
 
+/// A message on its way to a member. It counts as failed unless it is answered before this is dropped.
+struct Sending {
+    peer: Option<Arc<PeerMetrics>>,
+    answered: bool,
+}
+
+impl Sending {
+    fn sends(&self, bytes: usize) {
+        if let Some(peer) = &self.peer {
+            peer.sent_bytes.add(bytes as u64);
+        }
+    }
+
+    fn is_answered(&mut self, bytes: usize) {
+        self.answered = true;
+        if let Some(peer) = &self.peer {
+            peer.received_bytes.add(bytes as u64);
+        }
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if let (false, Some(peer)) = (self.answered, &self.peer) {
+            peer.sent_failures.inc();
+        }
+    }
+}
+
 type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Channel>, Status>>>;
 
 impl Network {
@@ -121,6 +151,7 @@ impl Network {
 
     /// Takes a note of where the members are. Connections that work are kept.
     pub fn note(&self, membership: &Membership) {
+        self.counters.peers.follow(membership.nodes().map(|(&id, _)| id).filter(|id| *id != self.member_id));
         *lock(&self.book) = membership.nodes().map(|(&id, member)| (id, member.peer_urls.clone())).collect();
     }
 
@@ -171,11 +202,15 @@ impl Link {
     where
         F: FnOnce(PeerClient<Channel>, Request<Req>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<Resp>, Status>>,
+        Req: prost::Message,
+        Resp: prost::Message,
     {
+        let mut sending = Sending { peer: self.ours.counters.peers.get(self.id), answered: false };
         let client = match tokio::time::timeout(limit, self.reach()).await {
             Ok(client) => client?,
             Err(_) => return Err(Status::unavailable("it cannot be connected to in time")),
         };
+        sending.sends(message.encoded_len());
         let mut request = Request::new(message);
         request.set_timeout(limit);
         for (name, id) in [(CLUSTER, self.ours.cluster_id), (FROM, self.ours.member_id), (TO, self.id)] {
@@ -193,7 +228,10 @@ impl Link {
                 self.turn = self.turn.wrapping_add(1);
                 self.client = None;
             }
-            Ok(_) => self.heard = Instant::now(),
+            Ok(answer) => {
+                self.heard = Instant::now();
+                sending.is_answered(answer.get_ref().encoded_len());
+            }
         }
         answer.map(tonic::Response::into_inner)
     }
@@ -345,6 +383,8 @@ impl RaftNetworkV2<TypeConfig> for Link {
             if let Err(status) = self.ask_room().await {
                 // Nothing is held for a member that is down: once it is back, openraft comes with a new snapshot.
                 drop(start);
+                let peer = format!("{:x}", self.id);
+                tracing::warn!(peer, error = status.message(), "a member needs a snapshot, and is waited for until it takes one");
                 self.wait_for_room().await;
                 return Err(status);
             }
@@ -370,11 +410,10 @@ impl Link {
         if answer.refused.is_empty() { Ok(()) } else { Err(Status::unavailable(answer.refused)) }
     }
 
-    /// Waits until the member is there, but no longer than [`ABSENT`].
+    /// Waits until the member is there, however long that takes. Who waits is told when it does not matter any more.
     async fn wait_for_room(&mut self) {
-        let began = Instant::now();
-        while began.elapsed() < ABSENT {
-            tokio::time::sleep(SNAPSHOT_RETRY).await;
+        loop {
+            tokio::time::sleep(ABSENT_LOOK).await;
             if self.ask_room().await.is_ok() {
                 return;
             }
@@ -387,6 +426,7 @@ impl Link {
     /// What went wrong; another attempt has to be made with another snapshot.
     async fn send_snapshot(&mut self, vote: &Vote, start: SnapshotStart) -> Result<Vote, Status> {
         let _sending = start.sendings.begin();
+        let transfer = self.ours.counters.peers.get(self.id).map(|peer| peer.begin_sending());
         let (id, last) = (rand::random::<u64>(), start.position.log_id);
         let (revision, index) = (start.pin.at(), last.map_or(0, |id| id.index));
         tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), index, revision, "sending a snapshot");
@@ -412,6 +452,9 @@ impl Link {
         drop(writer);
         let vote = self.have_installed(id, size, vote, last).await?;
         self.ours.counters.snapshots_sent.inc();
+        if let Some(transfer) = transfer {
+            transfer.done();
+        }
         tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), size, "a snapshot was sent");
         Ok(vote)
     }
