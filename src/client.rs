@@ -362,6 +362,9 @@ impl Watcher {
                 answer = poll_fn(|cx| self.session.poll_next(cx)) => answer?,
                 _ = health.wait_for(|health| !matches!(health, crate::node::Health::Running)) => return Err(Error::Stopped),
             };
+            if self.node.is_condemned() {
+                return Err(ApplyError::Corrupt.into());
+            }
             if answer.canceled {
                 self.ended = true;
                 if answer.compact_revision > 0 {

@@ -145,6 +145,16 @@ pub struct Config {
     /// Rest between two steps of a compaction. Without effect, as above. Default: 10 ms.
     pub compaction_sleep_interval: Duration,
 
+    /// Before it serves, the member compares its state with the other members': one that differs from the majority does not start. Costs a
+    /// hash over the history, here and there, and no more than five seconds. Default: true; etcd's is false.
+    pub initial_corrupt_check: bool,
+    /// How often the leader compares all members' states, over the whole history; zero: never. Default: zero, for it reads everything.
+    pub corrupt_check_time: Duration,
+    /// The leader compares what the members have found at their compactions, which is at hand anyway. Default: true; etcd's is false.
+    pub compact_hash_check: bool,
+    /// How often it does. Default: 1 min.
+    pub compact_hash_check_time: Duration,
+
     /// How often an idle watch that asked for it is told the revision. Default: 10 min.
     pub watch_progress_notify_interval: Duration,
     /// Log a warning, one in a second at most, when an entry takes longer than this to apply. Default: 100 ms.
@@ -197,6 +207,10 @@ impl Default for Config {
             auto_compaction_retention: "0".into(),
             compaction_batch_limit: 1_000,
             compaction_sleep_interval: Duration::from_millis(10),
+            initial_corrupt_check: true,
+            corrupt_check_time: Duration::ZERO,
+            compact_hash_check: true,
+            compact_hash_check_time: Duration::from_secs(60),
             watch_progress_notify_interval: Duration::from_secs(10 * 60),
             warning_apply_duration: Duration::from_millis(100),
             warning_unary_request_duration: Duration::from_millis(300),
@@ -345,6 +359,13 @@ impl Config {
         }
         if let Some(bytes) = self.value_cache_bytes.filter(|bytes| *bytes < VALUE_CACHE_BYTES_MIN) {
             return Err(bad("value-cache-bytes", bytes, format!("it must be at least {VALUE_CACHE_BYTES_MIN}")));
+        }
+        if self.compact_hash_check && self.compact_hash_check_time.is_zero() {
+            return Err(bad(
+                "compact-hash-check-time",
+                "0s",
+                "it must be more than zero while experimental-compact-hash-check-enabled is true",
+            ));
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ mod logging;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use quorate::cli::{self, Action, Run};
 use quorate::{Error, Server};
@@ -19,6 +19,9 @@ use tokio::sync::oneshot;
 
 /// Exit code for a wrong configuration, as for etcd's wrong flags.
 const EXIT_USAGE: u8 = 2;
+
+/// How long a start that was begun may go on after the signal to stop. Beyond it the process ends: what was acknowledged is on disk.
+const START_GRACE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1), std::env::vars_os(), cli::read_config_file) {
@@ -57,10 +60,25 @@ fn serve(run: Run) -> ExitCode {
     }
 }
 
-/// Runs until asked to stop. A signal that comes during the start waits for its end: a half-started server has nothing to lose, but a
-/// start that is broken off has everything to do again.
-async fn run_server(run: Run, asked: oneshot::Receiver<&'static str>) -> Result<(), Error> {
-    let server = Server::start(run.config).await?;
+/// Runs until asked to stop. A signal that comes during the start waits for its end, but not for longer than [`START_GRACE`]: a
+/// half-started server has nothing to lose, but a start that is broken off has everything to do again; and one that waits for other
+/// members may never end.
+async fn run_server(run: Run, mut asked: oneshot::Receiver<&'static str>) -> Result<(), Error> {
+    let mut start = std::pin::pin!(Server::start(run.config));
+    let server = tokio::select! {
+        biased;
+        server = &mut start => server?,
+        signal = &mut asked => {
+            tracing::info!(signal = signal.unwrap_or("none"), "received signal during the start, which is to end first");
+            return match tokio::time::timeout(START_GRACE, start).await {
+                Ok(server) => server?.shutdown().await,
+                Err(_) => {
+                    tracing::warn!(waited = ?START_GRACE, "the start was broken off");
+                    Ok(())
+                }
+            };
+        }
+    };
     tokio::select! {
         biased;
         result = server.stopped() => return result,

@@ -191,6 +191,12 @@ pub struct Counters {
     pub snapshots_received: Counter,
     pub snapshot_sent_bytes: Counter,
     pub snapshot_received_bytes: Counter,
+    /// Another member's state compared with this one's: each time it could be, could not be, and was another.
+    pub corruption_compared: Counter,
+    pub corruption_skipped: Counter,
+    pub corruption_mismatches: Counter,
+    /// Whether this start has set a damaged state aside and made a new one.
+    pub state_rebuilds: Counter,
     /// Messages of gRPC clients, in bytes.
     pub grpc_received_bytes: Counter,
     pub grpc_sent_bytes: Counter,
@@ -229,6 +235,10 @@ impl Default for Counters {
             snapshots_received: Counter::default(),
             snapshot_sent_bytes: Counter::default(),
             snapshot_received_bytes: Counter::default(),
+            corruption_compared: Counter::default(),
+            corruption_skipped: Counter::default(),
+            corruption_mismatches: Counter::default(),
+            state_rebuilds: Counter::default(),
             grpc_received_bytes: Counter::default(),
             grpc_sent_bytes: Counter::default(),
             peers: Peers::default(),
@@ -744,6 +754,13 @@ impl Catalogue {
         page.counter("quorate_snapshots_received", "Snapshots that took the place of this member's state", c.snapshots_received.get())?;
         page.counter("quorate_snapshot_sent_bytes", "Bytes of snapshots sent to other members", c.snapshot_sent_bytes.get())?;
         page.counter("quorate_snapshot_received_bytes", "Bytes of snapshots received", c.snapshot_received_bytes.get())?;
+        let (name, help) = ("quorate_corruption_compared", "How often another member's state could be compared with this one's");
+        page.counter(name, help, c.corruption_compared.get())?;
+        let (name, help) = ("quorate_corruption_skipped", "How often another member's state was to be compared and could not be");
+        page.counter(name, help, c.corruption_skipped.get())?;
+        let (name, help) = ("quorate_corruption_mismatches", "How often a comparison has found that states differ");
+        page.counter(name, help, c.corruption_mismatches.get())?;
+        page.counter("quorate_state_rebuilds", "Damaged states that this start has set aside and replaced", c.state_rebuilds.get())?;
 
         let mut methods = lock(&self.methods).clone();
         methods.sort_unstable_by_key(|method| (method.service, method.method));

@@ -11,7 +11,7 @@
 //! store without another task in between; a long one goes to a few threads kept for that.
 //!
 //! # By itself
-//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). Leases that have expired are revoked, the
+//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). States are compared (see [`corruption`]). Leases that have expired are revoked, the
 //! space quota raises its alarm and takes it back, old revisions are compacted if so configured. The storage is the [background writer's](crate::background) business.
 
 use std::path::PathBuf;
@@ -52,11 +52,14 @@ use crate::storage::dir::Identity;
 use crate::storage::history::HistoryOptions;
 use crate::storage::wal::Wal;
 
+mod corruption;
 mod duties;
 mod forward;
 pub(crate) mod members;
+mod offers;
 mod peers;
 mod propose;
+mod roster;
 mod snapshots;
 
 /// Entries of the Raft log under way at the same time. More would make smaller batches, fewer would let the disk rest while
@@ -129,6 +132,9 @@ pub(crate) struct NodeOptions {
     pub strict_reconfig: bool,
     /// Learners that the cluster may have.
     pub max_learners: usize,
+    /// How often the leader compares the members' states; zero: never. And what they found at compactions.
+    pub corrupt_check_time: Duration,
+    pub compact_hash_check_time: Duration,
 }
 
 /// Whether the member can do its work.
@@ -185,6 +191,8 @@ pub(crate) struct Node {
     /// Revocations may be due: a lease was granted, or shortened.
     leases_changed: Notify,
     network: Network,
+    /// Where the others are, for the next start.
+    roster: Arc<roster::Roster>,
     /// The way to the leader, if it is another member.
     leader_link: Mutex<Option<Link>>,
     /// Commands for the leader, if it is another member.
@@ -197,6 +205,14 @@ pub(crate) struct Node {
     /// The snapshot that is being received.
     receiving: tokio::sync::Mutex<Option<snapshots::Incoming>>,
     installing: AtomicBool,
+    /// The snapshot that another member fetches.
+    offer: tokio::sync::Mutex<Option<offers::Offer>>,
+    /// One hash over the history at a time, of those that members ask each other for.
+    hashing: tokio::sync::Mutex<()>,
+    /// Whether this member's state is known to be wrong: it serves no client.
+    condemned: AtomicBool,
+    /// The term for which the lessor is in charge; changed with the lessor locked.
+    lease_term: AtomicU64,
     runtime: tokio::runtime::Handle,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -223,6 +239,7 @@ impl Node {
         health: watch::Sender<Health>,
         network: Network,
     ) -> Arc<Node> {
+        let roster = Arc::new(roster::Roster::new(options.member_dir.clone()));
         let node = Arc::new(Node {
             identity,
             options,
@@ -243,6 +260,7 @@ impl Node {
             growing: AtomicUsize::new(0),
             leases_changed: Notify::new(),
             network,
+            roster,
             leader_link: Mutex::new(None),
             outbox: forward::Outbox::default(),
             renewals: forward::Renewals::default(),
@@ -250,6 +268,10 @@ impl Node {
             read_wanted: Notify::new(),
             receiving: tokio::sync::Mutex::new(None),
             installing: AtomicBool::new(false),
+            offer: tokio::sync::Mutex::new(None),
+            hashing: tokio::sync::Mutex::new(()),
+            condemned: AtomicBool::new(false),
+            lease_term: AtomicU64::new(0),
             runtime: tokio::runtime::Handle::current(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -265,6 +287,13 @@ impl Node {
         node.spawn(node.clone().watch_members());
         node.spawn(node.clone().watch_heartbeats());
         node.spawn(node.clone().heed_removal());
+        node.heed_corruption();
+        if !node.options.corrupt_check_time.is_zero() {
+            node.spawn(node.clone().compare_states());
+        }
+        if !node.options.compact_hash_check_time.is_zero() {
+            node.spawn(node.clone().compare_compactions());
+        }
         if let Some(auto) = node.options.auto_compaction {
             node.spawn(node.clone().compact_by_itself(auto));
         }
@@ -414,9 +443,7 @@ impl Node {
 
     /// Refuses what needs space, while there is none.
     async fn check_space(&self, cost: u64) -> Result<()> {
-        if self.machine.has_alarm(AlarmType::Corrupt) {
-            return Err(ApplyError::Corrupt.into());
-        }
+        self.check_corrupt()?;
         if self.machine.has_alarm(AlarmType::Nospace) || self.background.is_full() || self.wal.space_low() {
             return Err(ApplyError::NoSpace.into());
         }
@@ -434,8 +461,10 @@ impl Node {
         self.propose_command(internal::Command { id: BY_QUOTA, op: Some(Op::Alarm(request)) }).await.map(|_| ())
     }
 
+    /// Refuses what changes something while it is not known whose state is right, or this member's is known to be wrong.
     fn check_corrupt(&self) -> Result<()> {
-        if self.machine.has_alarm(AlarmType::Corrupt) { Err(ApplyError::Corrupt.into()) } else { Ok(()) }
+        self.check_sound()?;
+        if self.machine.is_all_corrupt() { Err(ApplyError::Corrupt.into()) } else { Ok(()) }
     }
 
     pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
@@ -457,6 +486,7 @@ impl Node {
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
         txn::check_txn(&request, self.options.max_txn_ops)?;
         let mut response = if txn::is_read_only(&request) {
+            self.check_sound()?;
             if !txn::is_serializable(&request) {
                 self.read_barrier().await?;
             }
@@ -529,6 +559,7 @@ impl Node {
     /// Renews a lease and returns its TTL in seconds; 0 when there is no such lease.
     pub async fn lease_renew(&self, id: i64) -> Result<i64> {
         self.check_running()?;
+        self.check_sound()?;
         let deadline = Instant::now() + self.request_timeout();
         loop {
             if self.is_leader() && !self.leads_surely() {
@@ -618,6 +649,7 @@ impl Node {
 
     pub async fn range(&self, request: &RangeRequest) -> Result<RangeAnswer> {
         range::check(request)?;
+        self.check_sound()?;
         if request.serializable {
             self.check_running()?;
         } else {
@@ -661,6 +693,7 @@ impl Node {
 
     /// Begins a backup: a point of the log, held, and the small things as they are there.
     pub async fn start_backup(&self) -> Result<SnapshotStart> {
+        self.check_sound()?;
         // A learner gives what it has, as etcd's does.
         if !self.is_learner() {
             self.read_barrier().await?;

@@ -13,11 +13,13 @@
 //! | up to [`BLOCKING_THREADS`] | long reads and backups, kept only while there are any |
 //!
 //! # Order
-//! Start: directory and lock, log, state, Raft, listeners. Stop: listeners and connections, node and Raft, state, log,
+//! Start: directory and lock, log, state (from the others, if it is damaged: see [`rebuild`]), Raft, peers' listeners, a look whether the
+//! state is the others', clients' listeners. Stop: listeners and connections, node and Raft, state, log,
 //! lock. What was acknowledged is on disk at every point of both.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -39,7 +41,7 @@ use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lease::{Lessor, LessorOptions};
 use crate::lock::lock;
-use crate::metrics::{Gauges, Histogram, Metrics, SYNC_BUCKETS};
+use crate::metrics::{Counters, Gauges, Histogram, Metrics, SYNC_BUCKETS};
 use crate::mvcc::Store;
 use crate::node::{Health, Node, NodeOptions, StorageEvents};
 use crate::proto::etcdserverpb::RangeRequest;
@@ -53,11 +55,12 @@ use crate::storage::dir::DataDir;
 use crate::storage::history::{Gate, HistoryOptions};
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
-use crate::tls::{Acceptor, Tls};
+use crate::tls::{Acceptor, Connector, Tls};
 
 use founding::{check_not_founded, found, founders, join_cluster};
 
 mod founding;
+mod rebuild;
 
 /// Threads for long reads and steps of backups. Beyond it they wait for each other; none of them waits for a client.
 const BLOCKING_THREADS: usize = 4;
@@ -220,7 +223,7 @@ fn join(thread: JoinHandle<()>) {
 
 /// The life of a member, on its own runtime.
 async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, finished: oneshot::Sender<Result<()>>) {
-    let member = match Member::open(&config).await {
+    let member = match Member::open(&config, &|| started.is_closed()).await {
         Ok(member) => member,
         Err(err) => {
             let _ = started.send(Err(err));
@@ -290,7 +293,8 @@ struct Member {
 }
 
 impl Member {
-    async fn open(config: &Config) -> Result<Member> {
+    /// Opens everything below the wire. It may have to wait for other members; when `given_up` says so, it ends.
+    async fn open(config: &Config, given_up: &dyn Fn() -> bool) -> Result<Member> {
         // First, for nothing has been touched yet.
         let tls = Tls::open(config)?;
         let path = config.effective_data_dir();
@@ -306,7 +310,12 @@ impl Member {
             }
             dir.set_identity(identity)?;
         }
-        let identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
+        let mut identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
+        if identity.incarnation == 0 {
+            // A new directory, or one of a release that knew of no incarnations.
+            identity.incarnation = rand::random::<u64>().max(1);
+            dir.set_identity(identity.clone())?;
+        }
         if identity.name != config.name {
             tracing::warn!(name = %identity.name, asked = %config.name, "the member keeps the name that its data directory was made with");
         }
@@ -317,24 +326,35 @@ impl Member {
             tracing::warn!("unsafe-no-fsync: nothing waits for the disk, and a crash of the machine loses acknowledged writes");
         }
         let wal_options = WalOptions { clock: Some(clock.clone()), fsync: !config.unsafe_no_fsync, ..WalOptions::default() };
-        let (wal, recovered) = Wal::open(dir.wal(), wal_options)?;
+        let others = rebuild::others(&dir, config, &identity)?;
+        let (wal, recovered) = Wal::open(dir.wal(), wal_options).map_err(|err| rebuild::log_is_lost(err, &others, &identity))?;
         let wal = Arc::new(wal);
+        rebuild::check_log(&dir, &recovered.state).map_err(|err| rebuild::log_is_lost(err, &others, &identity))?;
         if let Some((file, offset)) = &recovered.torn {
             tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
         }
-        let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&dir.state(), !config.unsafe_no_fsync)?);
         let history = HistoryOptions { cache_bytes: config.value_cache(), gate: Some(gate_of(&wal)) };
-        let mut attached = Vec::new();
-        let (store, saved) = Store::open(backend.clone(), history.clone(), &mut |lease, key| attached.push((lease, key)))?;
-        let store = Arc::new(store);
-        let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
         let metrics = Metrics::new(ETCD_VERSION, "3.7");
         let counters = metrics.counters.clone();
-        let slow = config.warning_apply_duration;
-        let machine = Arc::new(Machine::new(store, saved, attached, lessor, clock.clone(), slow, counters.clone())?);
-        finish_install(&machine, &wal, &recovered.state).await?;
-        check_reach(&machine, &wal.log_state(), &backend.path())?;
-        backend.accept()?;
+        let had_state = dir.state().exists();
+        let opener = Opener {
+            config,
+            state: dir.state(),
+            wal: &wal,
+            history: history.clone(),
+            clock: clock.clone(),
+            counters: counters.clone(),
+            tls: tls.connector.clone(),
+        };
+        let machine = match opener.open().await {
+            Ok(machine) => machine,
+            Err(damage) => {
+                rebuild::rebuild(damage, had_state, &dir, &identity, &others, &opener, given_up).await?;
+                opener.open().await.map_err(Damage::into_error)?
+            }
+        };
+        machine.store().history().backend().accept()?;
+        dir.set_rebuilt()?;
         if lock(&machine.members).is_removed(identity.member_id) {
             dir.set_removed()?;
             return Err(Error::Removed);
@@ -367,7 +387,7 @@ impl Member {
             ..openraft::Config::default()
         };
         let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
-        let network = Network::new(identity.cluster_id, identity.member_id, counters, tls.connector.clone());
+        let network = Network::new(identity.clone(), counters, Some(machine.clone()), tls.connector.clone());
         let log = LogStore::new(wal.clone());
         let raft =
             Raft::new(identity.member_id, Arc::new(raft_config), network.clone(), log, StateMachine { machine: machine.clone() }).await;
@@ -407,6 +427,8 @@ impl Member {
             member_dir: dir.member().to_owned(),
             strict_reconfig: config.strict_reconfig_check,
             max_learners: config.max_learners,
+            corrupt_check_time: config.corrupt_check_time,
+            compact_hash_check_time: if config.compact_hash_check { config.compact_hash_check_time } else { Duration::ZERO },
         };
         let node = Node::start(identity, options, machine, raft, wal.clone(), background.clone(), health, network);
         node.spawn_purge(purge);
@@ -449,13 +471,21 @@ impl Member {
         let client = App { grpc: Some(grpc), http: config.listen_client_http_urls.is_empty().then(|| http.clone()) };
         let plain = App { grpc: None, http: Some(http) };
         let mut serving = Vec::new();
-        for listener in clients {
-            serving.push(Serving::start(listener, limits.clone(), client.clone()));
-        }
         let router = Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics));
         let peer = App { grpc: Some(router), http: plain.http.clone() };
         for listener in peers {
             serving.push(Serving::start(listener, limits.clone(), peer.clone()));
+        }
+        // The others are heard before any client is: what this member would tell may be wrong.
+        if config.initial_corrupt_check
+            && let Err(err) = self.node.check_initially().await
+        {
+            futures_util::future::join_all(serving.iter().map(|serving| serving.stop(DRAIN))).await;
+            metrics.set_source(None);
+            return Err(err);
+        }
+        for listener in clients {
+            serving.push(Serving::start(listener, limits.clone(), client.clone()));
         }
         for listener in https.into_iter().chain(metrics_only) {
             serving.push(Serving::start(listener, limits.clone(), plain.clone()));
@@ -609,21 +639,91 @@ async fn finish_install(machine: &Machine, wal: &Wal, log: &crate::storage::wal:
         return Ok(());
     }
     tracing::info!(entry = installed.index, "finishing the installation of a snapshot: the log before it goes");
+    if wal.log_id(installed.index).is_some_and(|id| id.term != *installed.leader_id) {
+        // What stands there was never committed, nor is what follows it.
+        let before = installed.index.checked_sub(1);
+        crate::raft::log::truncate_after(wal, before).await?;
+    }
     crate::raft::log::purge(wal, installed).await
+}
+
+/// What it takes to open the state of a member.
+struct Opener<'a> {
+    config: &'a Config,
+    state: PathBuf,
+    wal: &'a Wal,
+    history: HistoryOptions,
+    clock: Clock,
+    counters: Arc<Counters>,
+    /// For members with `https` URLs, should they be asked for their state.
+    tls: Option<Connector>,
+}
+
+/// Why a state could not be opened.
+enum Damage {
+    /// It is not whole, or has lost something: with the log as it is, another can take its place.
+    State(Error),
+    /// Anything else.
+    Other(Error),
+}
+
+impl Damage {
+    fn into_error(self) -> Error {
+        match self {
+            Damage::State(err) | Damage::Other(err) => err,
+        }
+    }
+}
+
+impl Opener<'_> {
+    /// Opens the state as it is on disk, or makes an empty one.
+    ///
+    /// # Errors
+    /// `Corrupt` and `Format` as they are, `Io`. What was opened is closed again.
+    fn read(&self) -> Result<Arc<Machine>> {
+        let config = self.config;
+        let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&self.state, !config.unsafe_no_fsync)?);
+        let mut attached = Vec::new();
+        let (store, saved) = Store::open(backend, self.history.clone(), &mut |lease, key| attached.push((lease, key)))?;
+        let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
+        let slow = config.warning_apply_duration;
+        let machine = Machine::new(Arc::new(store), saved, attached, lessor, self.clock.clone(), slow, self.counters.clone())?;
+        Ok(Arc::new(machine))
+    }
+
+    /// Opens the state, and sees to it that it and the log belong together.
+    async fn open(&self) -> Result<Arc<Machine>, Damage> {
+        let machine = self.read().map_err(|err| match err {
+            Error::Corrupt { .. } => Damage::State(err),
+            err => Damage::Other(err),
+        })?;
+        let checked = match finish_install(&machine, self.wal, &self.wal.log_state()).await {
+            Ok(()) => check_reach(&machine, &self.wal.log_state(), &machine.store().history().backend().path()),
+            Err(err) => Err(Damage::Other(err)),
+        };
+        match checked {
+            Ok(()) => Ok(machine),
+            Err(damage) => {
+                machine.close();
+                Err(damage)
+            }
+        }
+    }
 }
 
 /// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets
 /// go of what the state has been seen to hold on disk, so it is the state at `path` that has lost something.
-fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<()> {
+fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<(), Damage> {
     let applied = machine.applied().log_id.map_or(0, |id| id.index);
     let purged = log.purged.map_or(0, |id| id.index);
     if applied < purged {
         let what = format!("it has come only to entry {applied}, but the log begins after entry {purged}, which it held before");
-        return Err(Error::Corrupt { path: path.to_owned(), offset: None, what });
+        return Err(Damage::State(Error::Corrupt { path: path.to_owned(), offset: None, what }));
     }
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
         let what = format!("it has come to entry {applied}, but the log ends at entry {}", log.last.map_or(0, |last| last.index));
-        return Err(Error::Corrupt { path: path.to_owned(), offset: None, what });
+        // The state is whole: it is the log that has lost something.
+        return Err(Damage::Other(Error::Corrupt { path: path.to_owned(), offset: None, what }));
     }
     Ok(())
 }
@@ -673,7 +773,7 @@ mod tests {
             let (wal, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
             let machine = machine(300, 300);
             finish_install(&machine, &wal, &recovered.state).await.unwrap();
-            let checked = check_reach(&machine, &wal.log_state(), dir.path());
+            let checked = check_reach(&machine, &wal.log_state(), dir.path()).map_err(Damage::into_error);
             if !vote {
                 assert!(matches!(checked, Err(Error::Corrupt { .. })), "{checked:?}");
                 continue;
@@ -694,6 +794,6 @@ mod tests {
         durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
         let machine = machine(300, 301);
         finish_install(&machine, &wal, &wal.log_state()).await.unwrap();
-        assert!(matches!(check_reach(&machine, &wal.log_state(), dir.path()), Err(Error::Corrupt { .. })));
+        assert!(matches!(check_reach(&machine, &wal.log_state(), dir.path()), Err(Damage::Other(Error::Corrupt { .. }))));
     }
 }

@@ -4,6 +4,13 @@
 //! before anything else of the call is: a member of another cluster, or one that takes this member for another, is refused with
 //! FAILED_PRECONDITION and a text that names both sides, and so is one that was removed. Who is about to join does not know all that
 //! yet, and calls Members without any of the headers.
+//!
+//! # A member without its data
+//! A member that comes back with another data directory than it had has forgotten what it has voted and acknowledged: with its vote a
+//! leader could be elected that lacks what clients were told is safe. So it says which [incarnation](crate::storage::dir) its directory is,
+//! and the others refuse one that is not the one it has published; and each says which one it takes the other to be, so that such a
+//! member refuses itself to those who know better. Not recognized is a copy of the same directory from an earlier time, nor is a directory
+//! that was lost before all others had applied the entry with its incarnation, which is among the first of a cluster.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +22,12 @@ use tonic::Status;
 use crate::lock::lock;
 use crate::metrics::Metrics;
 use crate::node::Node;
-use crate::node::members::REMOVED;
+use crate::node::members::{OTHER_DATA, REMOVED};
 use crate::proto::peer::{
-    AppendRequest, ChangeRequest, InstallSnapshotRequest, MembersRequest, ProposeRequest, PutSnapshotRequest, ReadIndexRequest,
-    RenewRequest, TimeToLiveRequest, TransferLeaderRequest, VoteRequest,
+    AppendRequest, ChangeRequest, GetSnapshotRequest, HashRequest, InstallSnapshotRequest, MembersRequest, ProposeRequest,
+    PutSnapshotRequest, ReadIndexRequest, RenewRequest, TimeToLiveRequest, TransferLeaderRequest, VoteRequest,
 };
+use crate::raft::members::Members;
 use crate::raft::network::{self, MESSAGE_BYTES_MAX};
 use crate::storage::dir::Identity;
 
@@ -49,7 +57,7 @@ pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -
     }
     let ours = node.clone();
     Router::new(MESSAGE_BYTES_MAX, slow, metrics.clone())
-        .guard(move |path, headers| check(&ours.identity, path, headers, &|id| lock(&ours.machine.members).is_removed(id)))
+        .guard(move |path, headers| check(&ours.identity, path, headers, &lock(&ours.machine.members)))
         .unary(PEER, "Append", node, of!(peer_append, AppendRequest))
         .unary(PEER, "Vote", node, of!(peer_vote, VoteRequest))
         .unary(PEER, "Propose", node, of!(peer_propose, ProposeRequest))
@@ -61,9 +69,11 @@ pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -
         .unary(PEER, "TransferLeader", node, of!(peer_transfer_leader, TransferLeaderRequest))
         .unary(PEER, "Change", node, of!(peer_change, ChangeRequest))
         .unary(PEER, "Members", node, of!(peer_members, MembersRequest))
+        .unary(PEER, "Hash", node, of!(peer_hash, HashRequest))
+        .unary(PEER, "GetSnapshot", node, of!(peer_get_snapshot, GetSnapshotRequest))
 }
 
-fn check(ours: &Identity, path: &str, headers: &HeaderMap, is_removed: &dyn Fn(u64) -> bool) -> Result<(), Status> {
+fn check(ours: &Identity, path: &str, headers: &HeaderMap, members: &Members) -> Result<(), Status> {
     let named = [network::CLUSTER, network::FROM, network::TO].iter().any(|name| headers.contains_key(*name));
     if path == MEMBERS && !named {
         return Ok(());
@@ -81,20 +91,47 @@ fn check(ours: &Identity, path: &str, headers: &HeaderMap, is_removed: &dyn Fn(u
     if to != ours.member_id {
         return Err(Status::failed_precondition(format!("this is member {:x}, not {to:x}", ours.member_id)));
     }
-    if is_removed(from) {
+    if members.is_removed(from) {
         return Err(Status::failed_precondition(REMOVED));
+    }
+    let incarnation = |name: &str| headers.contains_key(name).then(|| id(name)).transpose();
+    if let (Some(says), Some(known)) = (incarnation(network::FROM_INCARNATION)?, members.incarnation(from))
+        && says != known
+    {
+        let name = members.attributes(from).map_or("", |attributes| &attributes.name);
+        return Err(Status::failed_precondition(without_its_data(from, name)));
+    }
+    if let Some(known) = incarnation(network::TO_INCARNATION)?
+        && ours.incarnation != 0
+        && ours.incarnation != known
+    {
+        return Err(Status::failed_precondition(without_its_data(ours.member_id, &ours.name)));
     }
     Ok(())
 }
 
+/// What both sides of a refused call are told.
+fn without_its_data(id: u64, name: &str) -> String {
+    format!(
+        "member {id:x} ({name:?}) {OTHER_DATA}, and so without what it has acknowledged: \
+         remove it (etcdctl member remove {id:x}), delete its data directory, and add it anew (etcdctl member add)"
+    )
+}
+
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
+    use crate::proto::internal::MemberAttributes;
 
     #[test]
     fn strangers_are_told_apart() {
-        let ours = Identity { cluster_id: 0xc, member_id: 0xa, name: String::new(), joined: false };
-        let removed = |id| id == 0xd;
+        let ours = Identity { cluster_id: 0xc, member_id: 0xa, name: "ours".into(), joined: false, incarnation: 0x77 };
+        let mut removed = Members::default();
+        removed.load(b"member/removed/\0\0\0\0\0\0\0\x0d", &bytes::Bytes::new()).unwrap();
+        let published = MemberAttributes { id: 0xb, name: "other".into(), client_urls: Vec::new(), incarnation: 0x99 };
+        removed.load(b"member/attributes/\0\0\0\0\0\0\0\x0b", &published.encode_to_vec().into()).unwrap();
         let checked = |cluster: &str, from: &str, to: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(network::CLUSTER, cluster.parse().unwrap());
@@ -107,6 +144,23 @@ mod tests {
         assert_eq!(checked("c", "b", "b").unwrap_err(), "this is member a, not b");
         assert!(checked("c", "b", "x").unwrap_err().contains("quorate-to"));
         assert_eq!(checked("c", "d", "a").unwrap_err(), REMOVED);
+        // Which data directory each has, where both are known.
+        let incarnations = |from: Option<&str>, to: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            let all = [(network::CLUSTER, Some("c")), (network::FROM, Some("b")), (network::TO, Some("a"))];
+            let all = all.into_iter().chain([(network::FROM_INCARNATION, from), (network::TO_INCARNATION, to)]);
+            for (name, value) in all.filter_map(|(name, value)| Some((name, value?))) {
+                headers.insert(name, value.parse().unwrap());
+            }
+            check(&ours, "/quorate.peer.Peer/Vote", &headers, &removed).map_err(|status| status.message().to_owned())
+        };
+        assert_eq!(incarnations(Some("99"), Some("77")), Ok(()));
+        assert_eq!(incarnations(None, None), Ok(()));
+        let refusal = incarnations(Some("98"), Some("77")).unwrap_err();
+        assert!(refusal.contains("member b (\"other\") has come back") && refusal.contains("etcdctl member remove b"), "{refusal}");
+        let refusal = incarnations(Some("99"), Some("76")).unwrap_err();
+        assert!(refusal.contains("member a (\"ours\") has come back"), "{refusal}");
+        assert!(incarnations(Some("x"), None).is_err());
         // Who is about to join.
         assert!(check(&ours, MEMBERS, &HeaderMap::new(), &removed).is_ok());
         assert!(check(&ours, "/quorate.peer.Peer/Append", &HeaderMap::new(), &removed).unwrap_err().message().contains("quorate-cluster"));

@@ -185,6 +185,9 @@ impl Stream for WatchStream {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
+        if this.node.is_condemned() {
+            return Poll::Ready(Some(Err(status(ApplyError::Corrupt.into()))));
+        }
         while this.session.backlog() < BACKLOG_MAX {
             let Some(requests) = &mut this.requests else { break };
             match requests.poll_next_unpin(cx) {

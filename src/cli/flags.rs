@@ -158,6 +158,10 @@ pub(super) static FLAGS: &[Flag] = &[
 
     set(WATCHING, "listen-metrics-urls", List, "", "More URLs that answer /metrics and /health.", |d, v| urls(v).map(|v| d.config.listen_metrics_urls = v)),
     set(WATCHING, "watch-progress-notify-interval", Time, "10m", "How often an idle watch that asked for it is told the revision.", |d, v| parse_duration(v).map(|v| d.config.watch_progress_notify_interval = or_time(v, Duration::from_secs(600)).max(WATCH_PROGRESS_INTERVAL_MIN))),
+    set(WATCHING, "experimental-initial-corrupt-check", Bool, "true", "Compare the state with the other members' before serving. etcd: false.", |d, v| boolean(v).map(|v| d.config.initial_corrupt_check = v)),
+    set(WATCHING, "corrupt-check-time", Time, "0s", "How often the leader compares all members' states, by reading all of them. 0: never.", |d, v| parse_duration(v).map(|v| d.config.corrupt_check_time = v)),
+    set(WATCHING, "experimental-compact-hash-check-enabled", Bool, "true", "The leader compares what members found at compactions. etcd: false.", |d, v| boolean(v).map(|v| d.config.compact_hash_check = v)),
+    set(WATCHING, "compact-hash-check-time", Time, "1m", "How often it does.", |d, v| parse_duration(v).map(|v| d.config.compact_hash_check_time = v)),
     set(WATCHING, "warning-apply-duration", Time, "100ms", "Warn when an entry takes longer to apply.", |d, v| parse_duration(v).map(|v| d.config.warning_apply_duration = v)),
     set(WATCHING, "warning-unary-request-duration", Time, "300ms", "Warn when a request takes longer.", |d, v| parse_duration(v).map(|v| d.config.warning_unary_request_duration = or_time(v, Duration::from_millis(300)))),
 
@@ -182,11 +186,7 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("initial-election-tick-advance", Bool, "true", NOT_YET),
     noop("raft-read-timeout", Time, "5s", NOT_YET),
     noop("raft-write-timeout", Time, "5s", NOT_YET),
-    noop("corrupt-check-time", Time, "0s", NOT_YET),
-    noop("compact-hash-check-time", Time, "1m", NOT_YET),
     noop("downgrade-check-time", Time, "5s", NOT_YET),
-    noop("experimental-initial-corrupt-check", Bool, "false", NOT_YET),
-    noop("experimental-compact-hash-check-enabled", Bool, "false", NOT_YET),
     noop("experimental-enable-lease-checkpoint", Bool, "false", NOT_YET),
     noop("experimental-enable-lease-checkpoint-persist", Bool, "false", NOT_YET),
     noop("feature-gates", List, "", "there are no feature gates"),

@@ -128,6 +128,15 @@ impl Store {
         if let Some(known) = lock(&self.hashes).iter().find(|known| known.hashed == at) {
             return Ok(KvHash { revision: self.revision(), ..*known });
         }
+        self.computed_hash(at)
+    }
+
+    /// The same, without a look at what compactions have remembered: theirs differs where the revision is the last deletion of all keys
+    /// there were. So members compare either what all of them compute, or what all of them remember.
+    ///
+    /// # Errors
+    /// As [`hash`](Self::hash).
+    pub fn computed_hash(self: &std::sync::Arc<Self>, at: i64) -> Result<KvHash> {
         let (newest, compacted) = self.revisions();
         if at > newest {
             return Err(ApplyError::FutureRevision.into());
@@ -143,6 +152,11 @@ impl Store {
         let mut scan = HashScan { upto, compacted, keep, next: Revision::default(), crc: crc32c::crc32c(SEED) };
         while scan.step(self, usize::MAX, usize::MAX)? {}
         Ok(scan.finish(newest))
+    }
+
+    /// What compactions have remembered, oldest first.
+    pub fn compaction_hashes(&self) -> Vec<KvHash> {
+        lock(&self.hashes).iter().copied().collect()
     }
 
     /// Whether any key was there at a revision.

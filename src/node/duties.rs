@@ -2,12 +2,14 @@
 //! be cut off below what is durable.
 
 use super::*;
+use crate::proto::internal::LeaseExpiry;
 
 impl Node {
     /// Keeps term and leader at hand, and the lessor in its role.
     pub(super) async fn follow_raft(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
-        let mut was_leader = false;
+        // The term for which the lessor is in charge.
+        let mut led = None;
         let mut noted = None;
         let mut removed = false;
         loop {
@@ -37,14 +39,22 @@ impl Node {
                 let settled = now.last_applied.is_some_and(|applied| *applied.leader_id == now.current_term);
                 let growing = self.growing.load(Ordering::Acquire) > 0;
                 self.alone.store(only && leader && settled && !growing, Ordering::Release);
-                if leader && settled && !was_leader {
-                    lock(&self.machine.lessor).promote(self.machine.now(), self.options.election_timeout);
-                    self.leases_changed.notify_one();
-                } else if !leader && was_leader {
-                    lock(&self.machine.lessor).demote();
+                let leads = (leader && (settled || led == Some(now.current_term))).then_some(now.current_term);
+                if leads != led {
+                    let mut lessor = lock(&self.machine.lessor);
+                    match leads {
+                        // Also of a term after one's own, with others' between that were not seen here: they may have renewed leases.
+                        Some(term) => {
+                            lessor.promote(self.machine.now(), self.options.election_timeout);
+                            self.lease_term.store(term, Ordering::Relaxed);
+                            self.leases_changed.notify_one();
+                        }
+                        None => lessor.demote(),
+                    }
+                    led = leads;
                 }
-                was_leader = leader && (settled || was_leader);
             }
+            self.heed_corruption();
             if metrics.changed().await.is_err() {
                 return;
             }
@@ -101,11 +111,20 @@ impl Node {
                 () = self.leases_changed.notified() => continue,
                 () = tokio::time::sleep(wait) => {}
             }
-            let expired = lock(&self.machine.lessor).expired(self.machine.now(), REVOKE_MAX);
+            if self.is_condemned() {
+                // Its leases may be wrong, too.
+                tokio::time::sleep(WATCHDOG_INTERVAL).await;
+                continue;
+            }
+            let (expired, term) = {
+                let mut lessor = lock(&self.machine.lessor);
+                (lessor.expired(self.machine.now(), REVOKE_MAX), self.lease_term.load(Ordering::Relaxed))
+            };
             // Together, so that they become one entry, and thus one sync.
-            // By this member, or not at all: who leads by the time that a cut-off leader is heard again may have renewed them.
+            // By this member in this term, or not at all: who leads by the time that a cut-off leader is heard again may have renewed them,
+            // and what is still queued then may go into an entry of a term in which this member leads anew.
             let revoked = expired.into_iter().map(|id| {
-                let op = Some(Op::LeaseRevoke(LeaseRevokeRequest { id }));
+                let op = Some(Op::LeaseExpiry(LeaseExpiry { id, term }));
                 self.propose_here(internal::Command { id: 0, op })
             });
             for result in futures_util::future::join_all(revoked).await {
@@ -126,6 +145,8 @@ impl Node {
         loop {
             ticks.tick().await;
             self.give_up_replaced().await;
+            self.give_up_offer().await;
+            self.stand_back().await;
             let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
             if room && self.machine.raised_by_quota(self.identity.member_id) && self.is_leader() {
                 match self.propose_alarm(AlarmAction::Deactivate).await {

@@ -270,7 +270,7 @@ impl Node {
 
     /// Renews leases of another member's clients.
     pub async fn peer_renew(&self, request: RenewRequest) -> Result<RenewResponse> {
-        let not_leader = !lock(&self.machine.lessor).is_primary();
+        let not_leader = !lock(&self.machine.lessor).is_primary() || self.is_condemned();
         let mut answer = RenewResponse { not_leader, ..RenewResponse::default() };
         if not_leader {
         } else if request.ids.is_empty() {
@@ -283,7 +283,8 @@ impl Node {
 
     /// Carries out commands of another member's clients: all of them are queued before the first is waited for.
     pub async fn peer_propose(&self, request: ProposeRequest) -> Result<ProposeResponse> {
-        if !self.is_leader() {
+        // One whose state is wrong leads only until another does: its outcomes would be wrong, too.
+        if !self.is_leader() || self.is_condemned() {
             let outcomes = request.commands.iter().map(|_| Proposed { outcome: Some(Answer::NotLeader(Nothing {})) }).collect();
             return Ok(ProposeResponse { index: 0, outcomes });
         }

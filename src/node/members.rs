@@ -54,6 +54,9 @@ const PUBLISH_RETRY: Duration = Duration::from_millis(200);
 /// What the peer port says to a removed member, by which that knows it.
 pub(crate) const REMOVED: &str = "the member has been permanently removed from the cluster";
 
+/// What the peer port says of a member with another data directory than it has published, in the midst of a longer text.
+pub(crate) const OTHER_DATA: &str = "has come back with another data directory than it had";
+
 /// One member, as it is told, and as the leader sees it.
 #[derive(Clone, Debug, Default)]
 struct Seen {
@@ -517,7 +520,8 @@ impl Node {
     /// Tells all members, through the log, how this one is called and where clients reach it. Alone there is nobody to tell.
     /// One that was added as a voter waits until it votes: who is listed as started counts.
     pub fn publish(self: &Arc<Self>, client_urls: Vec<String>) {
-        let wanted = MemberAttributes { id: self.identity.member_id, name: self.identity.name.clone(), client_urls };
+        let Identity { member_id, name, incarnation, .. } = self.identity.clone();
+        let wanted = MemberAttributes { id: member_id, name, client_urls, incarnation };
         let node = self.clone();
         self.spawn(async move {
             let mut metrics = node.raft.metrics();
@@ -576,18 +580,19 @@ impl Node {
         }
     }
 
-    /// Asks the others in turn whether they are there, and how long they take to say so. Notices that this member was removed while it
-    /// was not told: one of the others says so then.
+    /// Asks the others in turn whether they are there, and how long they take to say so.
+    /// Notices that this member was removed while it was not told, or has lost its data: one of the others says so when it is called.
     pub(super) async fn heed_removal(self: Arc<Self>) {
         let mut last = 0;
         let mut links = BTreeMap::new();
         loop {
             tokio::time::sleep(BELONG_LOOK).await;
-            let membership = self.machine.applied().membership;
-            let others = || membership.membership().nodes().filter(|(id, _)| **id != self.identity.member_id);
+            // Also one that is not committed: who has founded its cluster a second time is told so, and comes no further by itself.
+            let membership = self.raft.metrics().borrow_watched().membership_config.membership().clone();
+            let others = || membership.nodes().filter(|(id, _)| **id != self.identity.member_id);
             let Some((&id, member)) = others().find(|(id, _)| **id > last).or_else(|| others().next()) else { continue };
             last = id;
-            links.retain(|id, _| membership.membership().get_node(id).is_some());
+            links.retain(|id, _| membership.get_node(id).is_some());
             let link = links.entry(id).or_insert_with(|| self.network.link(id, member));
             // A connection that has to be made first is no part of a round trip.
             let _ = tokio::time::timeout(BELONG_LOOK, link.reach()).await;
@@ -599,10 +604,19 @@ impl Node {
                 Ok(_) => peer.inspect(|peer| peer.answered(asked.elapsed())),
                 Err(_) => peer.inspect(|peer| peer.lost()),
             };
-            if answer.is_err_and(|status| status.code() == tonic::Code::FailedPrecondition && status.message() == REMOVED) {
-                tokio::time::sleep(REMOVED_GRACE).await;
-                self.fail(Error::Removed);
-                return;
+            match answer {
+                Err(status) if status.code() != tonic::Code::FailedPrecondition => {}
+                Err(status) if status.message() == REMOVED => {
+                    tokio::time::sleep(REMOVED_GRACE).await;
+                    self.fail(Error::Removed);
+                    return;
+                }
+                // It may vote, and be elected, by those alone who know as little as it does: the sooner it is gone, the better.
+                Err(status) if status.message().contains(OTHER_DATA) => {
+                    self.fail(Error::Failed(status.message().to_owned()));
+                    return;
+                }
+                _ => {}
             }
         }
     }
@@ -610,6 +624,7 @@ impl Node {
     /// Follows a membership that Raft goes by from now on.
     pub(super) fn follow_membership(&self, membership: &Membership) {
         self.network.note(membership);
+        self.roster.note(&self.runtime, membership, self.identity.member_id);
         self.learner.store(is_learner(membership, self.identity.member_id), Ordering::Relaxed);
     }
 
@@ -629,6 +644,9 @@ impl Node {
     // ---- What other members ask
 
     pub async fn peer_transfer_leader(&self, request: TransferLeaderRequest) -> Result<TransferLeaderResponse> {
+        if self.is_condemned() {
+            return Ok(TransferLeaderResponse { refused: "its state is known to be wrong".into() });
+        }
         let vote = vote_from_proto(request.vote.unwrap_or_default());
         let request = openraft::raft::TransferLeaderRequest::new(vote, request.to, request.last.map(log_id_from_proto));
         let answer = self.raft.handle_transfer_leader(request).await.map_err(|err| Error::Failed(err.to_string()))?;

@@ -146,6 +146,7 @@ impl Node {
 
     /// The time that a lease has left, in seconds; -1 when there is no such lease.
     pub async fn lease_remaining(&self, id: i64) -> Result<i64> {
+        self.check_sound()?;
         let began = Instant::now();
         loop {
             {
@@ -203,7 +204,7 @@ impl Node {
 
     pub async fn peer_time_to_live(&self, request: TimeToLiveRequest) -> Result<TimeToLiveResponse> {
         let lessor = lock(&self.machine.lessor);
-        let not_leader = !lessor.is_primary() || !self.leads_surely();
+        let not_leader = !lessor.is_primary() || !self.leads_surely() || self.is_condemned();
         let remaining = lessor.time_to_live(request.id, self.machine.now(), false).map_or(-1, |found| found.remaining);
         Ok(TimeToLiveResponse { remaining, not_leader })
     }

@@ -89,6 +89,8 @@ pub(crate) struct Machine {
     by_quota: Mutex<BTreeSet<u64>>,
     /// What members have published, and who was removed. Changed before `applied` is.
     pub members: Mutex<Members>,
+    /// The version that all members speak, once they have agreed on one.
+    cluster_version: Mutex<Option<Bytes>>,
     clock: Clock,
     slow: Slow,
     /// What has been applied, and what of it is on disk.
@@ -133,6 +135,7 @@ struct Held {
     alarms: BTreeSet<(i32, u64)>,
     by_quota: BTreeSet<u64>,
     members: Members,
+    cluster_version: Option<Bytes>,
     position: Position,
     installed: Option<LogId>,
 }
@@ -161,7 +164,7 @@ impl Machine {
         slow: Duration,
         counters: Arc<Counters>,
     ) -> Result<Machine> {
-        let Held { lessor, alarms, by_quota, members, position, installed } = Held::read(&store, saved, attached, lessor)?;
+        let Held { lessor, alarms, by_quota, members, cluster_version, position, installed } = Held::read(&store, saved, attached, lessor)?;
         let hub = Arc::new(WatchHub::new(store.revision(), counters.clone()));
         let sendings = Arc::new(Sendings::new(clock.clone()));
         Ok(Machine {
@@ -172,6 +175,7 @@ impl Machine {
             alarms: Mutex::new(alarms),
             by_quota: Mutex::new(by_quota),
             members: Mutex::new(members),
+            cluster_version: Mutex::new(cluster_version),
             clock,
             slow: Slow::new(slow),
             applied: Mutex::new(position.clone()),
@@ -205,11 +209,12 @@ impl Machine {
     /// Goes over to another state, of a later point of the same log. To be called between two entries.
     pub(super) fn replace(&self, prepared: Prepared) {
         let Prepared { store, held } = prepared;
-        let Held { lessor, alarms, by_quota, members, position, .. } = held;
+        let Held { lessor, alarms, by_quota, members, cluster_version, position, .. } = held;
         let leases = std::mem::replace(&mut *lock(&self.lessor), lessor);
         *lock(&self.alarms) = alarms;
         *lock(&self.by_quota) = by_quota;
         *lock(&self.members) = members;
+        *lock(&self.cluster_version) = cluster_version;
         let old = self.current.replace(store.clone());
         self.hub.replace(&store);
         *lock(&self.durable) = position.clone();
@@ -295,6 +300,25 @@ impl Machine {
         lock(&self.alarms).iter().any(|&(raised, _)| raised == alarm as i32)
     }
 
+    /// Whether a member's state is known to be another than the majority's: it serves nobody, and its state goes to nobody.
+    pub fn is_corrupt(&self, member: u64) -> bool {
+        lock(&self.alarms).contains(&(AlarmType::Corrupt as i32, member))
+    }
+
+    /// Whether some member's state is wrong, and it is not known whose, or it is the only one: nobody may change anything then, as in
+    /// etcd. Where it is known, the others go on.
+    pub fn is_all_corrupt(&self) -> bool {
+        let named: Vec<u64> = self.list_alarms(AlarmType::Corrupt).iter().map(|alarm| alarm.member_id).collect();
+        if named.is_empty() {
+            return false;
+        }
+        let applied = lock(&self.applied);
+        let membership = applied.membership.membership();
+        // Those that are not named have to be a majority, or they are not known to be right.
+        let sound = membership.voter_ids().filter(|id| !named.contains(id)).count();
+        named.iter().any(|member| membership.get_node(member).is_none()) || sound * 2 <= membership.voter_ids().count()
+    }
+
     /// What is kept beside the history, by name, as it is stored. Asked for between two entries.
     pub fn metas(&self) -> BTreeMap<Vec<u8>, Bytes> {
         let mut metas = BTreeMap::new();
@@ -308,6 +332,7 @@ impl Machine {
         let membership = stored_membership_to_proto(&lock(&self.applied).membership);
         metas.insert(META_MEMBERSHIP.to_vec(), membership.encode_to_vec().into());
         metas.extend(lock(&self.members).metas());
+        metas.extend(lock(&self.cluster_version).clone().map(|version| (META_VERSION.to_vec(), version)));
         metas.extend(self.store().compaction_mark());
         metas
     }
@@ -317,8 +342,8 @@ impl Machine {
         (self.clock)()
     }
 
-    /// Applies one command, and adds what it did to the tally.
-    fn apply(&self, command: &internal::Command, tally: &mut Tally) -> Result<Outcome> {
+    /// Applies one command of an entry of a term, and adds what it did to the tally.
+    fn apply(&self, command: &internal::Command, term: u64, tally: &mut Tally) -> Result<Outcome> {
         let applied = match &command.op {
             Some(command::Op::Put(request)) => self.write(tally, |writer, leases| txn::put(writer, request, leases)).map(Reply::Put),
             Some(command::Op::DeleteRange(request)) => {
@@ -332,6 +357,8 @@ impl Machine {
                 .map_err(Error::from),
             Some(command::Op::LeaseGrant(request)) => self.grant(request.id, request.ttl),
             Some(command::Op::LeaseRevoke(request)) => self.revoke(request.id, tally),
+            Some(command::Op::LeaseExpiry(expiry)) if expiry.term == term => self.revoke(expiry.id, tally),
+            Some(command::Op::LeaseExpiry(_)) => Err(ApplyError::NotLeader.into()),
             Some(command::Op::LeaseCheckpoint(checkpoint)) => {
                 if let Some(lease) = lock(&self.lessor).set_checkpoint(checkpoint.id, checkpoint.remaining_ttl) {
                     self.save_lease(&lease);
@@ -340,7 +367,9 @@ impl Machine {
             }
             Some(command::Op::Alarm(request)) => self.alarm(request, command.id == BY_QUOTA),
             Some(command::Op::ClusterVersion(version)) => {
-                self.store().history().put_meta(META_VERSION, Some(Bytes::copy_from_slice(version.version.as_bytes())));
+                let version = Bytes::copy_from_slice(version.version.as_bytes());
+                self.store().history().put_meta(META_VERSION, Some(version.clone()));
+                *lock(&self.cluster_version) = Some(version);
                 Ok(Reply::ClusterVersion)
             }
             Some(command::Op::MemberAttributes(attributes)) => {
@@ -496,6 +525,7 @@ impl Held {
         let mut alarms = BTreeSet::new();
         let mut by_quota = BTreeSet::new();
         let mut members = Members::default();
+        let mut cluster_version = None;
         let mut installed = None;
         for (name, value) in saved.meta {
             if let Some(id) = name.strip_prefix(META_LEASE) {
@@ -510,6 +540,8 @@ impl Held {
             } else if name == META_MEMBERSHIP {
                 let stored = internal::StoredMembership::decode(value).map_err(|err| damaged(format!("the membership: {err}")))?;
                 position.membership = stored_membership_from_proto(stored).map_err(|what| damaged(format!("the membership: {what}")))?;
+            } else if name == META_VERSION {
+                cluster_version = Some(value);
             } else if name == META_INSTALLED {
                 let id = internal::LogId::decode(value).map_err(|err| damaged(format!("the installed position: {err}")))?;
                 installed = Some(log_id_from_proto(id));
@@ -524,7 +556,7 @@ impl Held {
                 tracing::warn!(lease, "a key is attached to a lease that does not exist");
             }
         }
-        Ok(Held { lessor, alarms, by_quota, members, position, installed })
+        Ok(Held { lessor, alarms, by_quota, members, cluster_version, position, installed })
     }
 }
 
@@ -645,7 +677,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                         let outcome = if full && reads(command) {
                             Err(ApplyError::TooManyRequests)
                         } else {
-                            machine.apply(command, &mut tally).map_err(to_io)?
+                            machine.apply(command, *entry.log_id.leader_id, &mut tally).map_err(to_io)?
                         };
                         answered += outcome.as_ref().map_or(0, pairs_bytes);
                         if responder.is_some() {

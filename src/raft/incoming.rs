@@ -192,7 +192,22 @@ mod tests {
         let alarm = Op::Alarm(AlarmRequest { action: 1, member_id: 1, alarm: 1 });
         let grant = Op::LeaseGrant(LeaseGrantRequest { id: 7, ttl: 100 });
         let compact = Op::Compaction(CompactionRequest { revision: 310, physical: false });
-        apply(machine, [commands((0..50).map(delete)), commands([grant, put("leased".into(), 7), alarm, compact])]);
+        let version = Op::ClusterVersion(internal::ClusterVersion { version: "3.7.0".into() });
+        apply(machine, [commands((0..50).map(delete)), commands([grant, put("leased".into(), 7), alarm, compact, version])]);
+        assert_eq!(machine.metas().get(&b"cluster/version"[..]).map(|version| &version[..]), Some(&b"3.7.0"[..]));
+    }
+
+    /// Entries here are of term 2. What has expired in another may have been renewed by who led in between.
+    #[test]
+    fn an_expiry_counts_in_its_own_term() {
+        let dir = tempdir();
+        let machine = open(dir.path());
+        let grant = Op::LeaseGrant(LeaseGrantRequest { id: 7, ttl: 100 });
+        let expiry = |term| Op::LeaseExpiry(internal::LeaseExpiry { id: 7, term });
+        apply(&machine, [commands([grant, put("leased".into(), 7)]), commands([expiry(1), expiry(3), expiry(0)])]);
+        assert!(lock(&machine.lessor).contains(7) && machine.store().get(b"leased", 0).unwrap().is_some());
+        apply(&machine, [commands([expiry(2)])]);
+        assert!(!lock(&machine.lessor).contains(7) && machine.store().get(b"leased", 0).unwrap().is_none());
     }
 
     fn written(machine: &Machine, to: &Path) -> LogId {

@@ -121,6 +121,21 @@ pub(crate) async fn purge(wal: &Wal, upto: LogId) -> Result<()> {
     wait.await.unwrap_or(Err(Error::Stopped))
 }
 
+/// Removes the entries after an index, all of them for none, and returns when that is on disk.
+///
+/// # Errors
+/// As [`Wal::truncate_after`], and its failure.
+pub(crate) async fn truncate_after(wal: &Wal, index: Option<u64>) -> Result<()> {
+    let (done, wait) = oneshot::channel();
+    wal.truncate_after(
+        index,
+        Box::new(move |result| {
+            let _ = done.send(result);
+        }),
+    )?;
+    wait.await.unwrap_or(Err(Error::Stopped))
+}
+
 impl RaftLogReader<TypeConfig> for LogStore {
     async fn try_get_log_entries<RB>(&mut self, range: RB) -> io::Result<Vec<RaftEntry>>
     where

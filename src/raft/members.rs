@@ -7,6 +7,7 @@
 //!
 //! # Invariants
 //! - An id that was removed is never used again: who comes with it is refused, so that a removed member cannot disturb the others.
+//! - The incarnation that a member has first published is its own until it is removed: who comes with another has not what it had.
 //! - Both follow from the log alone, and are the same at every member that has applied as much of it.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -65,11 +66,21 @@ impl Members {
         self.removed.contains(&id)
     }
 
+    /// The incarnation of a member's data directory, once it is known.
+    pub fn incarnation(&self, id: u64) -> Option<u64> {
+        self.attributes.get(&id).map(|attributes| attributes.incarnation).filter(|incarnation| *incarnation != 0)
+    }
+
     /// Notes what a member publishes, if it belongs to the cluster.
     pub(super) fn publish(&mut self, attributes: &MemberAttributes, membership: &Membership) -> Option<Stored> {
         membership.get_node(&attributes.id)?;
-        self.attributes.insert(attributes.id, attributes.clone());
-        Some((name(META_ATTRIBUTES, attributes.id), Some(attributes.encode_to_vec().into())))
+        let mut attributes = attributes.clone();
+        if let Some(known) = self.incarnation(attributes.id) {
+            attributes.incarnation = known;
+        }
+        let stored = (name(META_ATTRIBUTES, attributes.id), Some(attributes.encode_to_vec().into()));
+        self.attributes.insert(attributes.id, attributes);
+        Some(stored)
     }
 
     /// Follows a change of the membership.
@@ -103,7 +114,8 @@ mod tests {
     #[test]
     fn who_is_removed_stays_so_and_is_forgotten_otherwise() {
         let mut members = Members::default();
-        let attributes = |id| MemberAttributes { id, name: format!("m{id}"), client_urls: vec!["http://127.0.0.1:1".into()] };
+        let attributes =
+            |id| MemberAttributes { id, name: format!("m{id}"), client_urls: vec!["http://127.0.0.1:1".into()], incarnation: 0 };
         assert!(members.publish(&attributes(2), &of(&[1, 2])).is_some());
         assert!(members.publish(&attributes(3), &of(&[1, 2])).is_none());
         let stored = members.follow(&of(&[1, 2]), &of(&[1, 3]));
@@ -118,5 +130,18 @@ mod tests {
         assert_eq!(again.load(b"lease/12345678", &Bytes::new()), Ok(false));
         assert!(again.load(b"member/removed/1", &Bytes::new()).is_err());
         assert!(again.is_removed(2) && again.attributes(3) == Some(&attributes(3)));
+    }
+
+    #[test]
+    fn the_first_incarnation_stays() {
+        let mut members = Members::default();
+        let attributes = |incarnation| MemberAttributes { id: 1, incarnation, ..MemberAttributes::default() };
+        // A release, or a directory, of before there were any; then one; then another; then an older release again.
+        for (published, known) in [(0, None), (7, Some(7)), (8, Some(7)), (0, Some(7))] {
+            members.publish(&attributes(published), &of(&[1, 2]));
+            assert_eq!(members.incarnation(1), known);
+        }
+        members.follow(&of(&[1, 2]), &of(&[2]));
+        assert_eq!(members.incarnation(1), None);
     }
 }

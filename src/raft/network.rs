@@ -46,9 +46,10 @@ use crate::proto::peer::append_response::Outcome;
 use crate::proto::peer::install_snapshot_response::Outcome as Installed;
 use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
+use crate::storage::dir::Identity;
 use crate::tls::Connector;
 
-use super::apply::SnapshotHandle;
+use super::apply::{Machine, SnapshotHandle};
 use super::outgoing::{SnapshotStart, Writer};
 use super::{
     LogId, Membership, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto,
@@ -59,6 +60,10 @@ use super::{
 pub(crate) const CLUSTER: &str = "quorate-cluster";
 pub(crate) const FROM: &str = "quorate-from";
 pub(crate) const TO: &str = "quorate-to";
+
+/// Headers of calls between members that have incarnations: the caller's, and the one that the called member is known by.
+pub(crate) const FROM_INCARNATION: &str = "quorate-from-incarnation";
+pub(crate) const TO_INCARNATION: &str = "quorate-to-incarnation";
 
 /// How long making a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -86,19 +91,20 @@ const SNAPSHOT_RETRY: Duration = Duration::from_millis(100);
 const MEMBERS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Makes links to members. Clones share where the members are.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Network {
-    pub cluster_id: u64,
-    pub member_id: u64,
+    pub identity: Identity,
     pub counters: Arc<Counters>,
     /// For members with `https` URLs.
     tls: Option<Connector>,
+    /// What is known of the members; none for who only fetches a state yet.
+    machine: Option<Arc<Machine>>,
     /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
     book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
 }
 
 /// The way to one member.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Link {
     ours: Network,
     id: u64,
@@ -145,13 +151,24 @@ impl Drop for Sending {
 type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Channel>, Status>>>;
 
 impl Network {
-    pub fn new(cluster_id: u64, member_id: u64, counters: Arc<Counters>, tls: Option<Connector>) -> Network {
-        Network { cluster_id, member_id, counters, tls, book: Arc::default() }
+    pub fn new(identity: Identity, counters: Arc<Counters>, machine: Option<Arc<Machine>>, tls: Option<Connector>) -> Network {
+        Network { identity, counters, machine, tls, book: Arc::default() }
+    }
+
+    /// What every call to a member says of both.
+    fn headers(&self, to: u64) -> Vec<(&'static str, u64)> {
+        let Identity { cluster_id, member_id, incarnation, .. } = self.identity;
+        let known = self.machine.as_ref().and_then(|machine| lock(&machine.members).incarnation(to));
+        let ours = Some(incarnation).filter(|incarnation| *incarnation != 0);
+        let mut headers = vec![(CLUSTER, cluster_id), (FROM, member_id), (TO, to)];
+        headers.extend(ours.map(|incarnation| (FROM_INCARNATION, incarnation)));
+        headers.extend(known.map(|incarnation| (TO_INCARNATION, incarnation)));
+        headers
     }
 
     /// Takes a note of where the members are. Connections that work are kept.
     pub fn note(&self, membership: &Membership) {
-        self.counters.peers.follow(membership.nodes().map(|(&id, _)| id).filter(|id| *id != self.member_id));
+        self.counters.peers.follow(membership.nodes().map(|(&id, _)| id).filter(|id| *id != self.identity.member_id));
         *lock(&self.book) = membership.nodes().map(|(&id, member)| (id, member.peer_urls.clone())).collect();
     }
 
@@ -213,7 +230,7 @@ impl Link {
         sending.sends(message.encoded_len());
         let mut request = Request::new(message);
         request.set_timeout(limit);
-        for (name, id) in [(CLUSTER, self.ours.cluster_id), (FROM, self.ours.member_id), (TO, self.id)] {
+        for (name, id) in self.ours.headers(self.id) {
             let value = AsciiMetadataValue::try_from(format!("{id:016x}")).map_err(|err| Status::internal(err.to_string()))?;
             request.metadata_mut().insert(AsciiMetadataKey::from_static(name), value);
         }
@@ -307,6 +324,17 @@ pub(crate) async fn members_at(url: &str, tls: &Option<Connector>) -> Result<pee
     tokio::time::timeout(MEMBERS_TIMEOUT, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("{url}: no answer"))))
 }
 
+impl Link {
+    /// Asks for the next piece of a snapshot; for one that has lost its state.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub async fn get_snapshot(&mut self, id: u64, offset: u64) -> Result<peer::GetSnapshotResponse, Status> {
+        let request = peer::GetSnapshotRequest { id, offset };
+        self.call(request, PIECE_TIMEOUT, |mut client, request| async move { client.get_snapshot(request).await }).await
+    }
+}
+
 impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Link;
 
@@ -379,6 +407,11 @@ impl RaftNetworkV2<TypeConfig> for Link {
             let what = format!("the snapshot for member {:x} has nothing in it", self.id);
             return Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))));
         };
+        if self.ours.machine.as_ref().is_some_and(|machine| machine.is_corrupt(self.ours.identity.member_id)) {
+            // It leads until another does; what it has is for nobody.
+            let what = "this member's state is known to be wrong, and is not handed on";
+            return Err(StreamingError::Unreachable(Unreachable::new(&AnyError::error(what))));
+        }
         let attempt = async {
             if let Err(status) = self.ask_room().await {
                 // Nothing is held for a member that is down: once it is back, openraft comes with a new snapshot.
@@ -432,7 +465,7 @@ impl Link {
         tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), index, revision, "sending a snapshot");
         let broken = |err: Error| Status::internal(err.to_string());
         // A member asks nobody for the time of its snapshots.
-        let mut writer = Writer::new(self.ours.cluster_id, self.ours.member_id, 0, start).map_err(broken)?;
+        let mut writer = Writer::new(self.ours.identity.cluster_id, self.ours.identity.member_id, 0, start).map_err(broken)?;
         let mut size = 0;
         while !writer.is_finished() {
             // The history is read by a thread that may wait for the disk.

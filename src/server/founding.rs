@@ -55,7 +55,13 @@ pub(super) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
     for (id, ..) in &founders {
         cluster.update(id.to_be_bytes());
     }
-    Ok(Identity { cluster_id: first_u64(&cluster.finalize()), member_id: *member_id, name: config.name.clone(), joined: false })
+    Ok(Identity {
+        cluster_id: first_u64(&cluster.finalize()),
+        member_id: *member_id,
+        name: config.name.clone(),
+        joined: false,
+        incarnation: 0,
+    })
 }
 
 /// The identity of a member that joins: as the members of the cluster know it, which has to know it before.
@@ -113,7 +119,10 @@ fn place(config: &Config, told: &[(String, Vec<Url>)], there: &MembersResponse) 
     }
     match ours {
         Some(member) if member.published || member.votes => Err(bootstrapped(member.id)),
-        Some(member) => Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name: config.name.clone(), joined: true }),
+        Some(member) => {
+            let name = config.name.clone();
+            Ok(Identity { cluster_id: there.cluster_id, member_id: member.id, name, joined: true, incarnation: 0 })
+        }
         None => wrong(format!("no member has the URLs of {:?}", config.name)),
     }
 }

@@ -6,8 +6,11 @@
 //!     LOCK                    held exclusively while a server runs
 //!     identity                format version, cluster and member id, name; written once
 //!     removed                 the member does not belong to its cluster any more
+//!     peers                   where the other members were last known to be
 //!     wal/                    the Raft log (elsewhere with --wal-dir)
 //!     state/                  the applied state
+//!     rebuilding              what is in state/ is nothing yet: another is being fetched
+//!     state.damaged-<n>       a state that was found damaged and set aside, for people to look at; nothing here reads it
 //!     incoming-<id>           a snapshot that a leader is sending; removed by the next start
 //! ```
 //!
@@ -20,8 +23,17 @@
 //! member 8e9e05c52164694d
 //! name default
 //! joined yes                  (only of a member that has joined a cluster that was there)
+//! incarnation 6a1f00c2d3b4e597
 //! crc32c 5d1b3f0a
 //! ```
+//!
+//! # The incarnation
+//! A number drawn at random when the directory is made. The members tell it each other, and keep it with what they know of a member: one
+//! that comes back under its id with another directory, and so without what it has voted and acknowledged, is known by it. A directory
+//! from before there were any gets one when it is opened.
+//!
+//! `peers` has a line for each other member, its id and its peer URLs, and a checksum as above. It serves one purpose: a member whose
+//! state is damaged finds those who have it. So a damaged one is as good as none.
 //!
 //! # Invariants
 //! - The lock is taken before anything else is read or written, and by one server at a time, in this process or another.
@@ -41,6 +53,15 @@ const FORMAT_VERSION: u32 = 1;
 
 const IDENTITY: &str = "identity";
 const REMOVED: &str = "removed";
+const PEERS: &str = "peers";
+const REBUILDING: &str = "rebuilding";
+
+/// How the names of states that were set aside begin; a number follows.
+const DAMAGED: &str = "state.damaged-";
+
+/// Damaged states that are kept. Beyond it the oldest is removed: one that is damaged again and again tells nothing new, and each takes as
+/// much of the disk as the state.
+const DAMAGED_MAX: usize = 3;
 
 /// How the names of half-received snapshots begin.
 const INCOMING: &str = "incoming-";
@@ -54,6 +75,8 @@ pub(crate) struct Identity {
     pub name: String,
     /// It has joined a cluster that was there, and must never found one.
     pub joined: bool,
+    /// Of the data directory; see the module's head. 0 only before the directory has one.
+    pub incarnation: u64,
 }
 
 /// A data directory, held by this server until it is dropped.
@@ -109,10 +132,76 @@ impl DataDir {
     /// # Errors
     /// `Io`; then the directory is as it was.
     pub fn set_identity(&mut self, identity: Identity) -> Result<()> {
-        debug_assert!(self.identity.is_none(), "the identity {:?} is replaced by {identity:?}", self.identity);
+        let same = |known: &Identity| Identity { incarnation: identity.incarnation, ..known.clone() } == identity;
+        debug_assert!(self.identity.as_ref().is_none_or(same), "the identity {:?} is replaced by {identity:?}", self.identity);
         write_whole(&self.member, IDENTITY, encode_identity(&identity).as_bytes())?;
         self.identity = Some(identity);
         Ok(())
+    }
+
+    /// Where the other members were last known to be: id and peer URLs; none when that is not known.
+    pub fn peers(&self) -> Option<Vec<(u64, Vec<String>)>> {
+        let path = self.member.join(PEERS);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return None,
+            Err(err) => {
+                tracing::warn!(path = %path.display(), error = %err, "where the other members are cannot be read");
+                return None;
+            }
+        };
+        let peers = decode_peers(&bytes);
+        if peers.is_none() {
+            tracing::warn!(path = %path.display(), "the file is damaged, and is written anew once the member has started");
+        }
+        peers
+    }
+
+    /// Sets the state aside, for people to look at, so that another can be made in its place. Whoever had it open has closed it. Returns
+    /// where it is now; none when it was but the beginning of a new one, which is removed.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_state_aside(&self) -> Result<Option<PathBuf>> {
+        if self.is_rebuilding() {
+            // An earlier start has set aside what there was.
+            let state = self.state();
+            return match fs::remove_dir_all(&state) {
+                Err(err) if err.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &state, err)),
+                _ => Ok(None),
+            };
+        }
+        let mut kept = damaged_states(&self.member)?;
+        let number = kept.last().map_or(1, |(number, _)| number + 1);
+        let (state, aside) = (self.state(), self.member.join(format!("{DAMAGED}{number}")));
+        fs::rename(&state, &aside).map_err(|err| Error::io("setting aside", &state, err))?;
+        write_whole(&self.member, REBUILDING, b"")?;
+        kept.push((number, aside.clone()));
+        let surplus = kept.len().saturating_sub(DAMAGED_MAX);
+        for (_, old) in kept.drain(..surplus) {
+            match fs::remove_dir_all(&old) {
+                Ok(()) => tracing::warn!(path = %old.display(), kept = DAMAGED_MAX, "removed the oldest of the states that were set aside"),
+                Err(err) => tracing::warn!(path = %old.display(), error = %err, "could not remove a state that was set aside"),
+            }
+        }
+        Ok(Some(aside))
+    }
+
+    fn is_rebuilding(&self) -> bool {
+        self.member.join(REBUILDING).exists()
+    }
+
+    /// Notes that the state is one again, if it was set aside.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn set_rebuilt(&self) -> Result<()> {
+        if !self.is_rebuilding() {
+            return Ok(());
+        }
+        let path = self.member.join(REBUILDING);
+        fs::remove_file(&path).map_err(|err| Error::io("removing", &path, err))?;
+        sync_dir(&self.member)
     }
 
     /// Notes that the member was removed from its cluster: the directory is not opened any more.
@@ -140,6 +229,29 @@ impl DataDir {
 /// The file for a snapshot that is being received.
 pub(crate) fn incoming(member: &Path, id: u64) -> PathBuf {
     member.join(format!("{INCOMING}{id:016x}"))
+}
+
+/// Notes in a member's directory where the other members are.
+///
+/// # Errors
+/// `Io`; the file is as it was then.
+pub(crate) fn set_peers(member: &Path, peers: &[(u64, Vec<String>)]) -> Result<()> {
+    write_whole(member, PEERS, encode_peers(peers).as_bytes())
+}
+
+/// The states that were set aside, with their numbers, oldest first.
+fn damaged_states(member: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let fault = |err| Error::io("listing", member, err);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(member).map_err(fault)? {
+        let entry = entry.map_err(fault)?;
+        let name = entry.file_name();
+        if let Some(number) = name.to_str().and_then(|name| name.strip_prefix(DAMAGED)).and_then(|number| number.parse().ok()) {
+            found.push((number, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Removes what a process that ended had received of snapshots: their sender begins anew.
@@ -185,11 +297,35 @@ fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
 }
 
 fn encode_identity(identity: &Identity) -> String {
-    let Identity { cluster_id, member_id, name, joined } = identity;
+    let Identity { cluster_id, member_id, name, joined, incarnation } = identity;
     let joined = if *joined { "joined yes\n" } else { "" };
-    let text = format!("quorate {FORMAT_VERSION}\ncluster {cluster_id:016x}\nmember {member_id:016x}\nname {name}\n{joined}");
+    let incarnation = if *incarnation == 0 { String::new() } else { format!("incarnation {incarnation:016x}\n") };
+    with_sum(format!("quorate {FORMAT_VERSION}\ncluster {cluster_id:016x}\nmember {member_id:016x}\nname {name}\n{joined}{incarnation}"))
+}
+
+/// A text with its checksum behind it.
+fn with_sum(text: String) -> String {
     let crc = crc32c::crc32c(text.as_bytes());
     format!("{text}crc32c {crc:08x}\n")
+}
+
+fn encode_peers(peers: &[(u64, Vec<String>)]) -> String {
+    // URLs have no blanks in them.
+    with_sum(peers.iter().map(|(id, urls)| format!("{id:016x} {}\n", urls.join(" "))).collect())
+}
+
+fn decode_peers(bytes: &[u8]) -> Option<Vec<(u64, Vec<String>)>> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let (body, _) = text.split_at(text.rfind("crc32c ")?);
+    if text != with_sum(body.to_owned()) {
+        return None;
+    }
+    let peer = |line: &str| {
+        let mut words = line.split_whitespace();
+        let id = u64::from_str_radix(words.next()?, 16).ok()?;
+        Some((id, words.map(str::to_owned).collect()))
+    };
+    body.lines().map(peer).collect()
 }
 
 fn read_identity(path: &Path) -> Result<Option<Identity>> {
@@ -232,8 +368,12 @@ fn decode_identity(bytes: &[u8]) -> std::result::Result<Identity, Problem> {
     let cluster_id = number("cluster").ok_or_else(|| damaged(0, "the cluster id is missing"))?;
     let member_id = number("member").ok_or_else(|| damaged(0, "the member id is missing"))?;
     let name = field("name").ok_or_else(|| damaged(0, "the name is missing"))?.to_owned();
-    let joined = field("joined") == Some("yes");
-    Ok(Identity { cluster_id, member_id, name, joined })
+    // What may be there or not.
+    let rest = || body.lines().skip(4).filter_map(|line| line.split_once(' '));
+    let joined = rest().any(|line| line == ("joined", "yes"));
+    let incarnation = rest().find(|(name, _)| *name == "incarnation").map_or(Some(0), |(_, text)| u64::from_str_radix(text, 16).ok());
+    let incarnation = incarnation.ok_or_else(|| damaged(0, "the incarnation is no number"))?;
+    Ok(Identity { cluster_id, member_id, name, joined, incarnation })
 }
 
 #[cfg(test)]
@@ -241,7 +381,61 @@ mod tests {
     use super::*;
 
     fn sample() -> Identity {
-        Identity { cluster_id: 7, member_id: u64::MAX, name: "a member".into(), joined: true }
+        Identity { cluster_id: 7, member_id: u64::MAX, name: "a member".into(), joined: true, incarnation: 0x1f }
+    }
+
+    #[test]
+    fn a_directory_of_before_has_no_incarnation_and_gets_one() {
+        let old = Identity { incarnation: 0, joined: false, ..sample() };
+        assert!(matches!(decode_identity(encode_identity(&old).as_bytes()), Ok(identity) if identity == old));
+        let dir = tempfile::tempdir().unwrap();
+        let mut open = DataDir::open(dir.path(), None).unwrap();
+        open.set_identity(old.clone()).unwrap();
+        drop(open);
+        let mut again = DataDir::open(dir.path(), None).unwrap();
+        assert_eq!(again.identity(), Some(&old));
+        let new = Identity { incarnation: 7, ..old };
+        again.set_identity(new.clone()).unwrap();
+        drop(again);
+        assert_eq!(DataDir::open(dir.path(), None).unwrap().identity(), Some(&new));
+    }
+
+    #[test]
+    fn peers_are_remembered_and_damage_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = DataDir::open(dir.path(), None).unwrap();
+        assert_eq!(open.peers(), None);
+        let peers = vec![(7, vec!["http://a:1".to_owned(), "http://b:2".to_owned()]), (u64::MAX, Vec::new())];
+        set_peers(open.member(), &peers).unwrap();
+        assert_eq!(open.peers(), Some(peers.clone()));
+        let good = encode_peers(&peers).into_bytes();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            assert_eq!(decode_peers(&bad), None, "byte {at}");
+        }
+        set_peers(open.member(), &[]).unwrap();
+        assert_eq!(open.peers(), Some(Vec::new()));
+    }
+
+    #[test]
+    fn some_damaged_states_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = DataDir::open(dir.path(), None).unwrap();
+        for round in 1..=DAMAGED_MAX + 2 {
+            fs::create_dir(open.state()).unwrap();
+            fs::write(open.state().join("db"), round.to_string()).unwrap();
+            let aside = open.set_state_aside().unwrap().unwrap();
+            assert_eq!(fs::read_to_string(aside.join("db")).unwrap(), round.to_string());
+            assert!(!open.state().exists());
+            // What is made in its place is nothing to keep before it is a state.
+            fs::create_dir(open.state()).unwrap();
+            assert_eq!(open.set_state_aside().unwrap(), None);
+            assert!(!open.state().exists());
+            open.set_rebuilt().unwrap();
+        }
+        let kept: Vec<u64> = damaged_states(open.member()).unwrap().into_iter().map(|(number, _)| number).collect();
+        assert_eq!(kept, [3, 4, 5]);
     }
 
     #[test]
