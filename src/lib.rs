@@ -44,6 +44,7 @@
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
 //! | `snapshot` | the format of backups |
 //! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
+//! | `listing` | the log as lines of text, for people and for tests (feature `cli`) |
 //! | `background` | the thread that takes applied state to the storage and keeps it in shape |
 //! | `node` | requests in, outcomes out; everything that waits or happens by itself |
 //! | `api/` | the wire: etcd's services, HTTP, connections |
@@ -72,6 +73,8 @@ pub mod config;
 mod error;
 #[allow(dead_code, reason = "invariants that tests check")]
 mod lease;
+#[cfg(feature = "cli")]
+pub mod listing;
 mod lock;
 pub mod metrics;
 #[allow(dead_code, reason = "invariants that tests check")]

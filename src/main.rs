@@ -1,5 +1,7 @@
 //! The binary: flags, variables and file -> [`Config`](quorate::Config) -> [`Server`].
 //!
+//! `quorate log` prints a member's log instead, and touches nothing.
+//!
 //! Exit codes: 0 after help, version, or a stop that was asked for by SIGTERM or SIGINT; 1 when the server did not start or stopped by
 //! itself; 2 when the configuration is wrong, before anything was touched. A second signal ends the process at once, with 128 plus its
 //! number: whatever was acknowledged is on disk already.
@@ -11,7 +13,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use quorate::cli::{self, Action, Run};
+use quorate::cli::{self, Action, PrintLog, Run};
 use quorate::{Error, Server};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -30,10 +32,24 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Action::Run(run)) => serve(*run),
+        Ok(Action::PrintLog(print)) => print_log(&print),
         Err(error) => {
             // Not println: whoever closed the pipe has read enough, and that is no reason to panic.
             let _ = writeln!(std::io::stderr(), "quorate: {error}\n`quorate --help` lists the flags.");
             ExitCode::from(EXIT_USAGE)
+        }
+    }
+}
+
+fn print_log(print: &PrintLog) -> ExitCode {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    match quorate::listing::print(&print.wal_dir, print.from, print.json, &mut out) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever closed the pipe has read enough.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "quorate: {error}");
+            ExitCode::FAILURE
         }
     }
 }

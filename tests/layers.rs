@@ -13,7 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["storage", "config", "lease", "metrics", "slow"],
     &["mvcc", "snapshot", "cli", "tls"],
     &["raft"],
-    &["background"],
+    &["background", "listing"],
     &["node"],
     &["api"],
     &["client"],

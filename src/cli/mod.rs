@@ -32,6 +32,7 @@
 //! - Flags for what is not built are refused, see the table in `flags.rs` for the rule.
 
 mod flags;
+mod log;
 mod yaml;
 
 use std::collections::BTreeMap;
@@ -44,6 +45,7 @@ use std::str::FromStr;
 use crate::config::{Config, ETCD_VERSION};
 use crate::error::{Error, Result};
 use flags::{Act, FLAGS, Flag, Kind};
+pub use log::PrintLog;
 
 /// Largest configuration file: 1 MiB. [`read_config_file`] refuses a larger one, and [`parse`] too.
 pub const CONFIG_FILE_BYTES_MAX: usize = 1024 * 1024;
@@ -55,6 +57,8 @@ pub enum Action {
     Print(String),
     /// Run a server.
     Run(Box<Run>),
+    /// Print the requests in a member's log, and exit.
+    PrintLog(PrintLog),
 }
 
 /// A server to run.
@@ -179,6 +183,10 @@ pub fn parse(
     env: impl IntoIterator<Item = (OsString, OsString)>,
     read_file: impl FnOnce(&Path) -> io::Result<Vec<u8>>,
 ) -> Result<Action> {
+    let mut args = args.into_iter().peekable();
+    if args.next_if(|arg| arg == "log").is_some() {
+        return Ok(log::parse(args)?.map_or_else(|| Action::Print(log::HELP.into()), Action::PrintLog));
+    }
     let line = match parse_args(args)? {
         Line::Help => return Ok(Action::Print(help())),
         Line::Version => return Ok(Action::Print(version())),
@@ -306,7 +314,7 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Line> {
     Ok(if wants_version { Line::Version } else { Line::Settings(settings) })
 }
 
-/// An argument that is no flag. Room for commands that work on a stopped member's files, such as `dump-log`.
+/// An argument that is no flag, nor a command.
 fn stray(arg: &str) -> Error {
     match arg {
         "gateway" | "grpc-proxy" => Error::Config(format!("the command {arg} of etcd is not built")),
@@ -409,7 +417,7 @@ fn version() -> String {
 /// What `--help` prints.
 fn help() -> String {
     let mut text = String::from(
-        "Usage:\n\n  quorate [flags]\n    Start a server.\n\n\
+        "Usage:\n\n  quorate [flags]\n    Start a server.\n\n  quorate log --data-dir DIR\n    Print the requests in a member's log; `quorate log --help` says more.\n\n\
          A flag is written --flag value, --flag=value or -flag=value, and one of true or false also --flag alone.\n\
          Each can be given as a variable too: --data-dir is ETCD_DATA_DIR. A flag goes before its variable.\n",
     );
@@ -509,6 +517,7 @@ mod tests {
         };
         let outcome = match parse(args, env, read) {
             Ok(Action::Print(text)) => format!("prints: {}", text.lines().next().unwrap_or_default()),
+            Ok(Action::PrintLog(print)) => format!("{print:?}"),
             Ok(Action::Run(run)) => {
                 let mut lines = differences(&run.config, &Config::default());
                 lines.extend(differences(&run.log, &LogConfig::default()).into_iter().map(|line| format!("log {line}")));

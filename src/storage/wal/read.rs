@@ -146,6 +146,13 @@ pub fn dump(dir: impl AsRef<Path>) -> Result<(Recovered, Entries)> {
     Ok((recovered, Entries { disk, places: loaded.places, segments: loaded.segments, next, end, read: Vec::new().into_iter() }))
 }
 
+impl Entries {
+    /// Leaves out what comes before an entry, without reading it. Before the first entry is taken.
+    pub fn skip_to(&mut self, index: u64) {
+        self.next = self.next.max(index);
+    }
+}
+
 impl Iterator for Entries {
     type Item = Result<LogEntry>;
 
