@@ -11,8 +11,9 @@
 //! store without another task in between; a long one goes to a few threads kept for that.
 //!
 //! # By itself
-//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]). States are compared (see [`corruption`]). Leases that have expired are revoked, the
-//! space quota raises its alarm and takes it back, old revisions are compacted if so configured. The storage is the [background writer's](crate::background) business.
+//! Members publish themselves, added ones become voters, removed ones stop (see [`members`]); states are compared (see [`corruption`]); a
+//! leader whose disk stands still [hands over](handover). Leases that have expired are revoked, the space quota raises its alarm and takes
+//! it back, old revisions are compacted if so configured. The storage is the [background writer's](crate::background) business.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -55,6 +56,7 @@ use crate::storage::wal::Wal;
 mod corruption;
 mod duties;
 mod forward;
+mod handover;
 pub(crate) mod members;
 mod offers;
 mod peers;
@@ -188,6 +190,8 @@ pub(crate) struct Node {
     changing: tokio::sync::Mutex<()>,
     /// Changes under way that give this member company: it reads by itself no more once one has begun.
     growing: AtomicUsize,
+    /// The term in which this member has begun to hand over; see [`handover`].
+    handing_over: AtomicU64,
     /// Revocations may be due: a lease was granted, or shortened.
     leases_changed: Notify,
     network: Network,
@@ -258,6 +262,7 @@ impl Node {
             learner: AtomicBool::new(false),
             changing: tokio::sync::Mutex::new(()),
             growing: AtomicUsize::new(0),
+            handing_over: AtomicU64::new(0),
             leases_changed: Notify::new(),
             network,
             roster,
@@ -286,6 +291,7 @@ impl Node {
         node.spawn(node.clone().promote_added());
         node.spawn(node.clone().watch_members());
         node.spawn(node.clone().watch_heartbeats());
+        node.spawn(node.clone().watch_disk());
         node.spawn(node.clone().heed_removal());
         node.heed_corruption();
         if !node.options.corrupt_check_time.is_zero() {

@@ -37,7 +37,7 @@ use crate::raft::{Membership, log_id_from_proto, vote_from_proto};
 const LAG_MAX: u64 = 1000;
 
 /// Entries that a voter may lack to be handed the lead: nothing is proposed until it has them.
-const TRANSFER_LAG_MAX: u64 = 1000;
+pub(super) const TRANSFER_LAG_MAX: u64 = 1000;
 
 /// How often the leader looks whether an added voter has the log.
 const PROMOTE_LOOK: Duration = Duration::from_millis(100);
@@ -444,7 +444,7 @@ impl Node {
     }
 
     /// Whether this leader has heard of another member lately, and up to which entry that one is known to have the log.
-    fn heard_of(&self, now: &openraft::RaftMetrics<TypeConfig>, id: u64) -> (bool, Option<u64>) {
+    pub(super) fn heard_of(&self, now: &openraft::RaftMetrics<TypeConfig>, id: u64) -> (bool, Option<u64>) {
         let heard = now.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(|at| at.as_ref().map(|at| at.elapsed()));
         let matched = now.replication.as_ref().and_then(|all| all.get(&id)).and_then(|matched| matched.as_ref().map(|at| at.index));
         (heard.is_some_and(|ago| ago < self.options.election_timeout), matched)
@@ -478,7 +478,7 @@ impl Node {
             return Err(ApplyError::TimeoutLeaderTransfer.into());
         }
         tracing::info!(to = %format_args!("{to:x}"), "leadership is handed over");
-        self.raft.trigger().transfer_leader(to).await.map_err(|err| Error::Failed(err.to_string()))?;
+        self.hand_over(to).await?;
         let taken = async {
             while self.leader() != to {
                 self.pause(LEADER_RETRY).await?;

@@ -492,6 +492,13 @@ impl Wal {
         self.shared.lock().queued_bytes
     }
 
+    /// None if all that was accepted is durable; otherwise how often something has become durable since the log was opened. Who finds the
+    /// same number for long knows that the disk stands still.
+    pub fn waits_at(&self) -> Option<u64> {
+        let state = self.shared.lock();
+        (state.queued_bytes > 0).then_some(state.published)
+    }
+
     /// The bytes of all files of the log, used or kept ready.
     pub fn disk_bytes(&self) -> u64 {
         self.shared.lock().disk_bytes()

@@ -254,6 +254,7 @@ impl Flusher {
         let items = || self.taken.iter().take(count);
         let cost: u64 = items().map(|queued| queued.item.cost()).sum();
         state.queued_bytes = state.queued_bytes.saturating_sub(cost);
+        state.published += 1;
         state.room = self.limit(0).saturating_sub(self.at.offset);
         // Only entries count: a purge may have overtaken some.
         if let Some(durable) = items().rev().find(|queued| matches!(queued.item, Item::Entry(_))).map(|queued| queued.ticket) {

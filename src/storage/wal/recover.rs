@@ -266,6 +266,7 @@ pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Posi
         cache: loaded.cache,
         queue: VecDeque::new(),
         queued_bytes: 0,
+        published: 0,
         ticket: 0,
         sleep: Sleep::Awake,
         places: loaded.places,

@@ -105,6 +105,8 @@ pub(super) struct State {
     pub(super) queue: VecDeque<Queued>,
     /// The cost of everything that is not durable yet, whether in `queue` or already taken by the log's thread.
     pub(super) queued_bytes: u64,
+    /// How often something has become durable.
+    pub(super) published: u64,
     pub(super) ticket: u64,
     pub(super) sleep: Sleep,
 
