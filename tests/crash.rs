@@ -25,6 +25,7 @@
 //! ```
 #![cfg(feature = "cli")]
 
+#[allow(dead_code, reason = "shared with the fault tests")]
 #[path = "crash/disk.rs"]
 mod disk;
 #[path = "crash/flip.rs"]

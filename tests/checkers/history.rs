@@ -30,6 +30,8 @@ pub struct Request {
     pub reads: Vec<Key>,
     /// Read what the member has, which may be old. Nothing is written then.
     pub serializable: bool,
+    /// The lease that what is put is attached to; 0: none.
+    pub lease: i64,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -119,6 +121,9 @@ impl fmt::Debug for Request {
                 Some(value) => write!(f, "put {}={value} ", write.key)?,
                 None => write!(f, "delete {} ", write.key)?,
             }
+        }
+        if self.lease != 0 {
+            write!(f, "with lease {:x} ", self.lease)?;
         }
         for key in &self.reads {
             write!(f, "{} {key} ", if self.serializable { "peek" } else { "get" })?;

@@ -1,5 +1,5 @@
-//! Disks that a test can take away: a file system of its own on a loop device, whose power can be cut, and one in memory, which
-//! is soon full. Both need root; where they cannot be had the reason is returned.
+//! Disks that a test can take away: a file system of its own on a loop device, whose power can be cut, which can be made to stand still or
+//! to be full, and one in memory, which is soon full. Both need root; where they cannot be had the reason is returned.
 //!
 //! The power cut is ext4's own: the ioctl GOINGDOWN makes it drop whatever has not reached the disk, without writing its journal,
 //! as if the power had failed. Mounting it again replays the journal, as after a real one.
@@ -91,8 +91,40 @@ impl PowerDisk {
         run("perl", &["-e", SHUTDOWN, &self.mount.path.to_string_lossy()]).map(|_| ())
     }
 
+    /// Lets nothing be written any more, and no sync end, until what is returned is dropped. Who tries meanwhile cannot even be killed.
+    pub fn stand_still(&self) -> Result<StandStill, String> {
+        let path = self.mount.path.to_string_lossy().into_owned();
+        run("fsfreeze", &["--freeze", &path])?;
+        Ok(StandStill(path))
+    }
+
+    /// Sets all space aside that is left, in a file that costs nothing.
+    pub fn fill(&self, ballast: &Path) -> Result<(), String> {
+        let complain = |err: std::io::Error| format!("{}: {err}", ballast.display());
+        let file = std::fs::File::create(ballast).map_err(complain)?;
+        let (mut end, mut step) = (0, 1 << 30);
+        while step >= 4096 {
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), end, step) {
+                Ok(()) => end += step,
+                Err(_) => step /= 2,
+            }
+        }
+        Ok(())
+    }
+
     /// Unmounts it. Nobody may hold a file in it any more.
     pub fn power_off(&mut self) -> Result<(), String> {
         self.mount.unmount()
+    }
+}
+
+/// A disk that stands still.
+pub struct StandStill(String);
+
+impl Drop for StandStill {
+    fn drop(&mut self) {
+        if let Err(err) = run("fsfreeze", &["--unfreeze", &self.0]) {
+            eprintln!("{err}");
+        }
     }
 }

@@ -111,6 +111,12 @@ impl Member {
         }
     }
 
+    /// Adds a flag for the starts to come; it goes before an earlier one of the same name.
+    #[allow(dead_code, reason = "for the fault tests")]
+    pub fn add_flag(&mut self, flag: &str) {
+        self.flags.push(flag.to_owned());
+    }
+
     pub fn client_url(&self) -> String {
         format!("http://{}:{CLIENT_PORT}", self.address)
     }

@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rustix::process::Signal;
 
 use crate::checkers::history::Request;
+use crate::disk::PowerDisk;
 use crate::links::{Links, MEMBERS};
 use crate::load::Record;
 use crate::member::{Home, Member, Program};
@@ -25,19 +26,20 @@ const TRY: Duration = Duration::from_secs(3);
 /// Reads sent to a paused leader shortly before it goes on.
 const READS: usize = 8;
 
-/// As in the flags below. Longer than the defaults, for the machine of a test may be short of time itself.
-const ELECTION_MS: u64 = 1_500;
+/// etcd's default, as the members have it.
+pub const ELECTION_MS: u64 = 1_000;
 
-const FLAGS: &[&str] = &[
-    "--heartbeat-interval=300",
-    "--election-timeout=1500",
-    "--experimental-watch-progress-notify-interval=200ms",
-    "--experimental-snapshot-catchup-entries=100000000",
-];
+/// A disk of its own for each member; it takes only what is written of the real one.
+const DISK_BYTES: u64 = 3 << 30;
+
+const FLAGS: &[&str] = &["--experimental-watch-progress-notify-interval=200ms", "--experimental-snapshot-catchup-entries=100000000"];
 
 pub struct Cluster {
-    pub home: Home,
+    // In the order in which they have to go.
     pub members: Vec<Member>,
+    /// The members' disks, if this machine lets the test have any.
+    disks: Vec<PowerDisk>,
+    pub home: Home,
     pub links: Links,
     pub record: Arc<Record>,
     /// What was found wrong when there was no time to say so.
@@ -57,9 +59,20 @@ enum Fault {
     Partial,
     Slow,
     IsolateAndKill,
+    PowerLoss,
+    PowerLossOfAll,
+    DiskStandsStill,
+    FullDisk,
+    Replace,
 }
 
-const FAULTS: [(Fault, u32); 10] = [
+impl Fault {
+    fn needs_disk(self) -> bool {
+        matches!(self, Fault::PowerLoss | Fault::PowerLossOfAll | Fault::DiskStandsStill | Fault::FullDisk)
+    }
+}
+
+const FAULTS: [(Fault, u32); 15] = [
     (Fault::Kill, 4),
     (Fault::KillAll, 2),
     (Fault::PauseLeader, 4),
@@ -70,26 +83,46 @@ const FAULTS: [(Fault, u32); 10] = [
     (Fault::Partial, 2),
     (Fault::Slow, 2),
     (Fault::IsolateAndKill, 2),
+    (Fault::PowerLoss, 3),
+    (Fault::PowerLossOfAll, 2),
+    (Fault::DiskStandsStill, 3),
+    (Fault::FullDisk, 2),
+    (Fault::Replace, 2),
 ];
 
 impl Cluster {
-    /// Starts three fresh members.
-    pub async fn start(program: &Program, record: &Arc<Record>) -> Cluster {
+    /// Starts three fresh members, who keep so many entries of the log for those who lag.
+    pub async fn start(program: &Program, record: &Arc<Record>, catchup_entries: u64) -> Cluster {
         let (home, mut links) = (Home::new("faults"), Links::new().await);
+        let disk = |at: usize| {
+            let place = home.path().join(format!("disk-{at}"));
+            std::fs::create_dir(&place).map_err(|err| err.to_string())?;
+            PowerDisk::new(&place, DISK_BYTES)
+        };
+        let disks = (0..MEMBERS).map(disk).collect::<Result<Vec<_>, _>>().unwrap_or_else(|why| {
+            println!("skipped: what befalls disks, for there are none to be had: {why}");
+            assert!(!std::env::var("CI").is_ok_and(|ci| ci == "true"), "with CI=true nothing may be skipped");
+            Vec::new()
+        });
+        let data = |at: usize, name: &str| disks.get(at).map_or_else(|| home.path().join(name), |disk| disk.mount.path.join("data"));
         let name = |at: usize| ["a", "b", "c"][at];
         let urls: Vec<String> = links.addresses.iter().map(|address| format!("http://{address}")).collect();
         let all = urls.iter().enumerate().map(|(at, url)| format!("{}={url}", name(at))).collect::<Vec<_>>().join(",");
         let members: Vec<Member> = (0..MEMBERS)
             .map(|at| {
-                let own = [format!("--name={}", name(at)), format!("--initial-advertise-peer-urls={}", urls[at])];
+                let own = [
+                    format!("--name={}", name(at)),
+                    format!("--initial-advertise-peer-urls={}", urls[at]),
+                    format!("--experimental-snapshot-catchup-entries={catchup_entries}"),
+                ];
                 let mut flags: Vec<&str> = own.iter().map(String::as_str).collect();
                 flags.extend(["--initial-cluster", &all]);
                 flags.extend(FLAGS);
-                Member::new(program, home.path(), &home.path().join(name(at)), &flags)
+                Member::new(program, home.path(), &data(at, name(at)), &flags)
             })
             .collect();
         links.serve(std::array::from_fn(|at| members[at].peer_address()));
-        let mut cluster = Cluster { home, members, links, record: record.clone(), trouble: None };
+        let mut cluster = Cluster { home, members, disks, links, record: record.clone(), trouble: None };
         (0..MEMBERS).for_each(|at| cluster.spawn(at));
         cluster
     }
@@ -145,7 +178,13 @@ impl Cluster {
 
     /// Does one thing to the cluster, and undoes it.
     pub async fn suffer(&mut self, rng: &mut StdRng) -> Result<(), String> {
-        let (fault, _) = *FAULTS.choose_weighted(rng, |(_, weight)| *weight).expect("not empty");
+        let weight = |(fault, weight): &(Fault, u32)| if fault.needs_disk() && self.disks.is_empty() { 0 } else { *weight };
+        let (mut fault, _) = *FAULTS.choose_weighted(rng, weight).expect("not empty");
+        if self.members[0].program.is_etcd && fault == Fault::FullDisk {
+            // etcd ends when its disk is full.
+            fault = Fault::Kill;
+        }
+        self.record.healed.store(u64::MAX, SeqCst);
         let any = rng.random_range(0..MEMBERS);
         let leader = if rng.random_ratio(2, 3) { self.leader_or_any(rng).await } else { any };
         let while_ms = rng.random_range(200..3 * ELECTION_MS);
@@ -157,36 +196,42 @@ impl Cluster {
                 pause().await;
                 self.spawn_for_good(leader, rng).await;
             }
-            Fault::KillAll => {
-                let mut order = [0, 1, 2];
-                order.shuffle(rng);
-                for at in order {
-                    self.kill(at);
-                    tokio::time::sleep(Duration::from_millis(rng.random_range(0..20))).await;
-                }
-                order.shuffle(rng);
-                for at in order {
-                    tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
-                    self.spawn_for_good(at, rng).await;
-                }
-            }
+            Fault::KillAll => self.kill_all(rng).await,
             Fault::PauseLeader => self.pause_leader().await?,
             Fault::PauseAny => {
                 self.signal(any, Signal::STOP);
                 pause().await;
                 self.signal(any, Signal::CONT);
             }
-            Fault::Rolling => {
-                for at in 0..MEMBERS {
-                    self.record.note(&format!("member {at} is asked to stop"));
-                    let status = self.members[at].stop().await;
-                    if !self.members[at].program.is_etcd && status.code() != Some(0) {
-                        return Err(format!("member {at}, asked to stop, ended with {status}"));
-                    }
-                    self.spawn(at);
-                    self.answers(at).await?;
+            Fault::Rolling => self.restart_all().await?,
+            Fault::PowerLoss => {
+                self.cut_power(&[leader]).await?;
+                pause().await;
+                self.power_on(leader)?;
+                self.spawn_for_good(leader, rng).await;
+            }
+            Fault::PowerLossOfAll => {
+                let mut order = [0, 1, 2];
+                order.shuffle(rng);
+                self.cut_power(&order).await?;
+                order.shuffle(rng);
+                for at in order {
+                    self.power_on(at)?;
+                    tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
+                    self.spawn_for_good(at, rng).await;
                 }
             }
+            Fault::DiskStandsStill => {
+                self.disk_stands_still(leader, Duration::from_millis(while_ms)).await?;
+            }
+            Fault::FullDisk => {
+                let ballast = self.disks[leader].mount.path.join("ballast");
+                self.disks[leader].fill(&ballast)?;
+                self.record.note(&format!("the disk of member {leader} is full"));
+                pause().await;
+                std::fs::remove_file(&ballast).map_err(|err| err.to_string())?;
+            }
+            Fault::Replace => self.replace(any).await?,
             Fault::Isolate => {
                 self.links.change(|from, to, link| link.is_cut = from == leader || to == leader);
                 pause().await;
@@ -228,6 +273,181 @@ impl Cluster {
         let reset = rng.random();
         self.record.note(&format!("healed, connections reset: {reset}"));
         self.links.heal(reset);
+        self.record.healed.store(self.record.now(), SeqCst);
+        Ok(())
+    }
+
+    /// Kills all, and starts them again, in any order.
+    pub async fn kill_all(&mut self, rng: &mut StdRng) {
+        let mut order = [0, 1, 2];
+        order.shuffle(rng);
+        for at in order {
+            self.kill(at);
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..20))).await;
+        }
+        order.shuffle(rng);
+        for at in order {
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
+            self.spawn_for_good(at, rng).await;
+        }
+    }
+
+    /// Kills all, three times, while each of them defragments as often as it can, and compacts up to a revision that all watchers have.
+    pub async fn kill_busy(&mut self, compact_at: i64, rng: &mut StdRng) -> Result<(), String> {
+        let mut busy = Vec::new();
+        for at in 0..MEMBERS {
+            let mut client = self.client(at);
+            busy.push(tokio::spawn(async move {
+                loop {
+                    let _ = tokio::time::timeout(TRY, client.defragment()).await;
+                    let _ = tokio::time::timeout(TRY, client.compact(compact_at)).await;
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }));
+        }
+        let mut outcome = Ok(());
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(rng.random_range(300..1_000))).await;
+            self.kill_all(rng).await;
+            for at in 0..MEMBERS {
+                outcome = outcome.and(self.answers(at).await);
+            }
+        }
+        busy.iter().for_each(tokio::task::JoinHandle::abort);
+        outcome
+    }
+
+    /// Cuts a member off until the others have cut their logs off behind it, so that it needs a snapshot.
+    pub async fn cut_off_past_the_log(&mut self, at: usize) {
+        self.record.note(&format!("member {at} is cut off until it needs a snapshot"));
+        self.links.change(|from, to, link| link.is_cut = from == at || to == at);
+        // The state is synced every few seconds, and with it the log cut off.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        self.links.heal(true);
+    }
+
+    /// Asks each member in turn to stop, and starts it again once it has.
+    pub async fn restart_all(&mut self) -> Result<(), String> {
+        for at in 0..MEMBERS {
+            self.record.note(&format!("member {at} is asked to stop"));
+            self.look_at(at);
+            let status = self.members[at].stop().await;
+            if !self.members[at].program.is_etcd && status.code() != Some(0) {
+                return Err(format!("member {at}, asked to stop, ended with {status}"));
+            }
+            self.spawn(at);
+            self.answers(at).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a member, wipes its data, adds it as a learner, and has it vote again.
+    pub async fn replace(&mut self, at: usize) -> Result<(), String> {
+        let mut client = self.client((at + 1) % MEMBERS);
+        let url = format!("http://{}", self.links.addresses[at]);
+        let members = async |client: &mut Client| match tokio::time::timeout(TRY, client.members()).await {
+            Ok(Ok(members)) => Some(members.into_iter().find(|(_, theirs, _)| *theirs == url).map(|(id, _, learner)| (id, learner))),
+            _ => None,
+        };
+        // What became of a try that failed is seen in the list of the members.
+        self.record.note(&format!("member {at} is removed"));
+        self.insist("removing a member", async || match members(&mut client).await {
+            Some(None) => true,
+            Some(Some((id, _))) => tokio::time::timeout(TRY, client.remove_member(id)).await.is_ok_and(|removed| removed.is_ok()),
+            None => false,
+        })
+        .await?;
+        let status = self.members[at].wait().await;
+        self.record.note(&format!("it has ended with {status}"));
+        if self.members[at].log().contains("panicked at") {
+            return Err(format!("member {at} has panicked"));
+        }
+        self.links.set_pid(at, 0);
+        std::fs::remove_dir_all(&self.members[at].data).map_err(|err| err.to_string())?;
+        self.insist("adding a learner", async || match members(&mut client).await {
+            Some(Some(_)) => true,
+            Some(None) => tokio::time::timeout(TRY, client.add_learner(&url)).await.is_ok_and(|added| added.is_ok()),
+            None => false,
+        })
+        .await?;
+        self.members[at].add_flag("--initial-cluster-state=existing");
+        self.spawn(at);
+        self.insist("promoting the learner", async || match members(&mut client).await {
+            Some(Some((_, false))) => true,
+            Some(Some((id, true))) => tokio::time::timeout(TRY, client.promote_member(id)).await.is_ok_and(|promoted| promoted.is_ok()),
+            _ => false,
+        })
+        .await?;
+        self.record.note(&format!("member {at} votes again"));
+        self.answers(at).await
+    }
+
+    async fn insist(&self, what: &str, mut is_done: impl AsyncFnMut() -> bool) -> Result<(), String> {
+        let began = Instant::now();
+        while !is_done().await {
+            if began.elapsed() > PATIENCE {
+                return Err(format!("{what}: not within {PATIENCE:?}"));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Takes the power from members, at the same time. What they had not synced is gone.
+    async fn cut_power(&mut self, which: &[usize]) -> Result<(), String> {
+        // Paused first: an fsync that the cut meets half-way may return success, which no program can help.
+        which.iter().for_each(|at| self.signal(*at, Signal::STOP));
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        for at in which {
+            self.disks[*at].cut_power()?;
+        }
+        for at in which {
+            self.kill(*at);
+            self.disks[*at].power_off()?;
+        }
+        Ok(())
+    }
+
+    fn power_on(&mut self, at: usize) -> Result<(), String> {
+        self.record.note(&format!("member {at} has power again"));
+        self.disks[at].power_on()
+    }
+
+    /// Has a member's disk stand still for a while, and until somebody else leads. Returns how long that took; None without disks.
+    pub async fn disk_stands_still(&self, at: usize, for_a_while: Duration) -> Result<Option<Duration>, String> {
+        let Some(disk) = self.disks.get(at) else { return Ok(None) };
+        let still = disk.stand_still()?;
+        let began = Instant::now();
+        self.record.note(&format!("the disk of member {at} stands still"));
+        let mut led = Ok(());
+        // etcd's leader goes on leading.
+        while !self.members[at].program.is_etcd && self.leader(Some(at)).await.is_none_or(|leader| leader == at) {
+            if began.elapsed() > PATIENCE {
+                led = Err(format!("member {at} still leads, and its disk stands still"));
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let took = began.elapsed();
+        tokio::time::sleep(for_a_while.saturating_sub(took)).await;
+        drop(still);
+        self.record.note("it goes on");
+        led.map(|()| Some(took))
+    }
+
+    /// The same with the leader's, once it is known who leads.
+    pub async fn leaders_disk_stands_still(&self) -> Result<(), String> {
+        let began = Instant::now();
+        let leader = loop {
+            match self.leader(None).await {
+                Some(leader) => break leader,
+                None if began.elapsed() > PATIENCE => return Err("there is no leader".into()),
+                None => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        if let Some(took) = self.disk_stands_still(leader, Duration::from_millis(3 * ELECTION_MS)).await? {
+            println!("the disk of the leader, member {leader}, stood still; somebody else led after {took:.1?}");
+        }
         Ok(())
     }
 
@@ -245,7 +465,7 @@ impl Cluster {
     ///
     /// It is stopped until the others have a new leader and have acknowledged a write. Then it is sent reads, which wait in its sockets,
     /// and goes on: what it answers has to show that write.
-    async fn pause_leader(&mut self) -> Result<(), String> {
+    pub async fn pause_leader(&mut self) -> Result<(), String> {
         let Some(leader) = self.leader(None).await else {
             self.record.note("there is no leader to pause");
             return Ok(());

@@ -13,9 +13,9 @@
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -47,6 +47,9 @@ struct Shared {
     table: watch::Sender<Table>,
     /// The members' processes; 0: not running.
     pids: [AtomicU32; MEMBERS],
+    /// The kernel's table of connections, and when it was read. Who comes while it is read shares the next reading with all that wait: on
+    /// a busy machine it takes long, and a member that is not connected in time tries again.
+    sockets: Mutex<(Instant, String)>,
 }
 
 pub struct Links {
@@ -68,7 +71,11 @@ impl Links {
             Ok(SocketAddr::V4(address)) => address,
             other => panic!("{other:?}"),
         });
-        let shared = Shared { table: watch::Sender::new(Table::default()), pids: Default::default() };
+        let shared = Shared {
+            table: watch::Sender::new(Table::default()),
+            pids: Default::default(),
+            sockets: Mutex::new((Instant::now(), String::new())),
+        };
         Links { shared: Arc::new(shared), addresses, listeners, tasks: Vec::new() }
     }
 
@@ -118,7 +125,12 @@ async fn pass_on(shared: Arc<Shared>, inward: TcpStream, to: usize, target: Sock
     let mut table = shared.table.subscribe();
     let resets = table.borrow_and_update().resets;
     // Who has ended meanwhile has no use for its connection.
-    let Some(from) = owner(&shared, &inward) else { return };
+    let (Ok(SocketAddr::V4(theirs)), Ok(SocketAddr::V4(ours))) = (inward.peer_addr(), inward.local_addr()) else { return };
+    let found = tokio::task::spawn_blocking({
+        let shared = shared.clone();
+        move || owner(&shared, theirs, ours)
+    });
+    let Ok(Some(from)) = found.await else { return };
     if from == to {
         return;
     }
@@ -149,19 +161,26 @@ async fn pump(mut table: watch::Receiver<Table>, from: usize, to: usize, mut rea
 }
 
 /// Which member has the other end of a connection.
-fn owner(shared: &Shared, stream: &TcpStream) -> Option<usize> {
-    let (Ok(SocketAddr::V4(theirs)), Ok(SocketAddr::V4(ours))) = (stream.peer_addr(), stream.local_addr()) else { return None };
+fn owner(shared: &Shared, theirs: SocketAddrV4, ours: SocketAddrV4) -> Option<usize> {
     let text = |address: SocketAddrV4| format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port());
-    let (theirs, ours) = (text(theirs), text(ours));
+    let ends = format!(" {} {} ", text(theirs), text(ours));
     /// The kernel's table may change while it is read, and a row be missed.
-    const TRIES: u32 = 5;
+    const TRIES: u32 = 2;
     for _ in 0..TRIES {
-        let rows = std::fs::read_to_string("/proc/net/tcp").ok()?;
-        let inode = rows.lines().find_map(|row| {
-            let mut fields = row.split_whitespace().skip(1);
-            (fields.next()? == theirs && fields.next()? == ours).then(|| fields.nth(6))?
-        });
-        let Some(inode) = inode.filter(|inode| *inode != "0") else { continue };
+        let came = Instant::now();
+        let inode = {
+            let mut sockets = shared.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            if sockets.0 < came {
+                *sockets = (Instant::now(), std::fs::read_to_string("/proc/net/tcp").ok()?);
+            }
+            let rest = sockets.1.find(&ends).map(|at| &sockets.1[at + ends.len()..]);
+            rest.and_then(|rest| rest.split_whitespace().nth(6)).map(String::from)
+        };
+        let Some(inode) = inode else { continue };
+        if inode == "0" {
+            // It has given up waiting. Looking for it again would only keep others waiting, until they give up.
+            return None;
+        }
         let socket = format!("socket:[{inode}]");
         for (member, pid) in shared.pids.iter().enumerate() {
             let pid = pid.load(SeqCst);

@@ -15,6 +15,7 @@ use tonic::Code;
 
 use crate::checkers::history::{Change, Op, Outcome, Request};
 use crate::checkers::watch::Told;
+use crate::leases::{self, Held};
 use crate::links::MEMBERS;
 use crate::wire::Client;
 
@@ -50,6 +51,12 @@ pub struct Record {
     pub starts: [AtomicU32; MEMBERS],
     /// What was done to the cluster, and when.
     notes: Mutex<Vec<String>>,
+    /// What was found wrong on the way.
+    wrong: Mutex<Vec<String>>,
+    /// Leases that have run out by themselves, and by how much the latest was late.
+    leases: Mutex<(u64, Duration)>,
+    /// When the last fault was healed; u64::MAX while there is one.
+    pub healed: AtomicU64,
     errors: Mutex<BTreeMap<String, u64>>,
     values: AtomicU64,
     clients: AtomicU32,
@@ -67,13 +74,17 @@ impl Record {
             told: Default::default(),
             starts: Default::default(),
             notes: Mutex::default(),
+            wrong: Mutex::default(),
+            leases: Mutex::default(),
+            healed: AtomicU64::new(u64::MAX),
             errors: Mutex::default(),
             values: AtomicU64::new(1),
             clients: AtomicU32::new(0),
         })
     }
 
-    fn now(&self) -> u64 {
+    /// Nanoseconds on the clock of the history.
+    pub fn now(&self) -> u64 {
         self.began.elapsed().as_nanos() as u64
     }
 
@@ -83,6 +94,30 @@ impl Record {
 
     pub fn take_notes(&self) -> Vec<String> {
         std::mem::take(&mut *lock(&self.notes))
+    }
+
+    /// A lease has ended, so much later than it might have.
+    pub fn lease_ended(&self, late_nanos: u64, revoked: bool) {
+        if !revoked {
+            let mut leases = lock(&self.leases);
+            *leases = (leases.0 + 1, leases.1.max(Duration::from_nanos(late_nanos)));
+        }
+    }
+
+    pub fn leases(&self) -> (u64, Duration) {
+        *lock(&self.leases)
+    }
+
+    pub fn wrong(&self, text: String) {
+        lock(&self.wrong).push(text);
+    }
+
+    pub fn take_wrong(&self) -> Vec<String> {
+        std::mem::take(&mut *lock(&self.wrong))
+    }
+
+    pub fn push(&self, op: Op) {
+        lock(&self.ops).push(op);
     }
 
     pub fn take_ops(&self) -> Vec<Op> {
@@ -128,40 +163,55 @@ impl Record {
 
 /// Whether an error says for certain that nothing was done: there are too many requests, or nobody to send one to.
 fn is_refusal(status: &tonic::Status) -> bool {
-    status.code() == Code::ResourceExhausted || (status.code() == Code::Unavailable && status.message() == "tcp connect error")
+    status.code() == Code::ResourceExhausted
+        || status.message() == "etcdserver: rpc not supported for learner"
+        || (status.code() == Code::Unavailable && status.message() == "tcp connect error")
 }
 
 /// Clients at work.
 pub struct Load {
     stop: Arc<AtomicBool>,
     tasks: Vec<JoinHandle<()>>,
+    holders: Vec<JoinHandle<Option<Held>>>,
 }
 
 impl Load {
-    pub fn start(record: &Arc<Record>, urls: &[String; MEMBERS], rng: &mut StdRng) -> Load {
+    /// Starts it; `held` are the leases that were held when the load before this one ended.
+    pub fn start(record: &Arc<Record>, urls: &[String; MEMBERS], held: Vec<Option<Held>>, rng: &mut StdRng) -> Load {
         let stop = Arc::new(AtomicBool::new(false));
         let mut tasks = Vec::new();
+        let holder = |held| {
+            let clients = urls.each_ref().map(|url| Client::new(url));
+            tokio::spawn(leases::hold(record.clone(), stop.clone(), clients, held, StdRng::from_rng(rng)))
+        };
+        let holders = held.into_iter().map(holder).collect();
         for (member, url) in urls.iter().enumerate() {
             for _ in 0..CLIENTS {
                 let (record, stop, client) = (record.clone(), stop.clone(), Client::new(url));
                 tasks.push(tokio::spawn(work(record, stop, member, client, StdRng::from_rng(rng))));
             }
         }
-        Load { stop, tasks }
+        Load { stop, tasks, holders }
     }
 
-    /// Waits for all requests under way.
-    pub async fn finish(mut self) {
+    /// Waits for all requests under way. Returns the leases that are still held.
+    pub async fn finish(mut self) -> Vec<Option<Held>> {
         self.stop.store(true, SeqCst);
         for task in self.tasks.drain(..) {
             task.await.expect("a client does not panic");
         }
+        let mut held = Vec::new();
+        for holder in self.holders.drain(..) {
+            held.push(holder.await.expect("a holder does not panic"));
+        }
+        held
     }
 }
 
 impl Drop for Load {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
+        self.holders.iter().for_each(JoinHandle::abort);
     }
 }
 

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use quorate::proto::EncodedKv;
+use quorate::proto::etcdserverpb::cluster_client::ClusterClient;
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::kv_client::KvClient;
+use quorate::proto::etcdserverpb::lease_client::LeaseClient;
 use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use quorate::proto::etcdserverpb::request_op::Request as Union;
 use quorate::proto::etcdserverpb::response_op::Response as Reply;
@@ -30,6 +32,8 @@ const ALL: &[u8] = b"\0";
 pub struct Client {
     kv: KvClient<Channel>,
     watch: WatchClient<Channel>,
+    lease: LeaseClient<Channel>,
+    cluster: ClusterClient<Channel>,
     maintenance: MaintenanceClient<Channel>,
 }
 
@@ -41,6 +45,8 @@ impl Client {
         Client {
             kv: KvClient::new(channel.clone()),
             watch: WatchClient::new(channel.clone()),
+            lease: LeaseClient::new(channel.clone()),
+            cluster: ClusterClient::new(channel.clone()),
             maintenance: MaintenanceClient::new(channel),
         }
     }
@@ -54,7 +60,7 @@ impl Client {
     pub async fn send(&mut self, request: &Request) -> Result<Answer, Status> {
         match (&request.guard, &request.writes[..], &request.reads[..]) {
             (None, [Change { key, value: Some(value) }], []) => {
-                let answer = self.kv.put(put(key, *value)).await?.into_inner();
+                let answer = self.kv.put(put(key, *value, request.lease)).await?.into_inner();
                 Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() })
             }
             (None, [Change { key, value: None }], []) => {
@@ -73,7 +79,7 @@ impl Client {
         let op = |request| RequestOp { request: Some(request) };
         let reads = || request.reads.iter().map(|key| op(Union::RequestRange(range(key, request.serializable))));
         let writes = request.writes.iter().map(|change| match change.value {
-            Some(value) => op(Union::RequestPut(put(&change.key, value))),
+            Some(value) => op(Union::RequestPut(put(&change.key, value, request.lease))),
             None => op(Union::RequestDeleteRange(delete(&change.key))),
         });
         let compare = request.guard.iter().map(|(key, modified)| Compare {
@@ -112,10 +118,48 @@ impl Client {
         self.kv.compact(CompactionRequest { revision, physical: false }).await.map(drop)
     }
 
+    pub async fn defragment(&mut self) -> Result<(), Status> {
+        self.maintenance.defragment(DefragmentRequest {}).await.map(drop)
+    }
+
     /// The hash of the history up to a revision.
     pub async fn hash(&mut self, at: i64) -> Result<Hash, Status> {
         let answer = self.maintenance.hash_kv(HashKvRequest { revision: at }).await?.into_inner();
         Ok(Hash { revision: at, compacted: answer.compact_revision, hash: answer.hash })
+    }
+
+    /// Grants a lease; its TTL in seconds.
+    pub async fn grant(&mut self, id: i64, ttl: i64) -> Result<i64, Status> {
+        Ok(self.lease.lease_grant(LeaseGrantRequest { id, ttl }).await?.into_inner().ttl)
+    }
+
+    pub async fn revoke(&mut self, id: i64) -> Result<(), Status> {
+        self.lease.lease_revoke(LeaseRevokeRequest { id }).await.map(drop)
+    }
+
+    /// Renews a lease once; its TTL in seconds, 0 if there is no such lease.
+    pub async fn renew(&mut self, id: i64) -> Result<i64, Status> {
+        let requests = tokio_stream::once(LeaseKeepAliveRequest { id });
+        let mut answers = self.lease.lease_keep_alive(requests).await?.into_inner();
+        answers.message().await?.map(|answer| answer.ttl).ok_or_else(|| Status::aborted("the stream ended"))
+    }
+
+    /// All members: id, peer URL, and whether it is a learner.
+    pub async fn members(&mut self) -> Result<Vec<(u64, String, bool)>, Status> {
+        let answer = self.cluster.member_list(MemberListRequest { linearizable: true }).await?.into_inner();
+        Ok(answer.members.into_iter().map(|member| (member.id, member.peer_urls.concat(), member.is_learner)).collect())
+    }
+
+    pub async fn remove_member(&mut self, id: u64) -> Result<(), Status> {
+        self.cluster.member_remove(MemberRemoveRequest { id }).await.map(drop)
+    }
+
+    pub async fn add_learner(&mut self, peer_url: &str) -> Result<(), Status> {
+        self.cluster.member_add(MemberAddRequest { peer_urls: vec![peer_url.to_owned()], is_learner: true }).await.map(drop)
+    }
+
+    pub async fn promote_member(&mut self, id: u64) -> Result<(), Status> {
+        self.cluster.member_promote(MemberPromoteRequest { id }).await.map(drop)
     }
 
     /// The member's own id, and the leader's (0: none).
@@ -165,8 +209,8 @@ fn revision(header: Option<ResponseHeader>) -> i64 {
     header.map_or(0, |header| header.revision)
 }
 
-fn put(key: &str, value: u64) -> PutRequest {
-    PutRequest { key: key.to_owned().into(), value: value.to_string().into(), ..Default::default() }
+fn put(key: &str, value: u64, lease: i64) -> PutRequest {
+    PutRequest { key: key.to_owned().into(), value: value.to_string().into(), lease, ..Default::default() }
 }
 
 fn delete(key: &str) -> DeleteRangeRequest {
