@@ -78,7 +78,7 @@ impl Node {
                     outcome => return outcome,
                 }
             }
-            match self.hand_over(command.clone(), left).await? {
+            match self.send_along(command.clone(), left).await? {
                 Handed::Refused => self.pause(LEADER_RETRY).await?,
                 Handed::Unknown => return Err(ApplyError::TimeoutLeaderFail.into()),
                 Handed::Done(outcome) => return Ok(from_answer(outcome)?),
@@ -87,7 +87,7 @@ impl Node {
     }
 
     /// Sends a command to the leader with the next message.
-    async fn hand_over(&self, command: internal::Command, left: Duration) -> Result<Handed<Answer>> {
+    async fn send_along(&self, command: internal::Command, left: Duration) -> Result<Handed<Answer>> {
         let bytes = command.encoded_len();
         let answer_bytes = answer_bytes(&command, self.options.max_request_bytes);
         let room = match self.queue_room.clone().try_acquire_many_owned(bytes as u32) {
