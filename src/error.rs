@@ -1,7 +1,8 @@
 //! Two error types for the whole crate.
 //!
 //! [`Error`] is what the host program and the operator see: a start that failed, a file that is damaged, a member that
-//! has stopped. It always names what was being done and where.
+//! has stopped. It always names what was being done and where. What to *do* about one, its [kind](Error::kind) says: that is the
+//! same whichever way a [client](crate::Client) has to the store, in this process or through the network.
 //!
 //! [`ApplyError`] is the *deterministic* outcome of a request: every member that applies the same log entry to the same
 //! state gets the same one. Its codes and texts are etcd's, because etcd's client libraries match on the text. Anything
@@ -62,9 +63,105 @@ pub enum Error {
     /// The request could not be completed in time; a write may or may not have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
+
+    /// No member could be asked, so nothing was done. The text names each endpoint that was tried, and what it failed with.
+    #[error("no member can be reached: {0}")]
+    Unavailable(String),
+
+    /// The request was sent, and its answer lost with the connection or the member: a write may have been carried out, or may be yet.
+    #[error("the outcome is unknown: {0}")]
+    OutcomeUnknown(String),
+
+    /// The server refused in words that are not among etcd's outcomes that this crate knows. `code` is gRPC's, as its number.
+    #[error("refused (gRPC code {code}): {message}")]
+    Refused { code: i32, message: String },
+
+    /// The session's lease has run out, or may have: what was held by it may be somebody else's.
+    #[error("the session's lease is lost")]
+    SessionLost,
+}
+
+/// What an [`Error`] means to who has made a request. The kinds are stable, and the same for every client: in this process, remote, or of
+/// an etcd.
+///
+/// ```
+/// use quorate::{ApplyError, Error, ErrorKind};
+/// assert_eq!(Error::Apply(ApplyError::Compacted).kind(), ErrorKind::Compacted);
+/// assert_eq!(Error::Timeout.kind(), ErrorKind::OutcomeUnknown);
+/// assert!(ErrorKind::NoLeader.nothing_was_done() && !ErrorKind::OutcomeUnknown.nothing_was_done());
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// No member can be reached, or the one in this process has stopped. Nothing was done.
+    Unavailable,
+    /// The cluster has no leader, so it takes no writes and no linearizable reads now. Nothing was done.
+    NoLeader,
+    /// No answer came in time, or it was lost. A read can be made again; a write may have been carried out, or may be yet.
+    OutcomeUnknown,
+    /// The revision was compacted away.
+    Compacted,
+    /// The revision has not come yet.
+    FutureRevision,
+    /// The space quota, or the disk, is used up: what needs space is refused.
+    NoSpace,
+    /// More requests wait than the member takes. Nothing was done; try again later.
+    Overloaded,
+    /// There is no such lease (any more).
+    LeaseNotFound,
+    /// A lease of that id is there already.
+    LeaseExists,
+    /// There is no such key, where one is needed.
+    KeyNotFound,
+    /// There is no such member.
+    MemberNotFound,
+    /// The request is malformed, too large, or asks for what cannot be.
+    InvalidRequest,
+    /// The state of the cluster or of its members does not allow it now.
+    FailedPrecondition,
+    /// Who asks may not.
+    PermissionDenied,
+    /// The server does not have it.
+    Unsupported,
+    /// A session's lease was lost, and with it what was held.
+    SessionLost,
+    /// Data is damaged, or members disagree.
+    Corrupt,
+    /// Everything else: a configuration, the operating system, a member that has failed.
+    Other,
+}
+
+impl ErrorKind {
+    /// Whether it is certain that nothing was done: the same request may be made again, even a write.
+    pub fn nothing_was_done(self) -> bool {
+        matches!(self, ErrorKind::Unavailable | ErrorKind::NoLeader | ErrorKind::Overloaded)
+    }
 }
 
 impl Error {
+    /// What it means to who has made a request.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Apply(err) => err.kind(),
+            Error::Stopped | Error::Removed | Error::Unavailable(_) => ErrorKind::Unavailable,
+            Error::Timeout | Error::OutcomeUnknown(_) => ErrorKind::OutcomeUnknown,
+            Error::SessionLost => ErrorKind::SessionLost,
+            Error::Corrupt { .. } => ErrorKind::Corrupt,
+            Error::Refused { code: code::INVALID_ARGUMENT, .. } => ErrorKind::InvalidRequest,
+            Error::Refused { code: code::PERMISSION_DENIED | code::UNAUTHENTICATED, .. } => ErrorKind::PermissionDenied,
+            Error::Refused { code: code::UNIMPLEMENTED, .. } => ErrorKind::Unsupported,
+            Error::Refused { code: code::FAILED_PRECONDITION, .. } => ErrorKind::FailedPrecondition,
+            Error::Refused { code: code::RESOURCE_EXHAUSTED, .. } => ErrorKind::Overloaded,
+            err if err.is_disk_full() => ErrorKind::NoSpace,
+            Error::Config(_)
+            | Error::Io { .. }
+            | Error::Format { .. }
+            | Error::Locked { .. }
+            | Error::Failed(_)
+            | Error::Refused { .. } => ErrorKind::Other,
+        }
+    }
+
     /// An [`Error::Io`] that says what was done to which path.
     pub(crate) fn io(what: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
         Error::Io { what, path: path.as_ref().to_owned(), source: std::sync::Arc::new(source) }
@@ -82,12 +179,14 @@ mod code {
     pub const UNKNOWN: i32 = 2;
     pub const INVALID_ARGUMENT: i32 = 3;
     pub const NOT_FOUND: i32 = 5;
+    pub const PERMISSION_DENIED: i32 = 7;
     pub const RESOURCE_EXHAUSTED: i32 = 8;
     pub const FAILED_PRECONDITION: i32 = 9;
     pub const OUT_OF_RANGE: i32 = 11;
     pub const UNIMPLEMENTED: i32 = 12;
     pub const UNAVAILABLE: i32 = 14;
     pub const DATA_LOSS: i32 = 15;
+    pub const UNAUTHENTICATED: i32 = 16;
 }
 
 /// Declares [`ApplyError`] from one table of name, code and text, so that the three cannot drift apart.
@@ -193,4 +292,36 @@ apply_errors! {
     Unimplemented = UNIMPLEMENTED, "etcdserver: not implemented";
     /// A fault that has no code of its own.
     Internal = UNKNOWN, "etcdserver: internal error";
+}
+
+impl ApplyError {
+    fn kind(self) -> ErrorKind {
+        use ApplyError::*;
+        match self {
+            Compacted => ErrorKind::Compacted,
+            FutureRevision => ErrorKind::FutureRevision,
+            NoSpace => ErrorKind::NoSpace,
+            TooManyRequests => ErrorKind::Overloaded,
+            LeaseNotFound => ErrorKind::LeaseNotFound,
+            LeaseExists => ErrorKind::LeaseExists,
+            KeyNotFound => ErrorKind::KeyNotFound,
+            MemberNotFound => ErrorKind::MemberNotFound,
+            NoLeader => ErrorKind::NoLeader,
+            Stopped | NotSupportedForLearner => ErrorKind::Unavailable,
+            // What a member says that gave up waiting; the entry may be in the log.
+            Timeout | TimeoutLeaderFail | TimeoutLeaderTransfer | LeaderChanged => ErrorKind::OutcomeUnknown,
+            EmptyKey | ValueProvided | LeaseProvided | TooManyOps | DuplicateKey | InvalidSortOption | InvalidAlarm | RequestTooLarge
+            | LeaseTtlTooLarge | ResponseTooLarge | MemberBadUrls => ErrorKind::InvalidRequest,
+            AuthNotEnabled | PeerUrlExists | MemberNotLearner | LearnerNotReady | TooManyLearners | NotEnoughStarted | UnhealthyCluster
+            | BadLeaderTransferee | NotLeader => ErrorKind::FailedPrecondition,
+            NotCapable | Unimplemented => ErrorKind::Unsupported,
+            Corrupt => ErrorKind::Corrupt,
+            Internal => ErrorKind::Other,
+        }
+    }
+
+    /// The outcome that has this text on the wire.
+    pub(crate) fn of_text(text: &str) -> Option<ApplyError> {
+        Self::ALL.iter().copied().find(|err| err.to_string() == text)
+    }
 }

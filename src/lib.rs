@@ -104,7 +104,7 @@ mod tls;
 
 pub use client::Client;
 pub use config::{Config, Url};
-pub use error::{ApplyError, Error, Result};
+pub use error::{ApplyError, Error, ErrorKind, Result};
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub use mvcc::model;

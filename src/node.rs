@@ -182,6 +182,8 @@ pub(crate) struct Node {
     health: watch::Sender<Health>,
     term: AtomicU64,
     leader: AtomicU64,
+    /// When the leader was last heard of, on the machine's clock.
+    leader_heard_ms: AtomicU64,
     /// Whether this member is its cluster's only voter, and leads it: then it reads without asking anyone.
     alone: AtomicBool,
     /// Whether this member is a learner, and is told to be one.
@@ -258,6 +260,7 @@ impl Node {
             health,
             term: AtomicU64::new(0),
             leader: AtomicU64::new(0),
+            leader_heard_ms: AtomicU64::new(0),
             alone: AtomicBool::new(false),
             learner: AtomicBool::new(false),
             changing: tokio::sync::Mutex::new(()),
@@ -342,6 +345,11 @@ impl Node {
 
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
+    }
+
+    /// The server's own: where timers and tasks of clients in this process live. It ends with the server.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
     }
 
     /// The store as it is now. A snapshot may put another one in its place: whoever asks it more than one thing asks the same one.
@@ -672,7 +680,8 @@ impl Node {
             return Ok(RangeAnswer { result, pin: None, keys_only: false, header: self.header(revision) });
         }
         let pin = store.pin(request.revision)?;
-        let header = self.header(store.revision());
+        // Of a read of what is newest, the revision that it is of: who watches from the next one on shall miss nothing that was applied in between.
+        let header = self.header(if request.revision > 0 { store.revision() } else { pin.at() });
         let keys_only = request.keys_only;
         match RangeScan::new(request, pin.at(), HOLD_BYTES).start(&store) {
             Ok(result) => Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header }),

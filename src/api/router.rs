@@ -28,7 +28,7 @@ use crate::proto::health::health_server::{Health, HealthServer};
 
 use super::cluster::check_learner;
 use super::conversation::Conversation;
-use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed};
+use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed, check_leader};
 use super::watch::WatchService;
 use super::{Api, status};
 
@@ -55,7 +55,10 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
     let limit = api.node.options.max_request_bytes + MESSAGE_OVERHEAD;
     let node = api.node.clone();
     let mut router = Router::new(limit, slow, metrics.clone())
-        .guard(move |path, _| check_learner(node.is_learner(), path))
+        .guard(move |path, headers| {
+            check_learner(node.is_learner(), path)?;
+            check_leader(node.has_leader(), headers)
+        })
         .unary(KV, "Range", api, |api: Api, _, request: RangeRequest| async move { range_answer(api, request).await })
         .unary(KV, "Put", api, |api: Api, _, request: PutRequest| async move { api.node.put(request).await.map_err(status) })
         .unary(KV, "DeleteRange", api, |api: Api, _, request: DeleteRangeRequest| async move {

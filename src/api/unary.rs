@@ -69,11 +69,22 @@ const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// The headers of a request: what of them concerns a handler.
 pub(crate) struct Metadata(HeaderMap);
 
-#[allow(dead_code, reason = "for members that may lose their leader, and for users")]
+/// Whether the client wants to be refused when this member knows no leader.
+pub(super) fn requires_leader(headers: &HeaderMap) -> bool {
+    headers.get("hasleader").is_some_and(|value| value == "true")
+}
+
+/// # Errors
+/// That there is no leader, if the client asks to be told so.
+pub(super) fn check_leader(there_is_one: bool, headers: &HeaderMap) -> Result<(), Status> {
+    if there_is_one || !requires_leader(headers) { Ok(()) } else { Err(super::status(crate::error::ApplyError::NoLeader.into())) }
+}
+
+#[allow(dead_code, reason = "for users")]
 impl Metadata {
     /// Whether the client wants to be refused when this member knows no leader.
     pub fn requires_leader(&self) -> bool {
-        self.0.get("hasleader").is_some_and(|value| value == "true")
+        requires_leader(&self.0)
     }
 
     /// A header, if it is text.

@@ -27,6 +27,7 @@ use crate::node::Node;
 use crate::proto::etcdserverpb::watch_request::RequestUnion;
 use crate::proto::etcdserverpb::{WatchRequest, WatchResponse};
 
+use super::unary::requires_leader;
 use super::{Api, status};
 
 /// Answers that may wait in a session before the client's next request is read. Beyond it the client has to take answers
@@ -36,6 +37,10 @@ const BACKLOG_MAX: usize = 128;
 /// Extra delay of a periodic progress response, in percent of the interval at most, so that those of many streams do not
 /// all come at once.
 const PROGRESS_JITTER_PERCENT: u32 = 10;
+
+/// Looks, an election timeout apart, that have to find no leader before a client that asks for one (`hasleader`) is sent elsewhere, as in
+/// etcd.
+const LEADERLESS_LOOKS: u32 = 3;
 
 /// A response on its way to the wire.
 pub(crate) struct Frame {
@@ -121,7 +126,14 @@ impl StreamingService<WatchRequest> for Open {
 
     fn call(&mut self, request: Request<Streaming<WatchRequest>>) -> Self::Future {
         let api = &self.0;
+        let leader = requires_leader(request.metadata().as_ref()).then(|| {
+            let every = api.node.options.election_timeout;
+            let mut looks = interval_at(tokio::time::Instant::now() + every, every);
+            looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            (looks, 0)
+        });
         let stream = WatchStream {
+            leader,
             session: api.node.watch(),
             node: api.node.clone(),
             requests: Some(request.into_inner()),
@@ -141,6 +153,8 @@ pub(crate) struct WatchStream {
     requests: Option<Streaming<WatchRequest>>,
     every: Duration,
     progress: Option<Interval>,
+    /// When the leader is looked for, and how often in a row there was none; for clients that want one.
+    leader: Option<(Interval, u32)>,
     stop: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
@@ -202,6 +216,15 @@ impl Stream for WatchStream {
             && progress.poll_tick(cx).is_ready()
         {
             this.session.notify_progress();
+        }
+        if let Some((looks, without)) = &mut this.leader {
+            // Until it is not ready: then it will wake us.
+            while looks.poll_tick(cx).is_ready() {
+                *without = if this.node.has_leader() { 0 } else { *without + 1 };
+            }
+            if *without >= LEADERLESS_LOOKS {
+                return Poll::Ready(Some(Err(status(ApplyError::NoLeader.into()))));
+            }
         }
         match this.session.poll_next(cx) {
             Poll::Ready(Ok(answer)) => Poll::Ready(Some(this.frame(answer))),

@@ -1,90 +1,192 @@
-//! The client: typed calls, on the core itself.
+//! The client: one set of typed calls, whatever way there is to the store.
 //!
-//! A [`Client`] from [`Server::client`](crate::Server::client) calls the member in this process: no socket, no encoding,
-//! the same outcomes and errors as over the wire. It is cheap to clone, and works on any executor: timers and threads are the
-//! server's. It outlives its server: then its calls end with [`Error::Stopped`].
+//! | client | made by | its calls |
+//! |---|---|---|
+//! | in process | [`Server::client`](crate::Server::client) | are the member's own: no socket, no encoding, and any executor will do |
+//! | remote | [`Client::remote`] | go to the members of a quorate cluster, or of an etcd, over gRPC, and from one that fails to the next |
 //!
-//! Requests and answers are etcd's messages; [`Client::put`], [`Client::get`] and [`Client::delete`] are shorthands.
+//! Requests and answers are etcd's messages; [`Client::put`], [`Client::get`], [`Client::delete`] and others are shorthands. Errors are of
+//! the same [kinds](crate::ErrorKind) everywhere. A client is cheap to clone. One in process outlives its server: then its calls end with
+//! [`Error::Stopped`].
+//!
+//! # What is built on the calls
+//! - [`Client::list`] and [`Client::pages`]: many keys, all as they were at one revision.
+//! - [`Client::list_then_watch`]: a listing, and everything behind it; listed again when history was compacted.
+//! - [`Client::create`], [`Client::compare_and_swap`], [`Client::compare_and_delete`].
+//! - [`Client::session`]: a lease that is kept alive, and a word in time when it can be no more; with it [locks](Session::lock) and
+//!   [elections](Session::election), laid out as etcd's, so that etcdctl stands in the same queues.
+//! - [`Client::namespaced`]: a part of the key space as if it were the whole.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+//! # let dir = tempfile::tempdir()?;
+//! # let mut config = quorate::Config::default();
+//! # config.data_dir = Some(dir.path().into());
+//! # config.listen_client_urls = vec!["http://127.0.0.1:0".parse()?];
+//! # config.listen_peer_urls.clear();
+//! # let server = quorate::Server::start(config).await?;
+//! # let urls = [server.client_addrs()[0]].map(|address| format!("http://{address}"));
+//! use quorate::Client;
+//! let here = server.client();
+//! let there = Client::remote(urls.iter().map(|url| url.parse()).collect::<Result<Vec<_>, _>>()?, Default::default())?;
+//! here.put("volumes/a", "3 replicas").await?;
+//! assert_eq!(there.get("volumes/a").await?, here.get("volumes/a").await?);
+//!
+//! let session = there.session(10).await?;
+//! let lock = session.lock("maintenance").await?;
+//! assert!(lock.revision() > 2); // grows from holder to holder: what is written under the lock can be fenced with it
+//! lock.unlock().await?;
+//! session.close().await?;
+//! # server.shutdown().await?;
+//! # Ok(())
+//! # })
+//! # }
+//! ```
 
-use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
-use crate::api::{Api, maintenance};
+use crate::api::Api;
+use crate::config::Url;
 use crate::error::{ApplyError, Error, Result};
-use crate::lock::lock;
-use crate::mvcc::watch::{Batch, Session};
 use crate::node::Node;
-use crate::proto::etcdserverpb::alarm_request::AlarmAction;
+use crate::proto::KeyValue;
 use crate::proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
     HashKvResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeRequest, LeaseRevokeResponse, Member, PutRequest, PutResponse,
-    RangeRequest, RangeResponse, StatusResponse, TxnRequest, TxnResponse, WatchCreateRequest,
+    RangeRequest, RangeResponse, StatusResponse, TxnRequest, TxnResponse, WatchCreateRequest, alarm_request::AlarmAction,
 };
-use crate::proto::{EncodedKv, KeyValue};
 
-/// A client of one member. See the [module](self).
+mod backend;
+mod election;
+mod in_process;
+mod list;
+mod lock;
+mod namespace;
+mod remote;
+mod session;
+mod swap;
+mod watch;
+
+use backend::Backend;
+use in_process::{InProcess, InProcessWatch};
+use namespace::Namespace;
+use watch::{Source, decode};
+
+pub use election::{Election, Leadership, Observer};
+pub use list::{ListUpdate, ListWatch, Listing, Pages};
+pub use lock::Lock;
+pub use remote::{Endpoints, RemoteOptions};
+pub use session::Session;
+pub use swap::Swap;
+pub use watch::{EventKind, WatchEvent, WatchMessage, Watcher};
+
+/// A client of a store. See the [module](self).
 #[derive(Clone)]
 pub struct Client {
-    node: Arc<Node>,
-    api: Api,
+    backend: Backend,
+    space: Option<Namespace>,
 }
 
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Client").field("member", &self.node.identity).finish_non_exhaustive()
+        let mut f = f.debug_struct("Client");
+        match &self.backend {
+            Backend::InProcess(member) => f.field("member", &member.node.identity),
+            Backend::Remote(remote) => f.field("endpoint", &remote.endpoint()),
+        };
+        f.finish_non_exhaustive()
     }
 }
 
-/// What a key may have been deleted or put as; see [`WatchEvent`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EventKind {
-    /// The key was written.
-    Put,
-    /// The key was deleted; the event's pair has the key and the revision alone.
-    Delete,
+/// Where the keys end that begin with `prefix`: the `range_end` of a request for all of them. A prefix without an end (empty, or all bytes
+/// 255) has all keys from it on: `"\0"`.
+///
+/// ```
+/// use quorate::client::prefix_end;
+/// assert_eq!(prefix_end(b"volumes/"), "volumes0");
+/// assert_eq!(prefix_end(b"\xff\xff"), "\0");
+/// ```
+pub fn prefix_end(prefix: &[u8]) -> Bytes {
+    let mut end = BytesMut::from(prefix);
+    while let Some(last) = end.last_mut() {
+        if *last < u8::MAX {
+            *last += 1;
+            return end.freeze();
+        }
+        end.truncate(end.len() - 1);
+    }
+    Bytes::from_static(&[0])
 }
 
-/// One change of one key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WatchEvent {
-    /// What happened.
-    pub kind: EventKind,
-    /// The pair after it.
-    pub kv: KeyValue,
-    /// The pair before it, if it was asked for, there was one, and it has not been compacted.
-    pub prev_kv: Option<KeyValue>,
-}
-
-/// Something that a [`Watcher`] was told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WatchMessage {
-    /// Changes, in order; all of a revision are in one message.
-    Events(Vec<WatchEvent>),
-    /// Everything up to this revision has been told.
-    Progress {
-        /// The revision.
-        revision: i64,
-    },
-    /// The watch has ended: its next revision was compacted away. Read the keys anew, and watch from there.
-    Compacted {
-        /// The oldest revision from which a watch can begin.
-        revision: i64,
-    },
+/// Key and end of a range of all keys with that prefix.
+fn prefix_range(prefix: Bytes) -> (Bytes, Bytes) {
+    let end = prefix_end(&prefix);
+    if prefix.is_empty() { (Bytes::from_static(&[0]), end) } else { (prefix, end) }
 }
 
 impl Client {
     pub(crate) fn local(node: Arc<Node>, api: Api) -> Self {
-        Client { node, api }
+        Client { backend: Backend::InProcess(InProcess { node, api }), space: None }
     }
+
+    /// A client of a cluster in other processes, quorate's or etcd's. It connects with its first call, to whichever of the endpoints takes
+    /// it, and stays with that one until it fails.
+    ///
+    /// Make it on a tokio runtime: that one then has its connections and timers. Its calls may be made from anywhere.
+    ///
+    /// # Errors
+    /// `Config` when there is no runtime, or an option makes no sense. Endpoints that cannot be reached are told by the calls.
+    pub fn remote(endpoints: impl Into<Endpoints>, options: RemoteOptions) -> Result<Client> {
+        let remote = remote::Remote::new(endpoints.into(), options)?;
+        Ok(Client { backend: Backend::Remote(remote), space: None })
+    }
+
+    /// The same store, confined to the keys that begin with `prefix`, and without that prefix: keys, ranges, watches, Txns, locks and
+    /// elections, as in etcd's namespace package. Clients without the namespace see the keys whole.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let mut config = quorate::Config::default();
+    /// # config.data_dir = Some(dir.path().into());
+    /// # config.listen_client_urls.clear();
+    /// # config.listen_peer_urls.clear();
+    /// # let server = quorate::Server::start(config).await?;
+    /// # let client = server.client();
+    /// let tenant = client.namespaced("tenants/a/");
+    /// tenant.put("volume", "1").await?;
+    /// assert_eq!(tenant.list("").await?.kvs[0].key, "volume");
+    /// assert_eq!(client.list("").await?.kvs[0].key, "tenants/a/volume");
+    /// # server.shutdown().await?;
+    /// # Ok(())
+    /// # })
+    /// # }
+    /// ```
+    pub fn namespaced(&self, prefix: impl Into<Bytes>) -> Client {
+        Client { backend: self.backend.clone(), space: Namespace::within(self.space.as_ref(), prefix.into()) }
+    }
+
+    /// Where the member is that answers now; `None` in process, and while there is no connection.
+    pub fn endpoint(&self) -> Option<Url> {
+        match &self.backend {
+            Backend::InProcess(_) => None,
+            Backend::Remote(remote) => remote.endpoint(),
+        }
+    }
+
+    // ---- Keys
 
     /// Puts a key.
     ///
     /// # Errors
-    /// etcd's outcomes as [`Error::Apply`]. After [`Error::Timeout`], [`Error::Stopped`] and [`ApplyError::TimeoutLeaderFail`] it is open
-    /// whether it was written, or will be.
+    /// etcd's outcomes as [`Error::Apply`]. After an error of the kind [`OutcomeUnknown`](crate::ErrorKind::OutcomeUnknown) it is open whether it was
+    /// written, or will be; after any other it was not, and will not be. A remote client tries a write again by itself only when it is
+    /// certain that nothing was done.
     pub async fn put(&self, key: impl Into<Bytes>, value: impl Into<Bytes>) -> Result<PutResponse> {
         self.put_with(PutRequest { key: key.into(), value: value.into(), ..PutRequest::default() }).await
     }
@@ -94,7 +196,8 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn put_with(&self, request: PutRequest) -> Result<PutResponse> {
-        self.node.put(request).await
+        let Some(space) = &self.space else { return self.backend.put(request).await };
+        space.was_put(self.backend.put(space.put(request)?).await?)
     }
 
     /// Reads a key as it is now; `None` when there is none. Linearizable: it sees every write acknowledged before.
@@ -106,12 +209,16 @@ impl Client {
         response.kvs.first().map(decode).transpose()
     }
 
-    /// Reads keys. Pairs of the answer are [`EncodedKv`]s; `decode` them.
+    /// Reads keys. Pairs of the answer are [`EncodedKv`](crate::proto::EncodedKv)s; `decode` them.
+    ///
+    /// A `serializable` read is answered from what one member has, without a leader, too; after a failover it may be older than the one
+    /// before.
     ///
     /// # Errors
     /// etcd's outcomes as [`Error::Apply`].
     pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse> {
-        self.node.range(&request).await?.collect()
+        let Some(space) = &self.space else { return self.backend.range(request).await };
+        space.ranged(self.backend.range(space.range(request)?).await?)
     }
 
     /// Deletes a key and says whether it was there.
@@ -128,7 +235,8 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn delete_with(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {
-        self.node.delete_range(request).await
+        let Some(space) = &self.space else { return self.backend.delete_range(request).await };
+        space.deleted(self.backend.delete_range(space.delete(request)?).await?)
     }
 
     /// Compares, and carries out one of two lists of operations, as one.
@@ -136,7 +244,8 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put): after an error that leaves it open all of it or nothing may have been done; after any other, none of it.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
-        self.node.txn(request).await
+        let Some(space) = &self.space else { return self.backend.txn(request).await };
+        space.done(self.backend.txn(space.txn(request)?).await?)
     }
 
     /// Forgets the history below a revision: of each key, what was older than its newest pair at that revision.
@@ -152,25 +261,34 @@ impl Client {
     /// # Errors
     /// As [`compact`](Self::compact); with `physical`, `Timeout` when a long read keeps what was compacted, which goes when that ends.
     pub async fn compact_with(&self, request: CompactionRequest) -> Result<CompactionResponse> {
-        self.node.compact(request).await
+        self.backend.compact(request).await
     }
 
-    /// Watches keys. The request's `watch_id` and `fragment` mean nothing here.
+    /// Watches keys. The request's `watch_id` and `fragment` mean nothing here. It begins at `start_revision`; without, now, which for a
+    /// remote client is [a little later](Watcher::started).
     ///
     /// # Errors
     /// None yet. What is wrong with the request, [`Watcher::next`] says.
     pub fn watch(&self, request: WatchCreateRequest) -> Result<Watcher> {
-        let mut session = self.node.watch();
-        session.create(&WatchCreateRequest { watch_id: 0, fragment: false, ..request });
-        Ok(Watcher { session, node: self.node.clone(), ended: false })
+        let request = match &self.space {
+            Some(space) => space.watch(request),
+            None => request,
+        };
+        let source = match &self.backend {
+            Backend::InProcess(member) => Source::InProcess(Box::new(InProcessWatch::new(member, request))),
+            Backend::Remote(remote) => Source::Remote(remote.watch(request)),
+        };
+        Ok(Watcher::new(source, self.space.clone()))
     }
+
+    // ---- Leases
 
     /// Grants a lease of `ttl` seconds; with `id` 0 the server picks one.
     ///
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn lease_grant(&self, id: i64, ttl: i64) -> Result<LeaseGrantResponse> {
-        self.node.lease_grant(LeaseGrantRequest { id, ttl }).await
+        self.backend.lease_grant(LeaseGrantRequest { id, ttl }).await
     }
 
     /// Ends a lease and deletes its keys.
@@ -178,15 +296,15 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn lease_revoke(&self, id: i64) -> Result<LeaseRevokeResponse> {
-        self.node.lease_revoke(LeaseRevokeRequest { id }).await
+        self.backend.lease_revoke(LeaseRevokeRequest { id }).await
     }
 
-    /// Renews a lease for its whole TTL, which is returned in seconds.
+    /// Renews a lease for its whole TTL, which is returned in seconds. A [`Session`] does so by itself.
     ///
     /// # Errors
     /// [`ApplyError::LeaseNotFound`] when there is none.
     pub async fn lease_keep_alive(&self, id: i64) -> Result<i64> {
-        match self.node.lease_renew(id).await? {
+        match self.backend.lease_renew(id, None).await? {
             0 => Err(ApplyError::LeaseNotFound.into()),
             ttl => Ok(ttl),
         }
@@ -197,10 +315,11 @@ impl Client {
     /// # Errors
     /// As [`get`](Self::get).
     pub async fn lease_time_to_live(&self, id: i64) -> Result<Option<LeaseTime>> {
-        self.node.read_barrier().await?;
-        let remaining = self.node.lease_remaining(id).await?;
-        let found = lock(&self.node.machine.lessor).time_to_live(id, self.node.machine.now(), true);
-        Ok(found.filter(|_| remaining >= 0).map(|found| LeaseTime { granted: found.granted, remaining, keys: found.keys }))
+        let found = self.backend.lease_time_to_live(id).await?;
+        Ok(match &self.space {
+            Some(space) => found.map(|lease| space.lease(lease)),
+            None => found,
+        })
     }
 
     /// The ids of all leases, the one to expire first at the front.
@@ -208,16 +327,25 @@ impl Client {
     /// # Errors
     /// As [`get`](Self::get).
     pub async fn leases(&self) -> Result<Vec<i64>> {
-        self.node.read_barrier().await?;
-        Ok(lock(&self.node.machine.lessor).leases())
+        self.backend.leases().await
     }
+
+    // ---- Members
 
     /// Reads, raises or lowers alarms.
     ///
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse> {
-        self.node.alarm(request).await
+        self.backend.alarm(request).await
+    }
+
+    /// The alarms that are raised.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub async fn alarm_list(&self) -> Result<Vec<AlarmMember>> {
+        Ok(self.alarm(AlarmRequest { action: AlarmAction::Get as i32, ..AlarmRequest::default() }).await?.alarms)
     }
 
     /// Lowers an alarm, and returns what was lowered. A default `AlarmMember`, of no member and no type, stands for all that are raised.
@@ -225,7 +353,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn alarm_disarm(&self, alarm: AlarmMember) -> Result<Vec<AlarmMember>> {
-        let chosen = if alarm == AlarmMember::default() { self.alarms() } else { vec![alarm] };
+        let chosen = if alarm == AlarmMember::default() { self.alarm_list().await? } else { vec![alarm] };
         let mut lowered = Vec::new();
         for AlarmMember { member_id, alarm } in chosen {
             let request = AlarmRequest { action: AlarmAction::Deactivate as i32, member_id, alarm };
@@ -234,25 +362,55 @@ impl Client {
         Ok(lowered)
     }
 
-    /// The alarms that are raised, as far as this member has applied the log.
+    /// The members of the cluster in the order of their ids.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub async fn member_list(&self) -> Result<Vec<Member>> {
+        self.backend.member_list().await
+    }
+
+    /// How the member is that this client talks to: versions, leader, term, how far log and state have come, alarms (`errors`), and sizes in
+    /// bytes. It asks no other member, so it answers without a leader, too.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub async fn member_status(&self) -> Result<StatusResponse> {
+        self.backend.member_status().await
+    }
+
+    /// The alarms that are raised, without asking anyone: as far as this member has applied the log. A remote client gives what
+    /// [`alarm_list`](Self::alarm_list) told it last.
     pub fn alarms(&self) -> Vec<AlarmMember> {
-        self.node.alarms()
+        match &self.backend {
+            Backend::InProcess(member) => member.node.alarms(),
+            Backend::Remote(remote) => remote.heard().alarms,
+        }
     }
 
-    /// The members of the cluster in the order of their ids, as far as this member has applied the log.
+    /// The members of the cluster in the order of their ids, without asking anyone: as far as this member has applied the log. A remote
+    /// client gives what [`member_list`](Self::member_list) told it last.
     pub fn members(&self) -> Vec<Member> {
-        self.api.members()
+        match &self.backend {
+            Backend::InProcess(member) => member.api.members(),
+            Backend::Remote(remote) => remote.heard().members,
+        }
     }
 
-    /// The newest revision that this member has applied.
+    /// The newest revision that this member has applied; for a remote client, the newest that an answer has told.
     pub fn revision(&self) -> i64 {
-        self.node.store().revision()
+        match &self.backend {
+            Backend::InProcess(member) => member.node.store().revision(),
+            Backend::Remote(remote) => remote.revision(),
+        }
     }
 
-    /// How this member is: versions, leader, term, how far log and state have come, alarms (`errors`), and sizes in bytes. It asks no
-    /// other member, so it answers without a leader, too.
+    /// How this member is, without asking anyone. A remote client gives what [`member_status`](Self::member_status) told it last.
     pub fn status(&self) -> StatusResponse {
-        self.api.status_now()
+        match &self.backend {
+            Backend::InProcess(member) => member.api.status_now(),
+            Backend::Remote(remote) => remote.heard().status,
+        }
     }
 
     /// The CRC-32C of the history up to a revision (0: all of it), as etcd's HashKV computes it: `hash`, over the revisions behind
@@ -261,16 +419,19 @@ impl Client {
     /// # Errors
     /// `Compacted` and `FutureRevision` as [`Error::Apply`].
     pub async fn hash_kv(&self, revision: i64) -> Result<HashKvResponse> {
-        self.api.hash_of(revision).await
+        self.backend.hash_kv(revision).await
     }
 
     /// Begins a backup: all keys with their history, leases, alarms and members, as they are at one moment, in this crate's own
-    /// checksummed format. Compaction waits for it; take its chunks, or drop it.
+    /// checksummed format, or an etcd's in its own. Compaction waits for it; take its chunks, or drop it.
     ///
     /// # Errors
     /// As [`get`](Self::get).
     pub async fn backup(&self) -> Result<Backup> {
-        Ok(Backup(maintenance::Backup::start(self.node.clone()).await?))
+        Ok(Backup(match &self.backend {
+            Backend::InProcess(member) => Chunks::InProcess(Box::new(member.backup().await?)),
+            Backend::Remote(remote) => Chunks::Remote(Box::pin(remote.backup()).await?),
+        }))
     }
 
     /// Writes a [backup](Self::backup), and returns how many bytes it has. It flushes, but does not sync: if it is to outlive a power
@@ -295,12 +456,17 @@ impl Client {
     /// # Errors
     /// `Io` when the disk has no room for it; the old files go on unharmed.
     pub async fn defragment(&self) -> Result<()> {
-        self.node.background().defragment().await
+        self.backend.defragment().await
     }
 }
 
 /// A backup that is being made. What compaction keeps for it goes when it is dropped.
-pub struct Backup(maintenance::Backup);
+pub struct Backup(Chunks);
+
+enum Chunks {
+    InProcess(Box<crate::api::maintenance::Backup>),
+    Remote(remote::Backup),
+}
 
 impl std::fmt::Debug for Backup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -314,9 +480,12 @@ impl Backup {
     /// Not cancel-safe: when the future is dropped before it is ready, the backup is over and the next call fails.
     ///
     /// # Errors
-    /// `Corrupt` and `Io` for the storage; `Stopped` when the member stops.
+    /// `Corrupt` and `Io` for the storage; `Stopped` when the member stops; `Unavailable` when the connection breaks: another has to be begun.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {
-        self.0.next().await
+        match &mut self.0 {
+            Chunks::InProcess(backup) => backup.next().await,
+            Chunks::Remote(backup) => backup.next().await,
+        }
     }
 }
 
@@ -329,71 +498,4 @@ pub struct LeaseTime {
     pub remaining: i64,
     /// The keys attached to it, in order.
     pub keys: Vec<Bytes>,
-}
-
-fn decode(kv: &EncodedKv) -> Result<KeyValue> {
-    kv.decode().map_err(|err| Error::Failed(format!("a stored pair cannot be read: {err}")))
-}
-
-/// A watch. It ends when it is dropped.
-pub struct Watcher {
-    session: Session,
-    node: Arc<Node>,
-    ended: bool,
-}
-
-impl std::fmt::Debug for Watcher {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watcher").field("ended", &self.ended).finish_non_exhaustive()
-    }
-}
-
-impl Watcher {
-    /// Waits for the next message. After [`WatchMessage::Compacted`] there is none: `None`.
-    ///
-    /// Cancel-safe: nothing is lost when the future is dropped.
-    ///
-    /// # Errors
-    /// `Config` when the request made no sense; `Stopped` when the member has stopped.
-    pub async fn next(&mut self) -> Result<Option<WatchMessage>> {
-        let mut health = self.node.health();
-        while !self.ended {
-            let answer = tokio::select! {
-                answer = poll_fn(|cx| self.session.poll_next(cx)) => answer?,
-                _ = health.wait_for(|health| !matches!(health, crate::node::Health::Running)) => return Err(Error::Stopped),
-            };
-            if self.node.is_condemned() {
-                return Err(ApplyError::Corrupt.into());
-            }
-            if answer.canceled {
-                self.ended = true;
-                if answer.compact_revision > 0 {
-                    return Ok(Some(WatchMessage::Compacted { revision: answer.compact_revision }));
-                }
-                return Err(Error::Config(answer.cancel_reason));
-            }
-            if answer.created {
-                continue;
-            }
-            if answer.batches.is_empty() {
-                return Ok(Some(WatchMessage::Progress { revision: answer.revision }));
-            }
-            let mut events = Vec::new();
-            for event in answer.batches.iter().flat_map(|batch| &batch.events) {
-                let prev = if answer.prev_kv { Batch::prev(event, self.session.store())? } else { None };
-                events.push(WatchEvent {
-                    kind: if event.delete { EventKind::Delete } else { EventKind::Put },
-                    kv: decode(&event.kv)?,
-                    prev_kv: prev.as_ref().map(decode).transpose()?,
-                });
-            }
-            return Ok(Some(WatchMessage::Events(events)));
-        }
-        Ok(None)
-    }
-
-    /// Asks for a [`WatchMessage::Progress`] as soon as everything before it has been told.
-    pub fn request_progress(&mut self) {
-        self.session.progress();
-    }
 }

@@ -144,6 +144,25 @@ impl Node {
         acknowledged.is_some_and(|ago| ago < self.options.election_timeout / 2)
     }
 
+    /// Whether there is a leader, as far as it can be known here: one that was heard of within two election timeouts, or that a quorum has
+    /// heard of, if it is this one. [`leader`](Self::leader) keeps the name of one that is gone until there is another, for who
+    /// stands for election asks around first and changes nothing.
+    pub fn has_leader(&self) -> bool {
+        use openraft::Instant as _;
+        if self.alone.load(Ordering::Acquire) {
+            return true;
+        }
+        let leader = self.leader();
+        let recent = 2 * self.options.election_timeout;
+        if leader == self.identity.member_id {
+            let metrics = self.raft.metrics();
+            let acknowledged = metrics.borrow_watched().last_quorum_acked.as_ref().map(|at| at.elapsed());
+            return acknowledged.is_some_and(|ago| ago < recent);
+        }
+        let heard = Duration::from_millis(self.leader_heard_ms.load(Ordering::Relaxed));
+        leader != 0 && self.machine.now().saturating_sub(heard) < recent
+    }
+
     /// The time that a lease has left, in seconds; -1 when there is no such lease.
     pub async fn lease_remaining(&self, id: i64) -> Result<i64> {
         self.check_sound()?;
@@ -180,6 +199,11 @@ impl Node {
     pub async fn peer_append(&self, request: AppendRequest) -> Result<AppendResponse> {
         let request = network::append_from_proto(request).map_err(Error::Failed)?;
         let answer = self.raft.append_entries(request).await.map_err(|err| Error::Failed(err.to_string()))?;
+        if !matches!(answer, openraft::raft::AppendEntriesResponse::HigherVote(_)) {
+            // Only who leads appends.
+            let now = u64::try_from(self.machine.now().as_millis()).unwrap_or(u64::MAX);
+            self.leader_heard_ms.store(now, Ordering::Relaxed);
+        }
         Ok(network::append_answer(answer))
     }
 

@@ -1,0 +1,174 @@
+//! The connection in use, and where else to go.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::sync::watch::Receiver;
+use tonic::transport::{Channel, Endpoint};
+
+use super::{RemoteOptions, Timers};
+use crate::config::Url;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+
+/// A connection to a member.
+#[derive(Clone)]
+pub(super) struct Link {
+    pub url: Url,
+    pub channel: Channel,
+    /// Tells it from the one before to the same place.
+    serial: u64,
+}
+
+pub(super) struct Links {
+    /// What was given to us.
+    given: Receiver<Vec<Url>>,
+    state: Mutex<State>,
+    /// Held while a connection is made, so that many calls make one.
+    connecting: tokio::sync::Mutex<()>,
+    connect_timeout: Duration,
+    keep_alive: (Duration, Duration),
+}
+
+#[derive(Default)]
+struct State {
+    /// What the members have told of each other.
+    learned: Vec<Url>,
+    current: Option<Link>,
+    /// The endpoint that failed last; the one behind it is next.
+    failed: Option<Url>,
+    serial: u64,
+}
+
+impl Links {
+    pub fn new(given: Receiver<Vec<Url>>, options: &RemoteOptions) -> Self {
+        Links {
+            given,
+            state: Mutex::default(),
+            connecting: tokio::sync::Mutex::new(()),
+            connect_timeout: options.connect_timeout,
+            keep_alive: (options.keep_alive_interval, options.keep_alive_timeout),
+        }
+    }
+
+    /// All endpoints, those given first.
+    fn all(&self) -> Vec<Url> {
+        let mut all = self.given.borrow().clone();
+        for url in &lock(&self.state).learned {
+            if !all.contains(url) {
+                all.push(url.clone());
+            }
+        }
+        all
+    }
+
+    pub fn count(&self) -> usize {
+        self.all().len()
+    }
+
+    /// Takes what the members say of each other in the place of what they said before.
+    pub fn learn(&self, urls: Vec<Url>) {
+        lock(&self.state).learned = urls;
+    }
+
+    /// The connection in use, if its endpoint still counts.
+    pub fn current(&self) -> Option<Link> {
+        let (link, is_learned) = {
+            let state = lock(&self.state);
+            let link = state.current.clone()?;
+            let is_learned = state.learned.contains(&link.url);
+            (link, is_learned)
+        };
+        if is_learned || self.given.borrow().contains(&link.url) {
+            return Some(link);
+        }
+        self.leave(&link);
+        None
+    }
+
+    /// Goes elsewhere, unless that was done already.
+    pub fn leave(&self, link: &Link) {
+        let mut state = lock(&self.state);
+        if state.current.as_ref().is_some_and(|current| current.serial == link.serial) {
+            state.current = None;
+            state.failed = Some(link.url.clone());
+        }
+    }
+
+    /// The connection in use, or a new one to the next endpoint that takes it.
+    ///
+    /// # Errors
+    /// `Unavailable` when none does, with what each has failed with; `Config` when none ever can.
+    pub async fn link(&self, timers: &Timers) -> Result<Link> {
+        if let Some(link) = self.current() {
+            return Ok(link);
+        }
+        let _one_at_a_time = self.connecting.lock().await;
+        if let Some(link) = self.current() {
+            return Ok(link);
+        }
+        let mut urls = self.all();
+        if urls.is_empty() {
+            return Err(Error::Unavailable("no endpoints are known".into()));
+        }
+        let failed = lock(&self.state).failed.clone();
+        if let Some(at) = failed.and_then(|failed| urls.iter().position(|url| *url == failed)) {
+            urls.rotate_left(at + 1);
+        }
+        let mut failures = Vec::new();
+        for url in urls {
+            match self.connect(&url, timers).await {
+                Ok(channel) => {
+                    let mut state = lock(&self.state);
+                    state.serial += 1;
+                    let link = Link { url, channel, serial: state.serial };
+                    state.current = Some(link.clone());
+                    tracing::debug!(endpoint = %link.url, "connected");
+                    return Ok(link);
+                }
+                Err(err) => {
+                    lock(&self.state).failed = Some(url.clone());
+                    failures.push(format!("{url}: {err}"));
+                }
+            }
+        }
+        Err(Error::Unavailable(failures.join("; ")))
+    }
+
+    /// Makes a connection. Where one in TLS is made, it is here.
+    async fn connect(&self, url: &Url, timers: &Timers) -> Result<Channel, String> {
+        if url.is_tls() {
+            return Err("TLS is not built".into());
+        }
+        let (interval, timeout) = self.keep_alive;
+        let endpoint = Endpoint::from_shared(url.to_string()).map_err(|err| err.to_string())?;
+        let endpoint = endpoint
+            .connect_timeout(self.connect_timeout)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(interval)
+            .keep_alive_timeout(timeout)
+            // An etcd takes offence at pings while nothing is under way.
+            .keep_alive_while_idle(false)
+            // A large answer, or many at once, shall not wait for a round trip every 64 KiB.
+            .http2_adaptive_window(true);
+        // The connection's task belongs to our runtime, whoever asks.
+        let connecting = timers.runtime().spawn(async move { endpoint.connect().await });
+        let connected = timers.within(Some(self.connect_timeout), connecting).await.ok_or("no connection in time")?;
+        connected.map_err(|err| err.to_string())?.map_err(|err| chain(&err))
+    }
+}
+
+/// An error and what caused it, for tonic says little more of its own than "transport error".
+fn chain(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut source = err.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,485 @@
+//! The members in other processes: calls over gRPC, and from a member that fails to the next.
+//!
+//! ```text
+//! call ── link: the connection in use, or a new one to the next endpoint that takes it
+//!      ── attempt ── answer                                        -> done
+//!                 ── certain that nothing was done                 -> leave this member, try the next
+//!                 ── no answer, or one that leaves the outcome open -> a read: leave this member, try the next
+//!                                                                  -> a write: say so
+//! ```
+//!
+//! # Rules
+//! - A write is sent a second time only when it is certain that nothing came of the first: it never left ([`verdict`] knows when), or the
+//!   member refused it without looking, having no leader or no vote. So no write is carried out twice by our own doing.
+//! - A read is tried again until it is answered, or its time is up. A member that is silent is given half of that time.
+//! - Each call but a serializable read, a status and a backup carries `hasleader: true`: a member that has lost its leader refuses it at
+//!   once, and the next is asked.
+//! - All calls of a client share one connection. It is replaced when it fails, for all of them.
+//!
+//! # Caveats
+//! - Name resolution is the system's, within the connect timeout. TLS is not built: `https` endpoints are refused by name.
+//! - Pings keep to what etcd's servers allow (none while nothing is under way, and not more often than every five seconds).
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream;
+use rand::Rng;
+use tokio::runtime::Handle;
+use tokio::sync::watch::Receiver;
+use tokio::time::Instant;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::LeaseTime;
+use super::backend::{Task, Timers};
+use crate::config::Url;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::mvcc::txn;
+use crate::proto::etcdserverpb::cluster_client::ClusterClient;
+use crate::proto::etcdserverpb::kv_client::KvClient;
+use crate::proto::etcdserverpb::lease_client::LeaseClient;
+use crate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
+use crate::proto::etcdserverpb::{
+    AlarmMember, AlarmRequest, AlarmResponse, CompactionRequest, CompactionResponse, DefragmentRequest, DeleteRangeRequest,
+    DeleteRangeResponse, HashKvRequest, HashKvResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseLeasesRequest,
+    LeaseRevokeRequest, LeaseRevokeResponse, LeaseTimeToLiveRequest, Member, MemberListRequest, PutRequest, PutResponse, RangeRequest,
+    RangeResponse, ResponseHeader, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse, TxnRequest, TxnResponse,
+    WatchCreateRequest, alarm_request::AlarmAction,
+};
+use links::{Link, Links};
+use verdict::{Verdict, verdict};
+
+mod links;
+mod verdict;
+pub(super) mod watch;
+
+/// Pauses between attempts once every endpoint has failed: the first, and what doubling it comes to at most. A random part is added, so
+/// that many clients do not come back all at once.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How often the members are asked for each other, for a client that follows them.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The same, after it has failed.
+const FOLLOW_RETRY: Duration = Duration::from_secs(2);
+
+/// Where members are: a list, or one that somebody keeps up to date.
+///
+/// ```
+/// # fn main() -> quorate::Result<()> {
+/// use quorate::client::Endpoints;
+/// let fixed = Endpoints::from(vec!["http://127.0.0.1:2379".parse()?]);
+/// let (known, changing) = tokio::sync::watch::channel(vec!["http://127.0.0.1:2379".parse()?]);
+/// let followed = Endpoints::from(changing);
+/// known.send_replace(vec!["http://127.0.0.1:2381".parse()?]); // its clients leave a member that is not among them any more
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Endpoints(Receiver<Vec<Url>>);
+
+impl From<Vec<Url>> for Endpoints {
+    fn from(urls: Vec<Url>) -> Self {
+        Endpoints(tokio::sync::watch::channel(urls).1)
+    }
+}
+
+impl From<Url> for Endpoints {
+    fn from(url: Url) -> Self {
+        vec![url].into()
+    }
+}
+
+impl From<Receiver<Vec<Url>>> for Endpoints {
+    fn from(urls: Receiver<Vec<Url>>) -> Self {
+        Endpoints(urls)
+    }
+}
+
+/// How a remote client goes about it.
+///
+/// ```
+/// use quorate::client::RemoteOptions;
+/// let mut options = RemoteOptions::default();
+/// options.follow_members = true;
+/// options.request_timeout = std::time::Duration::from_secs(30);
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RemoteOptions {
+    /// How long a call may take, all its attempts together: 10 s. What the server itself gives a request is 7 s by default. Physical
+    /// compactions, defragmentation, hashes and backups may take longer.
+    pub request_timeout: Duration,
+    /// How long making a connection to one endpoint may take: 2 s.
+    pub connect_timeout: Duration,
+    /// After how long a silence a member is pinged while a call is under way: 6 s. An etcd takes offence at less than 5 s.
+    pub keep_alive_interval: Duration,
+    /// How long the answer to a ping may take before the connection is given up: 3 s.
+    pub keep_alive_timeout: Duration,
+    /// Whether to ask the members for each other, and to use those, too: so a client that knows one finds all, and keeps finding them as they
+    /// change. Off by default, for the addresses that members advertise need not be reachable from here.
+    pub follow_members: bool,
+}
+
+impl Default for RemoteOptions {
+    fn default() -> Self {
+        RemoteOptions {
+            request_timeout: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(2),
+            keep_alive_interval: Duration::from_secs(6),
+            keep_alive_timeout: Duration::from_secs(3),
+            follow_members: false,
+        }
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct Remote {
+    shared: Arc<Shared>,
+    pub timers: Timers,
+}
+
+struct Shared {
+    options: RemoteOptions,
+    links: Links,
+    /// The newest revision that an answer has told.
+    revision: AtomicI64,
+    heard: Mutex<Heard>,
+    /// Follows the members, if that is asked for. It ends with the last client.
+    follower: Mutex<Option<Task>>,
+}
+
+/// What members have told last.
+#[derive(Clone, Default)]
+pub(super) struct Heard {
+    pub members: Vec<Member>,
+    pub alarms: Vec<AlarmMember>,
+    pub status: StatusResponse,
+}
+
+/// What is to be known of a call to try it rightly.
+#[derive(Clone, Copy)]
+struct Terms {
+    /// It changes nothing, or comes to the same when it is done twice.
+    is_read: bool,
+    /// How long one attempt may take; without: as long as the whole call.
+    patience: Option<Duration>,
+    /// It may take as long as it takes.
+    is_long: bool,
+}
+
+impl Terms {
+    const WRITE: Terms = Terms { is_read: false, patience: None, is_long: false };
+    const READ: Terms = Terms { is_read: true, patience: None, is_long: false };
+
+    fn long(self) -> Terms {
+        Terms { is_long: true, ..self }
+    }
+}
+
+/// Pauses that grow.
+pub(super) struct Pauses(Duration);
+
+impl Pauses {
+    pub fn new() -> Self {
+        Pauses(PAUSE_MIN)
+    }
+
+    pub fn next(&mut self) -> Duration {
+        let pause = self.0;
+        self.0 = (2 * pause).min(PAUSE_MAX);
+        pause + rand::rng().random_range(Duration::ZERO..=pause / 2)
+    }
+
+    pub fn reset(&mut self) {
+        *self = Self::new();
+    }
+}
+
+/// A request that a member without a leader refuses.
+fn led<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("hasleader", AsciiMetadataValue::from_static("true"));
+    request
+}
+
+impl Remote {
+    pub fn new(endpoints: Endpoints, options: RemoteOptions) -> Result<Self> {
+        let runtime = Handle::try_current().map_err(|err| Error::Config(format!("a remote client has to be made on a runtime: {err}")))?;
+        for (name, value) in [("request_timeout", options.request_timeout), ("connect_timeout", options.connect_timeout)] {
+            if value.is_zero() {
+                return Err(Error::Config(format!("{name} is 0: nothing could be done in that time")));
+            }
+        }
+        let shared = Arc::new(Shared {
+            links: Links::new(endpoints.0, &options),
+            options,
+            revision: AtomicI64::new(0),
+            heard: Mutex::default(),
+            follower: Mutex::default(),
+        });
+        let remote = Remote { shared, timers: Timers::new(runtime) };
+        if remote.shared.options.follow_members {
+            let follow = follow(Arc::downgrade(&remote.shared), remote.timers.clone());
+            *lock(&remote.shared.follower) = Some(Task::spawn(remote.timers.runtime(), follow));
+        }
+        Ok(remote)
+    }
+
+    pub fn endpoint(&self) -> Option<Url> {
+        self.shared.links.current().map(|link| link.url)
+    }
+
+    pub fn revision(&self) -> i64 {
+        self.shared.revision.load(Ordering::Relaxed)
+    }
+
+    pub fn heard(&self) -> Heard {
+        lock(&self.shared.heard).clone()
+    }
+
+    fn note(&self, header: Option<&ResponseHeader>) {
+        if let Some(header) = header {
+            self.shared.revision.fetch_max(header.revision, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes a call, as the head of this file has it.
+    async fn call<T, Fut>(&self, terms: Terms, attempt: impl Fn(Link) -> Fut) -> Result<T>
+    where
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let Shared { options, links, .. } = &*self.shared;
+        let deadline = Instant::now() + options.request_timeout;
+        let mut pauses = Pauses::new();
+        let mut failures = 0;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let err = match self.timers.within(Some(left), links.link(&self.timers)).await {
+                None => Error::Unavailable("no connection in time".into()),
+                Some(Err(err @ Error::Unavailable(_))) => err,
+                Some(Err(err)) => return Err(err),
+                Some(Ok(link)) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let limit = match (terms.is_long, terms.patience, terms.is_read) {
+                        (true, ..) => None,
+                        (_, Some(patience), _) => Some(patience.min(left)),
+                        (_, None, true) => Some((options.request_timeout / 2).min(left)),
+                        (_, None, false) => Some(left),
+                    };
+                    let (err, again) = match self.timers.within(limit, attempt(link.clone())).await {
+                        Some(Ok(answer)) => return Ok(answer.into_inner()),
+                        Some(Err(status)) => match verdict(&status) {
+                            Verdict::Answer(err) => return Err(err),
+                            Verdict::NotDone(err) => (err, true),
+                            Verdict::Open(err) => (err, terms.is_read),
+                        },
+                        None => (Error::Timeout, terms.is_read),
+                    };
+                    tracing::debug!(endpoint = %link.url, error = %err, again, "a call has failed");
+                    links.leave(&link);
+                    if !again {
+                        return Err(err);
+                    }
+                    failures += 1;
+                    if failures < links.count() && Instant::now() < deadline {
+                        continue;
+                    }
+                    err
+                }
+            };
+            let pause = pauses.next();
+            if Instant::now() + pause >= deadline {
+                return Err(err);
+            }
+            self.timers.sleep(pause).await;
+        }
+    }
+
+    // ---- Keys
+
+    pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse> {
+        let answer = self.call(Terms::READ, |link| {
+            let request = if request.serializable { Request::new(request.clone()) } else { led(request.clone()) };
+            async move { kv(link).range(request).await }
+        });
+        let answer = answer.await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
+        let answer = self.call(Terms::WRITE, |link| {
+            let request = led(request.clone());
+            async move { kv(link).put(request).await }
+        });
+        let answer = answer.await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    pub async fn delete_range(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {
+        let answer = self.call(Terms::WRITE, |link| {
+            let request = led(request.clone());
+            async move { kv(link).delete_range(request).await }
+        });
+        let answer = answer.await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
+        let terms = if txn::is_read_only(&request) { Terms::READ } else { Terms::WRITE };
+        let needs_leader = !(terms.is_read && txn::is_serializable(&request));
+        let answer = self.call(terms, |link| {
+            let request = if needs_leader { led(request.clone()) } else { Request::new(request.clone()) };
+            async move { kv(link).txn(request).await }
+        });
+        let answer = answer.await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse> {
+        let terms = if request.physical { Terms::WRITE.long() } else { Terms::WRITE };
+        let answer = self.call(terms, |link| async move { kv(link).compact(led(request)).await }).await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    // ---- Leases
+
+    pub async fn lease_grant(&self, request: LeaseGrantRequest) -> Result<LeaseGrantResponse> {
+        let answer = self.call(Terms::WRITE, |link| async move { leases(link).lease_grant(led(request)).await }).await?;
+        if answer.error.is_empty() { Ok(answer) } else { Err(Error::Refused { code: 2, message: answer.error }) }
+    }
+
+    pub async fn lease_revoke(&self, request: LeaseRevokeRequest) -> Result<LeaseRevokeResponse> {
+        let answer = self.call(Terms::WRITE, |link| async move { leases(link).lease_revoke(led(request)).await }).await?;
+        self.note(answer.header.as_ref());
+        Ok(answer)
+    }
+
+    pub async fn lease_renew(&self, id: i64, patience: Option<Duration>) -> Result<i64> {
+        let terms = Terms { patience, ..Terms::READ };
+        let answer = self.call(terms, |link| async move {
+            let request = led(stream::iter([LeaseKeepAliveRequest { id }]));
+            let mut answers = leases(link).lease_keep_alive(request).await?.into_inner();
+            let answer = answers.message().await?.ok_or_else(|| Status::unavailable("a keep-alive has ended without an answer"))?;
+            Ok(Response::new(answer))
+        });
+        Ok(answer.await?.ttl.max(0))
+    }
+
+    pub async fn lease_time_to_live(&self, id: i64) -> Result<Option<LeaseTime>> {
+        let request = LeaseTimeToLiveRequest { id, keys: true };
+        let found = self.call(Terms::READ, |link| async move { leases(link).lease_time_to_live(led(request)).await }).await?;
+        let mut keys = found.keys;
+        keys.sort_unstable();
+        Ok((found.ttl >= 0).then_some(LeaseTime { granted: found.granted_ttl, remaining: found.ttl, keys }))
+    }
+
+    pub async fn leases(&self) -> Result<Vec<i64>> {
+        let answer = self.call(Terms::READ, |link| async move { leases(link).lease_leases(led(LeaseLeasesRequest {})).await }).await?;
+        Ok(answer.leases.into_iter().map(|lease| lease.id).collect())
+    }
+
+    // ---- Members
+
+    pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse> {
+        let reads = request.action == AlarmAction::Get as i32;
+        let terms = if reads { Terms::READ } else { Terms::WRITE };
+        let answer = self.call(terms, |link| async move { maintenance(link).alarm(led(request)).await }).await?;
+        if reads {
+            lock(&self.shared.heard).alarms.clone_from(&answer.alarms);
+        }
+        Ok(answer)
+    }
+
+    pub async fn member_list(&self) -> Result<Vec<Member>> {
+        let request = MemberListRequest { linearizable: true };
+        let answer = self.call(Terms::READ, |link| async move { ClusterClient::new(link.channel).member_list(led(request)).await });
+        let mut members = answer.await?.members;
+        members.sort_unstable_by_key(|member| member.id);
+        lock(&self.shared.heard).members.clone_from(&members);
+        Ok(members)
+    }
+
+    pub async fn member_status(&self) -> Result<StatusResponse> {
+        let status = self.call(Terms::READ, |link| async move { maintenance(link).status(StatusRequest {}).await }).await?;
+        self.note(status.header.as_ref());
+        lock(&self.shared.heard).status.clone_from(&status);
+        Ok(status)
+    }
+
+    pub async fn hash_kv(&self, revision: i64) -> Result<HashKvResponse> {
+        let request = HashKvRequest { revision };
+        self.call(Terms::READ.long(), |link| async move { maintenance(link).hash_kv(request).await }).await
+    }
+
+    pub async fn defragment(&self) -> Result<()> {
+        self.call(Terms::READ.long(), |link| async move { maintenance(link).defragment(DefragmentRequest {}).await }).await.map(drop)
+    }
+
+    pub async fn backup(&self) -> Result<Backup> {
+        let parts = self.call(Terms::READ.long(), |link| async move { maintenance(link).snapshot(SnapshotRequest {}).await }).await?;
+        Ok(Backup(parts))
+    }
+
+    pub fn watch(&self, request: WatchCreateRequest) -> watch::RemoteWatch {
+        watch::RemoteWatch::start(self.clone(), request)
+    }
+}
+
+fn kv(link: Link) -> KvClient<tonic::transport::Channel> {
+    // Large answers are the user's own: of as many keys as were asked for.
+    KvClient::new(link.channel).max_decoding_message_size(usize::MAX)
+}
+
+fn leases(link: Link) -> LeaseClient<tonic::transport::Channel> {
+    LeaseClient::new(link.channel).max_decoding_message_size(usize::MAX)
+}
+
+fn maintenance(link: Link) -> MaintenanceClient<tonic::transport::Channel> {
+    MaintenanceClient::new(link.channel).max_decoding_message_size(usize::MAX)
+}
+
+/// A backup that comes from another process.
+pub(super) struct Backup(Streaming<SnapshotResponse>);
+
+impl Backup {
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        match self.0.message().await {
+            Ok(part) => Ok(part.map(|part| part.blob)),
+            Err(status) => Err(Error::Unavailable(format!("the backup broke off: {}", status.message()))),
+        }
+    }
+}
+
+/// Asks the members for each other again and again, as long as there is a client.
+async fn follow(shared: Weak<Shared>, timers: Timers) {
+    loop {
+        let pause = {
+            let Some(shared) = shared.upgrade() else { return };
+            let remote = Remote { shared, timers: timers.clone() };
+            match remote.member_list().await {
+                Ok(members) => {
+                    // A learner serves little; a member that is not started yet advertises nothing.
+                    let urls = members.iter().filter(|member| !member.is_learner).flat_map(|member| &member.client_urls);
+                    remote.shared.links.learn(urls.filter_map(|url| url.parse().ok()).collect());
+                    FOLLOW_INTERVAL
+                }
+                Err(err) => {
+                    tracing::debug!(error = %err, "the members could not be asked for each other");
+                    FOLLOW_RETRY
+                }
+            }
+        };
+        timers.sleep(pause).await;
+    }
+}
