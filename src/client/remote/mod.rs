@@ -9,7 +9,7 @@
 //! ```
 //!
 //! # Rules
-//! - A write is sent a second time only when it is certain that nothing came of the first: it never left ([`verdict`] knows when), or the
+//! - A write is sent a second time only when it is certain that nothing came of the first: it never left (`verdict.rs` knows when), or the
 //!   member refused it without looking, having no leader or no vote. So no write is carried out twice by our own doing.
 //! - A read is tried again until it is answered, or its time is up. A member that is silent is given half of that time.
 //! - Each call but a serializable read, a status and a backup carries `hasleader: true`: a member that has lost its leader refuses it at
