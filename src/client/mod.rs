@@ -430,7 +430,7 @@ impl Client {
     pub async fn backup(&self) -> Result<Backup> {
         Ok(Backup(match &self.backend {
             Backend::InProcess(member) => Chunks::InProcess(Box::new(member.backup().await?)),
-            Backend::Remote(remote) => Chunks::Remote(Box::pin(remote.backup()).await?),
+            Backend::Remote(remote) => Chunks::Remote(Box::new(Box::pin(remote.backup()).await?)),
         }))
     }
 
@@ -465,7 +465,7 @@ pub struct Backup(Chunks);
 
 enum Chunks {
     InProcess(Box<crate::api::maintenance::Backup>),
-    Remote(remote::Backup),
+    Remote(Box<remote::Backup>),
 }
 
 impl std::fmt::Debug for Backup {
