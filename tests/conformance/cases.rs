@@ -414,10 +414,10 @@ pub async fn leases_come_and_go(store: &Store) {
 
 pub async fn a_session_lasts_and_is_lost(store: &Store) {
     let client = &store.client;
-    let session = client.session(6).await.unwrap();
+    let session = client.session(12).await.unwrap();
     client.put_with(PutRequest { key: "mine".into(), lease: session.lease(), ..Default::default() }).await.unwrap();
     // Longer than the TTL.
-    tokio::time::sleep(std::time::Duration::from_secs(9)).await;
+    tokio::time::sleep(std::time::Duration::from_secs(15)).await;
     assert!(!session.is_lost());
     assert!(client.get("mine").await.unwrap().is_some());
     // Somebody takes the lease away: the next renewal finds out.
