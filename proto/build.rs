@@ -25,7 +25,7 @@ const PUBLIC: [&str; 6] = [
 ];
 
 /// What stays between members and on disk.
-const PRIVATE: [&str; 2] = ["quorate/internal.proto", "quorate/peer.proto"];
+const PRIVATE: [&str; 3] = ["quorate/internal.proto", "quorate/peer.proto", "quorate/founding.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("proto");

@@ -60,6 +60,10 @@ pub enum Error {
     #[error("the member has been permanently removed from the cluster")]
     Removed,
 
+    /// There is no cluster to join yet, and too few nodes to found one. The text says who is missing. It can be tried again.
+    #[error("there is no cluster yet: {0}")]
+    Founding(String),
+
     /// The request could not be completed in time; a write may or may not have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
@@ -143,8 +147,9 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Apply(err) => err.kind(),
-            Error::Stopped | Error::Removed | Error::Unavailable(_) => ErrorKind::Unavailable,
-            Error::Timeout | Error::OutcomeUnknown(_) => ErrorKind::OutcomeUnknown,
+            Error::Unavailable(_) => ErrorKind::Unavailable,
+            // What was under way when the member stopped may be in its log.
+            Error::Timeout | Error::Stopped | Error::Removed | Error::OutcomeUnknown(_) => ErrorKind::OutcomeUnknown,
             Error::SessionLost => ErrorKind::SessionLost,
             Error::Corrupt { .. } => ErrorKind::Corrupt,
             Error::Refused { code: code::INVALID_ARGUMENT, .. } => ErrorKind::InvalidRequest,
@@ -158,6 +163,7 @@ impl Error {
             | Error::Format { .. }
             | Error::Locked { .. }
             | Error::Failed(_)
+            | Error::Founding(_)
             | Error::Refused { .. } => ErrorKind::Other,
         }
     }
@@ -307,9 +313,9 @@ impl ApplyError {
             KeyNotFound => ErrorKind::KeyNotFound,
             MemberNotFound => ErrorKind::MemberNotFound,
             NoLeader => ErrorKind::NoLeader,
-            Stopped | NotSupportedForLearner => ErrorKind::Unavailable,
+            NotSupportedForLearner => ErrorKind::Unavailable,
             // What a member says that gave up waiting; the entry may be in the log.
-            Timeout | TimeoutLeaderFail | TimeoutLeaderTransfer | LeaderChanged => ErrorKind::OutcomeUnknown,
+            Stopped | Timeout | TimeoutLeaderFail | TimeoutLeaderTransfer | LeaderChanged => ErrorKind::OutcomeUnknown,
             EmptyKey | ValueProvided | LeaseProvided | TooManyOps | DuplicateKey | InvalidSortOption | InvalidAlarm | RequestTooLarge
             | LeaseTtlTooLarge | ResponseTooLarge | MemberBadUrls => ErrorKind::InvalidRequest,
             AuthNotEnabled | PeerUrlExists | MemberNotLearner | LearnerNotReady | TooManyLearners | NotEnoughStarted | UnhealthyCluster

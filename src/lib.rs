@@ -49,6 +49,7 @@
 //! | `node` | requests in, outcomes out; everything that waits or happens by itself |
 //! | `api/` | the wire: etcd's services, HTTP, connections |
 //! | `client`, `server` | calls without a wire; a member, whole |
+//! | `embed/` | the platform's mode: nodes that are told one list of addresses, and found or join one cluster |
 //! | `cli` | etcd's flags, variables and configuration file; for the binary (feature `cli`) |
 //!
 //! ## A put
@@ -70,6 +71,7 @@ mod background;
 pub mod cli;
 pub mod client;
 pub mod config;
+pub mod embed;
 mod error;
 #[allow(dead_code, reason = "invariants that tests check")]
 mod lease;

@@ -7,6 +7,7 @@
 //! number: whatever was acknowledged is on disk already.
 #![forbid(unsafe_code)]
 
+mod embedding;
 mod logging;
 
 use std::io::Write;
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use quorate::cli::{self, Action, PrintLog, Run};
+use quorate::embed::EmbedConfig;
 use quorate::{Error, Server};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -26,6 +28,17 @@ const EXIT_USAGE: u8 = 2;
 const START_GRACE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == "embed") {
+        return match args.next() {
+            None => embed(),
+            Some(arg) if arg == "--help" || arg == "-h" => {
+                let _ = std::io::stdout().write_all(embedding::HELP.as_bytes());
+                ExitCode::SUCCESS
+            }
+            Some(arg) => usage(&Error::Config(format!("embed takes variables, and no argument such as {arg:?}")), "quorate embed --help"),
+        };
+    }
     match cli::parse(std::env::args_os().skip(1), std::env::vars_os(), cli::read_config_file) {
         Ok(Action::Print(text)) => {
             let _ = std::io::stdout().write_all(text.as_bytes());
@@ -33,11 +46,7 @@ fn main() -> ExitCode {
         }
         Ok(Action::Run(run)) => serve(*run),
         Ok(Action::PrintLog(print)) => print_log(&print),
-        Err(error) => {
-            // Not println: whoever closed the pipe has read enough, and that is no reason to panic.
-            let _ = writeln!(std::io::stderr(), "quorate: {error}\n`quorate --help` lists the flags.");
-            ExitCode::from(EXIT_USAGE)
-        }
+        Err(error) => usage(&error, "quorate --help"),
     }
 }
 
@@ -54,6 +63,29 @@ fn print_log(print: &PrintLog) -> ExitCode {
     }
 }
 
+fn usage(error: &Error, help: &str) -> ExitCode {
+    // Not println: whoever closed the pipe has read enough, and that is no reason to panic.
+    let _ = writeln!(std::io::stderr(), "quorate: {error}\n`{help}` lists what can be set.");
+    ExitCode::from(EXIT_USAGE)
+}
+
+/// A node of the embedded mode.
+fn embed() -> ExitCode {
+    let (config, log) = match EmbedConfig::from_env().and_then(|config| Ok((config, embedding::log_config()?))) {
+        Ok(both) => both,
+        Err(error) => return usage(&error, "quorate embed --help"),
+    };
+    if let Err(error) = logging::install(&log, SystemTime::now) {
+        let _ = writeln!(std::io::stderr(), "quorate: {error}");
+        return ExitCode::FAILURE;
+    }
+    let served = watch_signals().and_then(|asked| {
+        let asked = async { asked.await.unwrap_or("none") };
+        new_runtime("the main thread")?.block_on(embedding::run(config, asked))
+    });
+    ended(served, "the node failed")
+}
+
 fn serve(run: Run) -> ExitCode {
     if let Err(error) = logging::install(&run.log, SystemTime::now) {
         let _ = writeln!(std::io::stderr(), "quorate: {error}");
@@ -67,10 +99,14 @@ fn serve(run: Run) -> ExitCode {
         }
     }
     let served = watch_signals().and_then(|asked| new_runtime("the main thread")?.block_on(run_server(run, asked)));
+    ended(served, "the server failed")
+}
+
+fn ended(served: Result<(), Error>, what: &str) -> ExitCode {
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(%error, "the server failed");
+            tracing::error!(%error, "{what}");
             ExitCode::FAILURE
         }
     }

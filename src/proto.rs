@@ -89,6 +89,10 @@ mod grpc {
 }
 mod quorate {
     #[allow(missing_docs, clippy::all, clippy::pedantic)]
+    pub mod founding {
+        tonic::include_proto!("quorate.founding");
+    }
+    #[allow(missing_docs, clippy::all, clippy::pedantic)]
     pub mod internal {
         tonic::include_proto!("quorate.internal");
     }
@@ -100,6 +104,8 @@ mod quorate {
 
 #[doc(inline)]
 pub use self::grpc::health::v1 as health;
+#[doc(inline)]
+pub use self::quorate::founding;
 #[doc(inline)]
 pub use self::quorate::internal;
 #[doc(inline)]

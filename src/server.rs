@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::http::{Checks, Http, Versions};
 use crate::api::maintenance::{SNAPSHOTS_MAX, STORAGE_VERSION};
+use crate::api::peer::Say;
 use crate::api::router::router;
 use crate::api::serve::{App, Listener, Serving};
 use crate::api::wire::{Limits, ServeOptions};
@@ -57,6 +58,7 @@ use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
 use crate::tls::{Acceptor, Connector, Tls};
 
+pub(crate) use founding::member_id;
 use founding::{check_not_founded, found, founders, join_cluster};
 
 mod founding;
@@ -108,6 +110,11 @@ impl Server {
     /// `Config`; `Locked`, `Format` or `Corrupt` for the data directory; `Io` for the disk and the listeners. After an error
     /// nothing is left running or open.
     pub async fn start(config: Config) -> Result<Server> {
+        Server::start_with(config, None).await
+    }
+
+    /// As [`start`](Self::start), with something that answers founding messages on the peer port.
+    pub(crate) async fn start_with(config: Config, say: Option<Say>) -> Result<Server> {
         config.validate()?;
         let (started, wait) = oneshot::channel();
         let (finished, done) = oneshot::channel();
@@ -119,7 +126,7 @@ impl Server {
                 .thread_name(format!("quorate-read-{name}"))
                 .build();
             match runtime {
-                Ok(runtime) => runtime.block_on(run(config, started, finished)),
+                Ok(runtime) => runtime.block_on(run(config, say, started, finished)),
                 Err(err) => {
                     // Who started may have given up waiting.
                     let _ = started.send(Err(Error::io("making the runtime of", &name, err)));
@@ -165,6 +172,15 @@ impl Server {
     /// The cluster's id.
     pub fn cluster_id(&self) -> u64 {
         self.shared.node.identity.cluster_id
+    }
+
+    pub(crate) fn node(&self) -> &Arc<Node> {
+        &self.shared.node
+    }
+
+    /// The newest entry of the log that this member has applied.
+    pub(crate) fn applied(&self) -> u64 {
+        self.shared.node.machine.applied().log_id.map_or(0, |id| id.index)
     }
 
     /// Returns when the member has stopped by itself, or was told to.
@@ -222,7 +238,7 @@ fn join(thread: JoinHandle<()>) {
 }
 
 /// The life of a member, on its own runtime.
-async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, finished: oneshot::Sender<Result<()>>) {
+async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<Arc<Shared>>>, finished: oneshot::Sender<Result<()>>) {
     let member = match Member::open(&config, &|| started.is_closed()).await {
         Ok(member) => member,
         Err(err) => {
@@ -231,7 +247,7 @@ async fn run(config: Config, started: oneshot::Sender<Result<Arc<Shared>>>, fini
         }
     };
     let stop = CancellationToken::new();
-    let listening = match member.listen(&config, &stop).await {
+    let listening = match member.listen(&config, say.as_ref(), &stop).await {
         Ok(listening) => listening,
         Err(err) => {
             let _ = member.close().await;
@@ -443,7 +459,7 @@ impl Member {
     }
 
     /// Opens the listeners and begins to serve.
-    async fn listen(&self, config: &Config, stop: &CancellationToken) -> Result<Listening> {
+    async fn listen(&self, config: &Config, say: Option<&Say>, stop: &CancellationToken) -> Result<Listening> {
         let clients = bind_all(&config.listen_client_urls, &self.tls.client).await?;
         let https = bind_all(&config.listen_client_http_urls, &self.tls.client).await?;
         let metrics_only = bind_all(&config.listen_metrics_urls, &self.tls.client).await?;
@@ -471,7 +487,7 @@ impl Member {
         let client = App { grpc: Some(grpc), http: config.listen_client_http_urls.is_empty().then(|| http.clone()) };
         let plain = App { grpc: None, http: Some(http) };
         let mut serving = Vec::new();
-        let router = Arc::new(api::peer::router(&self.node, config.warning_unary_request_duration, &metrics));
+        let router = Arc::new(api::peer::router(&self.node, say, config.warning_unary_request_duration, &metrics));
         let peer = App { grpc: Some(router), http: plain.http.clone() };
         for listener in peers {
             serving.push(Serving::start(listener, limits.clone(), peer.clone()));

@@ -18,7 +18,8 @@ const LAYERS: &[&[&str]] = &[
     &["api"],
     &["client"],
     &["server"],
-    &["lib", "main", "logging", "internals"],
+    &["embed"],
+    &["lib", "main", "embedding", "logging", "internals"],
 ];
 
 #[test]

@@ -3,7 +3,7 @@
 //! Who calls says in three headers of which cluster it is, who it is and whom it means; see [`network`]. They are looked at
 //! before anything else of the call is: a member of another cluster, or one that takes this member for another, is refused with
 //! FAILED_PRECONDITION and a text that names both sides, and so is one that was removed. Who is about to join does not know all that
-//! yet, and calls Members without any of the headers.
+//! yet, and calls Members without any of the headers. Founding messages have none either; they have a seal of their own.
 //!
 //! # A member without its data
 //! A member that comes back with another data directory than it had has forgotten what it has voted and acknowledged: with its vote a
@@ -15,6 +15,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use http::HeaderMap;
 use prost::Message;
 use tonic::Status;
@@ -23,6 +24,7 @@ use crate::lock::lock;
 use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::node::members::{OTHER_DATA, REMOVED};
+use crate::proto::founding::Envelope;
 use crate::proto::peer::{
     AppendRequest, ChangeRequest, GetSnapshotRequest, HashRequest, InstallSnapshotRequest, MembersRequest, ProposeRequest,
     PutSnapshotRequest, ReadIndexRequest, RenewRequest, TimeToLiveRequest, TransferLeaderRequest, VoteRequest,
@@ -34,11 +36,29 @@ use crate::storage::dir::Identity;
 use super::status;
 use super::unary::{Metadata, Router};
 
+/// Answers what nodes ask each other before there is a cluster, and of one that there is; see `proto/quorate/founding.proto`.
+pub(crate) type Say = Arc<dyn Fn(Envelope) -> BoxFuture<'static, Result<Envelope, Status>> + Send + Sync>;
+
+/// The largest founding message. Beyond it it is refused.
+const FOUNDING_BYTES_MAX: usize = 256 << 10;
+
+const FOUNDING: &str = "quorate.founding.Founding";
+const SAY: &str = "/quorate.founding.Founding/Say";
+
 const PEER: &str = "quorate.peer.Peer";
 const MEMBERS: &str = "/quorate.peer.Peer/Members";
 
+/// The router of the peer port of a node that is no member, or not yet.
+pub(crate) fn founding(say: &Say, slow: Duration, metrics: &Arc<Metrics>) -> Router {
+    add_founding(Router::new(FOUNDING_BYTES_MAX, slow, metrics.clone()), say)
+}
+
+fn add_founding(router: Router, say: &Say) -> Router {
+    router.unary(FOUNDING, "Say", say, |say: Say, _, envelope: Envelope| async move { say(envelope).await })
+}
+
 /// The router of a peer port. Requests that take longer than `slow` are logged.
-pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -> Router {
+pub(crate) fn router(node: &Arc<Node>, say: Option<&Say>, slow: Duration, metrics: &Arc<Metrics>) -> Router {
     macro_rules! of {
         ($method:ident, $request:ty) => {
             |node: Arc<Node>, metadata: Metadata, request: $request| async move {
@@ -56,7 +76,7 @@ pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -
         };
     }
     let ours = node.clone();
-    Router::new(MESSAGE_BYTES_MAX, slow, metrics.clone())
+    let router = Router::new(MESSAGE_BYTES_MAX, slow, metrics.clone())
         .guard(move |path, headers| check(&ours.identity, path, headers, &lock(&ours.machine.members)))
         .unary(PEER, "Append", node, of!(peer_append, AppendRequest))
         .unary(PEER, "Vote", node, of!(peer_vote, VoteRequest))
@@ -70,12 +90,16 @@ pub(crate) fn router(node: &Arc<Node>, slow: Duration, metrics: &Arc<Metrics>) -
         .unary(PEER, "Change", node, of!(peer_change, ChangeRequest))
         .unary(PEER, "Members", node, of!(peer_members, MembersRequest))
         .unary(PEER, "Hash", node, of!(peer_hash, HashRequest))
-        .unary(PEER, "GetSnapshot", node, of!(peer_get_snapshot, GetSnapshotRequest))
+        .unary(PEER, "GetSnapshot", node, of!(peer_get_snapshot, GetSnapshotRequest));
+    match say {
+        Some(say) => add_founding(router, say),
+        None => router,
+    }
 }
 
 fn check(ours: &Identity, path: &str, headers: &HeaderMap, members: &Members) -> Result<(), Status> {
     let named = [network::CLUSTER, network::FROM, network::TO].iter().any(|name| headers.contains_key(*name));
-    if path == MEMBERS && !named {
+    if (path == MEMBERS && !named) || path == SAY {
         return Ok(());
     }
     let id = |name: &str| {

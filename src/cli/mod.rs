@@ -46,6 +46,7 @@ use crate::config::{Config, ETCD_VERSION};
 use crate::error::{Error, Result};
 use flags::{Act, FLAGS, Flag, Kind};
 pub use log::PrintLog;
+pub(crate) use yaml::plain_entries;
 
 /// Largest configuration file: 1 MiB. [`read_config_file`] refuses a larger one, and [`parse`] too.
 pub const CONFIG_FILE_BYTES_MAX: usize = 1024 * 1024;

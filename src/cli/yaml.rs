@@ -52,20 +52,7 @@ enum Node {
 
 /// What the file gives to which flag, in order, and remarks for the log.
 pub(super) fn entries(text: &str) -> Result<(Vec<Given>, Vec<Note>)> {
-    let options = serde_saphyr::options! {
-        budget: serde_saphyr::budget! { max_depth: DEPTH_MAX, max_nodes: NODES_MAX, max_documents: 2 },
-        duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins,
-        with_snippet: false,
-    };
-    let root = match serde_saphyr::from_str_with_options::<Node>(text, options) {
-        Ok(Node::Map(entries)) => entries,
-        Ok(Node::Null) => Vec::new(),
-        Ok(_) => return Err(Error::Config("the configuration file must hold keys and values, such as name: node-1".into())),
-        Err(serde_saphyr::Error::MultipleDocuments { .. }) => {
-            return Err(Error::Config("the configuration file has more than one document in it; leave one".into()));
-        }
-        Err(error) => return Err(Error::Config(format!("the configuration file is not YAML: {error}"))),
-    };
+    let root = root(text)?;
     let (mut given, mut notes) = (Vec::new(), Vec::new());
     for (key, node) in root {
         let name = key.to_ascii_lowercase();
@@ -87,6 +74,48 @@ pub(super) fn entries(text: &str) -> Result<(Vec<Given>, Vec<Note>)> {
     }
     // The last of a repeated key wins, as it does by being applied last.
     Ok((given, notes))
+}
+
+/// The keys of a file and what each has, within the limits.
+fn root(text: &str) -> Result<Vec<(String, Node)>> {
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! { max_depth: DEPTH_MAX, max_nodes: NODES_MAX, max_documents: 2 },
+        duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins,
+        with_snippet: false,
+    };
+    match serde_saphyr::from_str_with_options::<Node>(text, options) {
+        Ok(Node::Map(entries)) => Ok(entries),
+        Ok(Node::Null) => Ok(Vec::new()),
+        Ok(_) => Err(Error::Config("the configuration file must hold keys and values, such as name: node-1".into())),
+        Err(serde_saphyr::Error::MultipleDocuments { .. }) => {
+            Err(Error::Config("the configuration file has more than one document in it; leave one".into()))
+        }
+        Err(error) => Err(Error::Config(format!("the configuration file is not YAML: {error}"))),
+    }
+}
+
+/// The keys of a file with a plain value each, as texts; lists with commas. A key that comes twice is there twice. `None`: the default.
+pub(crate) fn plain_entries(text: &str) -> Result<Vec<(String, Option<String>)>> {
+    fn plain(node: Node) -> Option<String> {
+        match node {
+            Node::Bool(value) => Some(value.to_string()),
+            Node::Int(value) => Some(value.to_string()),
+            Node::Float(value) => Some(value.to_string()),
+            Node::Text(text) => Some(text),
+            Node::Null | Node::List(_) | Node::Map(_) => None,
+        }
+    }
+    let entries = root(text)?.into_iter().map(|(key, node)| {
+        let value = match node {
+            Node::Null => Some(None),
+            Node::List(items) => items.into_iter().map(plain).collect::<Option<Vec<_>>>().map(|items| Some(items.join(","))),
+            node => plain(node).map(Some),
+        };
+        let value =
+            value.ok_or_else(|| Error::Config(format!("invalid value for {key}: it must be a text, a number or a list of them")))?;
+        Ok((key, value))
+    });
+    entries.collect()
 }
 
 fn push(flag: Option<(&'static Flag, bool)>, spelled: String, node: Node, given: &mut Vec<Given>, notes: &mut Vec<Note>) -> Result<()> {

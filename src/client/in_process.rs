@@ -10,7 +10,7 @@ use super::watch::{EventKind, WatchEvent, WatchMessage, decode};
 use super::{LeaseTime, Result};
 use crate::api::Api;
 use crate::api::maintenance::Backup;
-use crate::error::Error;
+use crate::error::{ApplyError, Error};
 use crate::lock::lock;
 use crate::mvcc::watch::{Batch, Session, WatchAnswer};
 use crate::node::{Health, Node};

@@ -34,7 +34,8 @@ pub(super) fn founders(config: &Config, peer_urls: &[Url]) -> Result<Vec<(u64, S
     Ok(founders)
 }
 
-fn member_id(urls: &[Url], token: &str) -> u64 {
+/// The id of a founder.
+pub(crate) fn member_id(urls: &[Url], token: &str) -> u64 {
     let mut urls: Vec<String> = urls.iter().map(Url::to_string).collect();
     urls.sort();
     let mut member = Sha256::new();

@@ -97,14 +97,7 @@ impl DataDir {
         let member = dir.join("member");
         make_dir(dir)?;
         make_dir(&member)?;
-        let path = member.join("LOCK");
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let lock = lock.map_err(|err| Error::io("opening", &path, err))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Locked { path: dir.to_owned() }),
-            Err(err) => return Err(Error::io("locking", &path, err.into())),
-        }
+        let lock = lock_in(&member, dir)?;
         if member.join(REMOVED).exists() {
             return Err(Error::Removed);
         }
@@ -226,6 +219,33 @@ impl DataDir {
     }
 }
 
+/// Takes the lock in a directory; `whole` is the one to be named to whoever comes second.
+fn lock_in(dir: &Path, whole: &Path) -> Result<File> {
+    let path = dir.join("LOCK");
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let lock = lock.map_err(|err| Error::io("opening", &path, err))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Locked { path: whole.to_owned() }),
+        Err(err) => Err(Error::io("locking", &path, err.into())),
+    }
+}
+
+/// The lock of a directory, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    _lock: File,
+}
+
+/// Makes a directory if it is missing, for this user alone, and takes hold of it.
+///
+/// # Errors
+/// `Locked`, `Io`.
+pub(crate) fn hold(dir: &Path) -> Result<Hold> {
+    make_dir(dir)?;
+    Ok(Hold { _lock: lock_in(dir, dir)? })
+}
+
 /// The file for a snapshot that is being received.
 pub(crate) fn incoming(member: &Path, id: u64) -> PathBuf {
     member.join(format!("{INCOMING}{id:016x}"))
@@ -283,7 +303,7 @@ pub(super) fn sync_dir(path: &Path) -> Result<()> {
 }
 
 /// Puts a file in place at once and for good: old content or new, also after a power cut.
-fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+pub(crate) fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     let path = dir.join(name);
     let temporary = dir.join(format!("{name}.new"));
     let write = || -> io::Result<()> {

@@ -1,0 +1,625 @@
+//! What a node is told: one typed [`EmbedConfig`], whether it comes from the environment, a file or a program.
+//!
+//! ```
+//! use quorate::embed::{Backend, EmbedConfig};
+//!
+//! let vars = [("JOIN", "10.0.0.1,10.0.0.2,10.0.0.3"), ("ADVERTISE_IP", "10.0.0.2"), ("HOSTNAME", "node-2")];
+//! let config = EmbedConfig::from_vars(vars.map(|(name, value)| (name.into(), value.into())))?;
+//! assert_eq!((config.backend, config.founders()), (Backend::Embedded, 3));
+//! assert_eq!(config.join, ["10.0.0.1:5707", "10.0.0.2:5707", "10.0.0.3:5707"]);
+//!
+//! let complaint = EmbedConfig::from_vars([("KV_BACKEND".into(), "zookeeper".into())]).unwrap_err().to_string();
+//! assert!(complaint.contains("KV_BACKEND is \"zookeeper\""), "{complaint}");
+//! # Ok::<(), quorate::Error>(())
+//! ```
+//!
+//! # Names
+//! A variable and a key of the file are the same word: `KV_DATA_DIR` is `kv-data-dir` in the file. A variable beats the file, which
+//! `KV_CONFIG_FILE` names; an empty variable is as good as none. An unknown key of the file is an error, for it is a mistake; an unknown
+//! variable is somebody else's.
+//!
+//! | variable | default | |
+//! |---|---|---|
+//! | `KV_BACKEND` | `embedded` | or `etcd`: the store is elsewhere, and this node its client |
+//! | `KV_ADDR` | | with `etcd`: where it is, `host[:port],...`, port 2379 by default |
+//! | `JOIN` | | with `embedded`: the nodes that may found the cluster, `host[:port],...`; the same on all nodes |
+//! | `KV_SERVERS` | `auto` | `1`, `3`, or three if `JOIN` has as many entries |
+//! | `ADVERTISE_IP` | found out | the address at which the other nodes reach this one, and on which it listens |
+//! | `KV_CLIENT_PORT`, `KV_PEER_PORT` | 5706, 5707 | |
+//! | `HOSTNAME` | `node` | for people |
+//! | `KV_DATA_DIR` | `/var/lib/quorate` | what the node remembers, and a server's data |
+//! | `KV_TOKEN`, `KV_TOKEN_FILE` | | a secret that all nodes share; founding messages are sealed with it |
+//! | `KV_START_TIMEOUT` | `1m` | how long a start may take; it can be tried again |
+//! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | files for TLS to an external etcd; also as `ETCD_TLS_CLIENT_CA`, `ETCD_TLS_CLIENT_CERT`, `ETCD_TLS_CLIENT_KEY` |
+//! | `ETCD_USERNAME`, `ETCD_PASSWORD`, `ETCD_NAMESPACE` | | for an external etcd; the namespace goes before every key |
+//!
+//! # Invariants
+//! - Every complaint names the setting, its value, and what would be right. A secret's value is in none, nor in `Debug`.
+//! - A validated configuration has a `JOIN` list of distinct `host:port`, all of them on loopback if this node is, and none if it is not.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::founding::agree::JOIN_MAX;
+use super::founding::wire::Token;
+use crate::config::{Config, Url, parse_duration};
+use crate::error::{Error, Result};
+
+/// Where the peers and the clients of a node's server connect, unless told otherwise.
+pub const CLIENT_PORT: u16 = 5706;
+/// See [`CLIENT_PORT`].
+pub const PEER_PORT: u16 = 5707;
+
+/// The port of an external etcd, unless told otherwise.
+const ETCD_PORT: u16 = 2379;
+
+/// The largest file with a token. Beyond it is refused: it is some other file.
+const TOKEN_BYTES_MAX: u64 = 4096;
+
+/// Where the store is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// In the nodes themselves.
+    #[default]
+    Embedded,
+    /// In an etcd elsewhere.
+    Etcd,
+}
+
+/// How many servers a cluster has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Servers {
+    /// Three if the JOIN list has as many entries, otherwise one.
+    #[default]
+    Auto,
+    /// One.
+    One,
+    /// Three.
+    Three,
+}
+
+/// A text that is never shown.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Hides a text.
+    pub fn new(text: impl Into<String>) -> Secret {
+        Secret(text.into())
+    }
+
+    /// The text, for whoever must send it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_empty() { "none" } else { "(hidden)" })
+    }
+}
+
+/// Files for TLS, in PEM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Who may sign the other side's certificate.
+    pub ca: Option<PathBuf>,
+    /// This side's certificate.
+    pub cert: Option<PathBuf>,
+    /// Its key.
+    pub key: Option<PathBuf>,
+}
+
+/// What a node is told. See the [module](self); a program may set the fields itself.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct EmbedConfig {
+    /// Where the store is.
+    pub backend: Backend,
+    /// Where the external etcd is, one URL for each server.
+    pub addr: Vec<Url>,
+    /// The nodes that may found the cluster, `host[:port]`.
+    pub join: Vec<String>,
+    /// How many servers there are to be.
+    pub servers: Servers,
+    /// The address of this node. `None`: that from which it reaches the others.
+    pub advertise_ip: Option<IpAddr>,
+    /// Where a server's clients connect.
+    pub client_port: u16,
+    /// Where the other nodes connect.
+    pub peer_port: u16,
+    /// This node's name.
+    pub hostname: String,
+    /// What the node remembers, and a server's data. Made for this user alone if it is missing.
+    pub data_dir: PathBuf,
+    /// The secret that all nodes share.
+    pub token: Token,
+    /// How long [`Node::start`](super::Node::start) may take.
+    pub start_timeout: Duration,
+    /// TLS to an external etcd.
+    pub tls: TlsFiles,
+    /// The user at an external etcd.
+    pub username: String,
+    /// Its password.
+    pub password: Secret,
+    /// What goes before every key at an external etcd.
+    pub namespace: String,
+    /// Limits and times of this node's server, should it be one. Names, addresses, directories and members are set by the node.
+    pub server: Config,
+}
+
+impl Default for EmbedConfig {
+    fn default() -> Self {
+        EmbedConfig {
+            backend: Backend::Embedded,
+            addr: Vec::new(),
+            join: Vec::new(),
+            servers: Servers::Auto,
+            advertise_ip: None,
+            client_port: CLIENT_PORT,
+            peer_port: PEER_PORT,
+            hostname: "node".into(),
+            data_dir: "/var/lib/quorate".into(),
+            token: Token::default(),
+            start_timeout: Duration::from_secs(60),
+            tls: TlsFiles::default(),
+            username: String::new(),
+            password: Secret::default(),
+            namespace: String::new(),
+            server: Config::default(),
+        }
+    }
+}
+
+/// A setting's reader. The error says what would be right.
+type Set = fn(&mut EmbedConfig, &str) -> std::result::Result<(), String>;
+
+/// Every setting: its variable, other names of that, whether it is secret, and what reads it.
+#[rustfmt::skip]
+const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
+    ("KV_BACKEND", &[], false, |config, text| {
+        config.backend = match text {
+            "embedded" => Backend::Embedded,
+            "etcd" => Backend::Etcd,
+            _ => return Err("it must be embedded or etcd".into()),
+        };
+        Ok(())
+    }),
+    ("KV_ADDR", &["ETCD_ENDPOINTS"], false, |config, text| {
+        config.addr = text.split(',').map(|part| etcd_url(part.trim())).collect::<Result<_, _>>()?;
+        Ok(())
+    }),
+    ("JOIN", &[], false, |config, text| {
+        config.join = text.split(',').map(|part| part.trim().to_owned()).collect();
+        Ok(())
+    }),
+    ("KV_SERVERS", &[], false, |config, text| {
+        config.servers = match text {
+            "auto" => Servers::Auto,
+            "1" => Servers::One,
+            "3" => Servers::Three,
+            _ => return Err("it must be 1, 3 or auto".into()),
+        };
+        Ok(())
+    }),
+    ("ADVERTISE_IP", &[], false, |config, text| {
+        config.advertise_ip = Some(text.parse().map_err(|_| "it must be an IP address")?);
+        Ok(())
+    }),
+    ("KV_CLIENT_PORT", &[], false, |config, text| { config.client_port = port(text)?; Ok(()) }),
+    ("KV_PEER_PORT", &[], false, |config, text| { config.peer_port = port(text)?; Ok(()) }),
+    ("HOSTNAME", &[], false, |config, text| { config.hostname = text.to_owned(); Ok(()) }),
+    ("KV_DATA_DIR", &[], false, |config, text| { config.data_dir = text.into(); Ok(()) }),
+    ("KV_TOKEN", &[], true, |config, text| { config.token = Token::new(text); Ok(()) }),
+    ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = Token::new(read_token(Path::new(text))?); Ok(()) }),
+    ("KV_START_TIMEOUT", &[], false, |config, text| { config.start_timeout = parse_duration(text)?; Ok(()) }),
+    ("TLS_ETCD_CA", &["ETCD_TLS_CLIENT_CA"], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
+    ("TLS_ETCD_CLIENT_CERT", &["ETCD_TLS_CLIENT_CERT"], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
+    ("TLS_ETCD_CLIENT_KEY", &["ETCD_TLS_CLIENT_KEY"], false, |config, text| { config.tls.key = Some(text.into()); Ok(()) }),
+    ("ETCD_USERNAME", &[], false, |config, text| { config.username = text.to_owned(); Ok(()) }),
+    ("ETCD_PASSWORD", &[], true, |config, text| { config.password = Secret::new(text); Ok(()) }),
+    ("ETCD_NAMESPACE", &[], false, |config, text| { config.namespace = text.to_owned(); Ok(()) }),
+];
+
+/// The variable that names the file.
+const CONFIG_FILE: &str = "KV_CONFIG_FILE";
+
+impl EmbedConfig {
+    /// From the variables of this process, and the file that `KV_CONFIG_FILE` names, if it does. Validated.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first thing that is wrong.
+    pub fn from_env() -> Result<EmbedConfig> {
+        let utf8 = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            let name = name.into_string().ok()?;
+            // What is not text would be refused below, by name; a variable that is not ours may be anything.
+            find(&name).map(|_| (name, value.to_string_lossy().into_owned()))
+        };
+        let file = std::env::var_os(CONFIG_FILE).filter(|path| !path.is_empty());
+        let file = file.map(|path| (CONFIG_FILE.to_owned(), path.to_string_lossy().into_owned()));
+        EmbedConfig::from_vars(std::env::vars_os().filter_map(utf8).chain(file))
+    }
+
+    /// From variables that are given. See [`from_env`](Self::from_env).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first thing that is wrong.
+    pub fn from_vars(vars: impl IntoIterator<Item = (String, String)>) -> Result<EmbedConfig> {
+        let mut vars: Vec<(String, String)> = vars.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+        // Other names first, so that the first one counts.
+        vars.sort_by_key(|(name, _)| find(name).is_some_and(|(first, ..)| *first == name.as_str()));
+        let mut config = EmbedConfig::default();
+        if let Some((_, path)) = vars.iter().find(|(name, _)| name == CONFIG_FILE) {
+            config.read_file(Path::new(path))?;
+        }
+        for (name, value) in &vars {
+            if let Some(setting) = find(name) {
+                config.set(setting, name, value)?;
+            }
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// From a file, in YAML or JSON: `kv-backend: embedded`. Validated.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first thing that is wrong, such as a key that there is not.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<EmbedConfig> {
+        let mut config = EmbedConfig::default();
+        config.read_file(path.as_ref())?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    #[cfg(feature = "cli")]
+    fn read_file(&mut self, path: &Path) -> Result<()> {
+        let about = |why: &dyn fmt::Display| Error::Config(format!("{} cannot be used as configuration file: {why}", path.display()));
+        let bytes = crate::cli::read_config_file(path).map_err(|err| about(&err))?;
+        let text = String::from_utf8(bytes).map_err(|_| about(&"it is not UTF-8"))?;
+        self.read_text(&text).map_err(|err| match err {
+            Error::Config(why) => Error::Config(format!("{why} (in {})", path.display())),
+            other => other,
+        })
+    }
+
+    #[cfg(not(feature = "cli"))]
+    fn read_file(&mut self, path: &Path) -> Result<()> {
+        Err(Error::Config(format!("{} cannot be read: files need the feature cli", path.display())))
+    }
+
+    #[cfg(feature = "cli")]
+    fn read_text(&mut self, text: &str) -> Result<()> {
+        let mut seen = std::collections::BTreeSet::new();
+        for (key, value) in crate::cli::plain_entries(text)? {
+            let name = key.to_ascii_uppercase().replace('-', "_");
+            let Some(setting) = find(&name) else { return Err(Error::Config(format!("there is no setting {key:?}"))) };
+            if !seen.insert(setting.0) {
+                return Err(Error::Config(format!("{key} is there twice")));
+            }
+            if let Some(value) = value.filter(|value| !value.is_empty()) {
+                self.set(setting, &key, &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, (_, _, is_secret, set): &(&str, &[&str], bool, Set), spelled: &str, value: &str) -> Result<()> {
+        let shown = if *is_secret { "what it is".to_owned() } else { format!("{value:?}") };
+        set(self, value).map_err(|right| Error::Config(format!("{spelled} is {shown}; {right}")))
+    }
+
+    /// Checks every setting by itself and against the others, and gives the JOIN list its one spelling.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for the first thing that is wrong.
+    pub fn validate(&mut self) -> Result<()> {
+        let wrong = |text: String| Err(Error::Config(text));
+        if self.tls.cert.is_some() != self.tls.key.is_some() {
+            return wrong("of TLS_ETCD_CLIENT_CERT and TLS_ETCD_CLIENT_KEY one is set; set both or none".into());
+        }
+        if self.username.is_empty() != self.password.reveal().is_empty() {
+            return wrong("of ETCD_USERNAME and ETCD_PASSWORD one is set; set both or none".into());
+        }
+        if self.backend == Backend::Etcd {
+            return if self.addr.is_empty() {
+                wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into())
+            } else {
+                Ok(())
+            };
+        }
+        if !self.addr.is_empty() {
+            return wrong("KV_ADDR is set, but KV_BACKEND is embedded; unset it, or set KV_BACKEND=etcd".into());
+        }
+        let fits = |c: char| !c.is_control() && c != ',' && c != '=';
+        if self.hostname.is_empty() || self.hostname.len() > 200 || !self.hostname.chars().all(fits) {
+            return wrong(format!("HOSTNAME is {:?}; it must be a text, not empty, without commas and equals signs", self.hostname));
+        }
+        if self.client_port == self.peer_port {
+            return wrong(format!("KV_CLIENT_PORT and KV_PEER_PORT are both {}; give another to one of them", self.peer_port));
+        }
+        if self.data_dir.as_os_str().is_empty() {
+            return wrong("KV_DATA_DIR is empty; name a directory".into());
+        }
+        self.validate_join()
+    }
+
+    fn validate_join(&mut self) -> Result<()> {
+        let wrong = |text: String| Err(Error::Config(text));
+        if self.join.iter().all(|entry| entry.trim().is_empty()) {
+            let right = "it must name the nodes that may found the cluster, also if it is this one alone: JOIN=$ADVERTISE_IP";
+            return wrong(format!("JOIN is blank; {right}"));
+        }
+        if self.join.len() > JOIN_MAX {
+            return wrong(format!("JOIN has {} entries; it may have {JOIN_MAX}, and three or five are enough", self.join.len()));
+        }
+        let mut join: Vec<String> = Vec::new();
+        for entry in &self.join {
+            let (host, port) = host_and_port(entry, self.peer_port).map_err(|why| Error::Config(format!("JOIN has {entry:?}; {why}")))?;
+            let one = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+            if join.contains(&one) {
+                return wrong(format!("JOIN has {one} twice; leave one"));
+            }
+            join.push(one);
+        }
+        self.join = join;
+        let own = self.advertised_ip()?;
+        if own.is_unspecified() {
+            return wrong(format!("ADVERTISE_IP is {own}; it must be the one address at which others reach this node"));
+        }
+        for entry in &self.join {
+            let is_loopback = self.is_loopback(entry);
+            if is_loopback != own.is_loopback() {
+                let what = if is_loopback {
+                    "every node is that to itself, and would found a cluster of its own"
+                } else {
+                    "no other node can reach that"
+                };
+                let (named, why) = if is_loopback { (entry.as_str(), what) } else { ("ADVERTISE_IP", what) };
+                let right = "use addresses at which the nodes reach each other, or loopback addresses alone for nodes of one machine";
+                return wrong(format!("JOIN has {entry} and ADVERTISE_IP is {own}: {named} is a loopback address, and {why}; {right}"));
+            }
+        }
+        if self.servers == Servers::Three && self.join.len() < 3 {
+            return wrong(format!("KV_SERVERS is 3, but JOIN has {} entries; name three or more", self.join.len()));
+        }
+        Ok(())
+    }
+
+    fn is_loopback(&self, entry: &str) -> bool {
+        let host = entry.rsplit_once(':').map_or(entry, |(host, _)| host).trim_matches(['[', ']']);
+        host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+
+    /// How many servers the cluster is to have.
+    pub fn founders(&self) -> usize {
+        match self.servers {
+            Servers::One => 1,
+            Servers::Three => 3,
+            Servers::Auto => {
+                if self.join.len() >= 3 {
+                    3
+                } else {
+                    1
+                }
+            }
+        }
+    }
+
+    /// The address of this node: as set, or that from which it would send to the first node of the JOIN list. Nothing is sent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when that cannot be told.
+    pub fn advertised_ip(&self) -> Result<IpAddr> {
+        if let Some(ip) = self.advertise_ip {
+            return Ok(ip);
+        }
+        let found = self.join.iter().find_map(|entry| {
+            let any: IpAddr = if entry.starts_with('[') { Ipv6Addr::UNSPECIFIED.into() } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
+            let socket = UdpSocket::bind((any, 0)).ok()?;
+            socket.connect(entry.as_str()).ok()?;
+            socket.local_addr().ok().map(|addr| addr.ip())
+        });
+        found.ok_or_else(|| Error::Config("ADVERTISE_IP is not set, and cannot be told from JOIN; set it to this node's address".into()))
+    }
+
+    /// Where other nodes reach this one.
+    ///
+    /// # Errors
+    /// As [`advertised_ip`](Self::advertised_ip).
+    pub fn peer_url(&self) -> Result<Url> {
+        self.url(self.peer_port)
+    }
+
+    /// Where clients reach this node's server, if it is one.
+    ///
+    /// # Errors
+    /// As [`advertised_ip`](Self::advertised_ip).
+    pub fn client_url(&self) -> Result<Url> {
+        self.url(self.client_port)
+    }
+
+    fn url(&self, port: u16) -> Result<Url> {
+        std::net::SocketAddr::new(self.advertised_ip()?, port).to_string().parse::<HttpUrl>().map(|url| url.0)
+    }
+}
+
+/// A URL without its `http://`.
+struct HttpUrl(Url);
+
+impl std::str::FromStr for HttpUrl {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        format!("http://{text}").parse().map(HttpUrl)
+    }
+}
+
+fn find(name: &str) -> Option<&'static (&'static str, &'static [&'static str], bool, Set)> {
+    SETTINGS.iter().find(|(first, others, ..)| *first == name || others.contains(&name))
+}
+
+fn port(text: &str) -> std::result::Result<u16, String> {
+    text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "it must be a port from 1 to 65535".into())
+}
+
+/// `host`, `host:port`, `[v6]`, `[v6]:port`, or a bare IPv6 address. Names in lower case, addresses in their one spelling.
+fn host_and_port(text: &str, default: u16) -> std::result::Result<(String, u16), String> {
+    let text = text.trim();
+    if text.is_empty() {
+        return Err("there is an empty entry".into());
+    }
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok((ip.to_string(), default));
+    }
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, number)) if !number.ends_with(']') => (host, port(number)?),
+        _ => (text, default),
+    };
+    if let Some(inside) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        let ip: Ipv6Addr = inside.parse().map_err(|_| "in its brackets there is no IPv6 address")?;
+        return Ok((ip.to_string(), port));
+    }
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Ok((ip.to_string(), port));
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.' || c == '_';
+    if host.is_empty() || !host.chars().all(fits) {
+        return Err("it must be a host name or an IP address, with or without :port".into());
+    }
+    Ok((host.to_ascii_lowercase(), port))
+}
+
+fn etcd_url(text: &str) -> std::result::Result<Url, String> {
+    let (scheme, rest) = match text.split_once("://") {
+        Some((scheme @ ("http" | "https"), rest)) => (scheme, rest.strip_suffix('/').unwrap_or(rest)),
+        Some((scheme, _)) => return Err(format!("{scheme}:// is not spoken; use http:// or https://")),
+        None => ("http", text),
+    };
+    let (host, port) = host_and_port(rest, ETCD_PORT)?;
+    let host = if host.contains(':') { format!("[{host}]") } else { host };
+    crate::config::parse_url(&format!("{scheme}://{host}:{port}"))
+}
+
+fn read_token(path: &Path) -> std::result::Result<Vec<u8>, String> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(|err| format!("that cannot be opened: {err}"))?;
+    file.take(TOKEN_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|err| format!("that cannot be read: {err}"))?;
+    if bytes.len() as u64 > TOKEN_BYTES_MAX {
+        return Err(format!("that is larger than {TOKEN_BYTES_MAX} bytes"));
+    }
+    // Editors end a file with a line end.
+    let len = bytes.trim_ascii_end().len();
+    bytes.truncate(len);
+    if bytes.is_empty() { Err("that is empty".into()) } else { Ok(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(vars: &[(&str, &str)]) -> Result<EmbedConfig> {
+        EmbedConfig::from_vars(vars.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
+    }
+
+    fn refused(vars: &[(&str, &str)]) -> String {
+        from(vars).expect_err(&format!("{vars:?}")).to_string()
+    }
+
+    #[test]
+    fn every_mistake_is_named() {
+        let here = ("ADVERTISE_IP", "10.0.0.1");
+        for (vars, want) in [
+            (&[][..], "JOIN is blank"),
+            (&[("JOIN", " , ")], "JOIN is blank"),
+            (&[("JOIN", "10.0.0.1,,10.0.0.2"), here], "JOIN has \"\""),
+            (&[("JOIN", "10.0.0.1,10.0.0.1:5707"), here], "JOIN has 10.0.0.1:5707 twice"),
+            (&[("JOIN", "a/b"), here], "JOIN has \"a/b\""),
+            (&[("JOIN", "a:0"), here], "JOIN has \"a:0\""),
+            (&[("JOIN", "10.0.0.1,localhost"), here], "JOIN has localhost:5707 and ADVERTISE_IP is 10.0.0.1"),
+            (&[("JOIN", "127.0.0.1"), here], "JOIN has 127.0.0.1:5707"),
+            (&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "127.0.0.1")], "ADVERTISE_IP is a loopback address"),
+            (&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "node")], "ADVERTISE_IP is \"node\""),
+            (&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "0.0.0.0")], "ADVERTISE_IP is 0.0.0.0"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_SERVERS", "2")], "KV_SERVERS is \"2\""),
+            (&[("JOIN", "10.0.0.1,b"), here, ("KV_SERVERS", "3")], "KV_SERVERS is 3, but JOIN has 2 entries"),
+            (&[("KV_BACKEND", "Etcd")], "KV_BACKEND is \"Etcd\""),
+            (&[("KV_BACKEND", "etcd")], "KV_ADDR is not set"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_ADDR", "e")], "KV_ADDR is set, but KV_BACKEND is embedded"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "ftp://e")], "KV_ADDR is \"ftp://e\"; ftp:// is not spoken"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_CERT", "c")], "TLS_ETCD_CLIENT_KEY"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_PASSWORD", "hunter2")], "ETCD_USERNAME and ETCD_PASSWORD"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_PEER_PORT", "70000")], "KV_PEER_PORT is \"70000\""),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_PEER_PORT", "5706")], "KV_CLIENT_PORT and KV_PEER_PORT are both 5706"),
+            (&[("JOIN", "10.0.0.1"), here, ("HOSTNAME", "a=b")], "HOSTNAME is \"a=b\""),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_START_TIMEOUT", "5")], "KV_START_TIMEOUT is \"5\""),
+            (
+                &[("JOIN", "10.0.0.1"), here, ("KV_TOKEN_FILE", "/nowhere/at/all")],
+                "KV_TOKEN_FILE is \"/nowhere/at/all\"; that cannot be opened",
+            ),
+        ] {
+            let got = refused(vars);
+            assert!(got.contains(want), "{vars:?}: {got}, wanted {want}");
+            assert!(!got.contains("hunter2"), "{got}");
+        }
+    }
+
+    #[test]
+    fn what_is_right_is_read() {
+        let config = from(&[("JOIN", "10.0.0.3, Node-B:1 ,[fd00::0:1]"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_PEER_PORT", "7")]).unwrap();
+        assert_eq!(config.join, ["10.0.0.3:7", "node-b:1", "[fd00::1]:7"]);
+        assert_eq!((config.founders(), config.peer_url().unwrap().to_string()), (3, "http://10.0.0.1:7".into()));
+        assert_eq!(from(&[("JOIN", "10.0.0.1,b"), ("ADVERTISE_IP", "10.0.0.1")]).unwrap().founders(), 1);
+        assert_eq!(from(&[("JOIN", "a,b,c"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_SERVERS", "1")]).unwrap().founders(), 1);
+        // Nodes of one machine; and the address found out.
+        from(&[("JOIN", "127.0.0.1,127.0.0.2,127.0.0.1:8"), ("ADVERTISE_IP", "127.0.0.2")]).unwrap();
+        assert_eq!(from(&[("JOIN", "127.0.0.1")]).unwrap().advertised_ip().unwrap(), IpAddr::from([127, 0, 0, 1]));
+        let addr = "a, http://b:1,https://[::1],fd00::2,https://c/";
+        let config = from(&[("KV_BACKEND", "etcd"), ("KV_ADDR", addr)]).unwrap();
+        let urls: Vec<String> = config.addr.iter().map(Url::to_string).collect();
+        assert_eq!(urls, ["http://a:2379", "http://b:1", "https://[::1]:2379", "http://[fd00::2]:2379", "https://c:2379"]);
+        // The first name counts.
+        let vars = [("TLS_ETCD_CA", "first"), ("ETCD_TLS_CLIENT_CA", "second"), ("KV_BACKEND", "etcd"), ("KV_ADDR", "a")];
+        assert_eq!(from(&vars).unwrap().tls.ca, Some("first".into()));
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let vars = [("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_TOKEN", "hunter2")];
+        let config = from(&vars).unwrap();
+        assert!(config.token.is_set() && !format!("{config:?}").contains("hunter2"), "{config:?}");
+        let vars = [("KV_BACKEND", "etcd"), ("KV_ADDR", "a"), ("ETCD_USERNAME", "root"), ("ETCD_PASSWORD", "hunter2")];
+        let config = from(&vars).unwrap();
+        assert!(config.password.reveal() == "hunter2" && !format!("{config:?}").contains("hunter2"), "{config:?}");
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn a_file_says_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kv.yml");
+        let write = |text: &str| std::fs::write(&path, text).unwrap();
+        write("join: [10.0.0.1, 10.0.0.2, 10.0.0.3]\nadvertise-ip: 10.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\n");
+        let file = EmbedConfig::from_file(&path).unwrap();
+        let vars = [("JOIN", "10.0.0.1,10.0.0.2,10.0.0.3"), ("ADVERTISE_IP", "10.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2")];
+        assert_eq!(file, from(&vars).unwrap());
+        // A variable beats it.
+        let both = from(&[("KV_CONFIG_FILE", path.to_str().unwrap()), ("KV_PEER_PORT", "8")]).unwrap();
+        assert_eq!((both.peer_port, both.advertise_ip), (8, file.advertise_ip));
+        for (text, want) in [
+            ("joyn: a", "there is no setting \"joyn\""),
+            ("join: a\nJOIN: b", "is there twice"),
+            ("kv-servers: 2", "kv-servers is \"2\""),
+            ("join: {a: b}", "join"),
+            ("[", "not YAML"),
+        ] {
+            write(text);
+            let got = EmbedConfig::from_file(&path).unwrap_err().to_string();
+            assert!(got.contains(want) && got.contains("kv.yml"), "{got}, wanted {want}");
+        }
+    }
+}

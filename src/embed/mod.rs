@@ -1,0 +1,589 @@
+//! The embedded mode: the same few lines in every node of a platform, and the platform's metadata store is there.
+//!
+//! No node is special. All are given one list of addresses, `JOIN`; the first one or three of those that are there found the cluster and
+//! hold the data, all others call them. A host asks for its [role](Node::role), for the [addresses of the servers](Node::endpoints), and
+//! for one signal that says whether metadata can be written, [`availability`](Node::availability).
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+//! # let dir = tempfile::tempdir()?;
+//! # let port = || std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).map(|addr| addr.port());
+//! # let (peer, client) = (port()?, port()?);
+//! use quorate::embed::{Access, EmbedConfig, Node, Role};
+//!
+//! // In production: EmbedConfig::from_env()?
+//! # let vars = [("JOIN", format!("127.0.0.1:{peer}")), ("KV_PEER_PORT", peer.to_string()), ("KV_CLIENT_PORT", client.to_string())];
+//! # let data_dir = ("KV_DATA_DIR".to_owned(), dir.path().join("data").to_string_lossy().into_owned());
+//! # let config = EmbedConfig::from_vars(vars.map(|(name, value)| (name.to_owned(), value)).into_iter().chain([data_dir]))?;
+//! let node = Node::start(config).await?;
+//! assert_eq!(node.role(), Role::Server); // it is alone in its list
+//! let mut availability = node.availability();
+//! availability.wait_for(|now| now.access == Access::ReadWrite).await?;
+//! node.local().expect("it is a server").put("volumes/a", "3 replicas").await?;
+//! node.shutdown().await?;
+//! # Ok(())
+//! # })
+//! # }
+//! ```
+//!
+//! # Invariants
+//! - A node's role and cluster are on disk before it acts in that role, and never change; [`founding`] says how they come about.
+//! - A restart with data needs no network. A server that was removed remembers that, and starts no more.
+//! - [`Node::start`] ends within the configured time and can be tried again; after an error nothing is left running or open. Everything
+//!   runs on threads of the node's own: the host's runtime is neither used nor blocked, and the process is never ended.
+//!
+//! # Names and ids
+//! The server's ids are derived as etcd derives them, from its peer URL and the cluster's token; and the token is the id that was agreed
+//! on, which no other founding has. So the ids are as unique as the agreement, every founder computes those of all, and a node whose disk
+//! is new, at an old address, cannot come by the old one: it is not among the founders, by its node id, and becomes a client.
+//!
+//! # Addresses
+//! A server that comes back with another address tells the others' membership so, which takes a quorum. Clients follow the servers by asking
+//! any of them; if none is where it was, the addresses in `JOIN` are asked, too.
+//!
+//! # Caveats
+//! - The client of a node that is no server is not in here: [`Node::endpoints`] tells it whom to call, as that changes.
+//! - Nothing is spoken in TLS yet; `https` addresses of an external etcd are refused.
+//! - All servers moving at once is not healed by itself; one after the other is.
+
+pub mod availability;
+pub mod config;
+pub mod founding;
+mod probe;
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use self::founding::agree::{Agreement, Answer, Ask, Candidate, Decision, Known, List, NodeId, State};
+use self::founding::drive::{Caller, Driver, Progress};
+use self::founding::state::NodeDir;
+use self::probe::{Local, Remote, Store, watch_store};
+use crate::api::peer::founding as founding_router;
+use crate::api::serve::{App, Listener, Serving};
+use crate::api::wire::{Limits, ServeOptions};
+use crate::client::Client;
+use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::metrics::Metrics;
+use crate::server::{Server, member_id};
+
+pub use self::availability::{Access, Availability};
+pub use self::config::{Backend, EmbedConfig, Secret, Servers, TlsFiles};
+pub use self::founding::agree::Role;
+pub use self::founding::wire::Token;
+
+/// Threads for writing what the node remembers. One write at a time; beyond it they wait for each other.
+const BLOCKING_THREADS: usize = 1;
+
+/// How long connections of the founding port may take to end when it is given over to the server.
+const DRAIN: Duration = Duration::from_millis(200);
+
+/// How often a server looks whether the membership has changed, and a client asks a server.
+const SERVER_LOOK: Duration = Duration::from_secs(1);
+const CLIENT_LOOK: Duration = Duration::from_secs(2);
+
+/// How long a leader that stops may take to hand over. Beyond it the others elect one, a little later.
+const HAND_OVER: Duration = Duration::from_secs(2);
+
+/// A running node. Dropping it stops it without waiting; [`shutdown`](Self::shutdown) waits. See the [module](self).
+pub struct Node {
+    role: Role,
+    local: Option<Client>,
+    cluster: Option<u128>,
+    availability: watch::Receiver<Availability>,
+    endpoints: watch::Receiver<Vec<String>>,
+    stop: CancellationToken,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    done: Mutex<Option<oneshot::Receiver<Result<()>>>>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("role", &self.role).field("cluster", &self.cluster_id()).finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    /// Starts a node, and returns when its role is known and, if it is a server, that serves.
+    ///
+    /// It waits for a cluster that is there, or for enough nodes to found one, no longer than [`EmbedConfig::start_timeout`].
+    ///
+    /// # Errors
+    /// `Config`; `Founding` when there is no cluster in time, with the nodes that are missing: try again; `Removed` for a server that was
+    /// removed from its cluster; `Locked`, `Format` or `Corrupt` for the data directory; `Io`. After an error nothing is left running or open.
+    pub async fn start(mut config: EmbedConfig) -> Result<Node> {
+        config.validate()?;
+        let stop = CancellationToken::new();
+        // Who gives up waiting for the start ends it.
+        let guard = stop.clone().drop_guard();
+        let (started, wait) = oneshot::channel();
+        let (finished, done) = oneshot::channel();
+        let theirs = stop.clone();
+        let thread = std::thread::Builder::new().name(format!("quorate-embed-{}", config.hostname)).spawn(move || {
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            match runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).build() {
+                Ok(runtime) => runtime.block_on(run(config, started, finished, theirs)),
+                Err(err) => drop(started.send(Err(Error::io("making the runtime of", "the node", err)))),
+            }
+        });
+        let thread = thread.map_err(|err| Error::io("starting the thread of", "the node", err))?;
+        let parts = wait.await.unwrap_or_else(|_| Err(Error::Failed("the node's thread ended before it had started".into())))?;
+        let Started { role, local, cluster, availability, endpoints } = parts;
+        let _ = guard.disarm();
+        let (thread, done) = (Mutex::new(Some(thread)), Mutex::new(Some(done)));
+        Ok(Node { role, local, cluster, availability, endpoints, stop, thread, done })
+    }
+
+    /// What this node is, for the life of its data directory.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// The id of the cluster that the nodes have agreed on; none with an external etcd.
+    pub fn cluster_id(&self) -> Option<String> {
+        self.cluster.map(|cluster| format!("{cluster:032x}"))
+    }
+
+    /// The client of the server in this process, if there is one: no socket, no encoding.
+    pub fn local(&self) -> Option<&Client> {
+        self.local.as_ref()
+    }
+
+    /// The client URLs of all servers, as they change.
+    pub fn endpoints(&self) -> watch::Receiver<Vec<String>> {
+        self.endpoints.clone()
+    }
+
+    /// Whether the store can be written, and read, as it changes.
+    pub fn availability(&self) -> watch::Receiver<Availability> {
+        self.availability.clone()
+    }
+
+    /// Stops the node: hands over the lead, if it has it, and gives up ports, files, locks and threads.
+    ///
+    /// # Errors
+    /// What went wrong on the way, or had made its server stop before; everything is given up all the same.
+    pub async fn shutdown(self) -> Result<()> {
+        self.stop.cancel();
+        let done = lock(&self.done).take();
+        let result = match done {
+            Some(done) => done.await.unwrap_or_else(|_| Err(Error::Failed("the node's thread ended early".into()))),
+            None => Ok(()),
+        };
+        // Its last word was said; what is left is the end of a thread.
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the node's thread has panicked");
+        }
+        result
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// What the handle has of a node.
+struct Started {
+    role: Role,
+    local: Option<Client>,
+    cluster: Option<u128>,
+    availability: watch::Receiver<Availability>,
+    endpoints: watch::Receiver<Vec<String>>,
+}
+
+/// The life of a node, on its own runtime.
+async fn run(
+    config: EmbedConfig,
+    started: oneshot::Sender<Result<Started>>,
+    finished: oneshot::Sender<Result<()>>,
+    stop: CancellationToken,
+) {
+    let parts = tokio::select! {
+        biased;
+        parts = Parts::start(&config) => parts,
+        () = stop.cancelled() => Err(Error::Stopped),
+    };
+    let parts = match parts {
+        Ok(parts) => parts,
+        Err(err) => return drop(started.send(Err(err))),
+    };
+    let (tell, availability) = watch::channel(Availability::default());
+    let (announce, endpoints) = watch::channel(parts.endpoints.clone());
+    let handle = Started {
+        role: parts.role,
+        local: parts.local(),
+        cluster: parts.known.as_ref().map(|known| known.decision.cluster),
+        availability,
+        endpoints: endpoints.clone(),
+    };
+    if started.send(Ok(handle)).is_err() {
+        stop.cancel();
+    }
+    let store: Box<dyn Store> = match parts.local() {
+        Some(client) => Box::new(Local(client)),
+        None => Box::new(Remote::new(endpoints, config.backend == Backend::Embedded)),
+    };
+    let result = {
+        let ended = parts.live(&config, announce);
+        tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            () = watch_store(store, tell.clone()) => Ok(()),
+            ended = ended => ended,
+        }
+    };
+    if let Err(err) = &result {
+        // The host goes on; it is told, and nothing here tries to be a server any more.
+        tracing::error!(error = %err, "this node's server has stopped");
+        let reason = err.to_string();
+        let since = std::time::SystemTime::now();
+        tell.send_replace(Availability { access: Access::ReadOnly, reason, since, kv: false, kv_write: false });
+        stop.cancelled().await;
+    }
+    let closed = parts.close().await;
+    let _ = finished.send(result.and(closed));
+}
+
+/// A node, put together.
+struct Parts {
+    role: Role,
+    endpoints: Vec<String>,
+    /// The cluster as it was when the node started.
+    known: Option<Known>,
+    driver: Option<Driver>,
+    server: Option<Server>,
+    serving: Option<Serving>,
+    own_url: Option<Url>,
+    // Held until everything else is closed.
+    dir: Option<Arc<NodeDir>>,
+}
+
+impl Parts {
+    async fn start(config: &EmbedConfig) -> Result<Parts> {
+        let mut parts = match config.backend {
+            Backend::Etcd => return Parts::of_etcd(config),
+            Backend::Embedded => Parts::open(config)?,
+        };
+        match parts.come_up(config).await {
+            Ok(()) => Ok(parts),
+            Err(err) => {
+                // What went wrong before is what counts.
+                let _ = parts.close().await;
+                Err(err)
+            }
+        }
+    }
+
+    fn of_etcd(config: &EmbedConfig) -> Result<Parts> {
+        if let Some(url) = config.addr.iter().find(|url| url.is_tls()) {
+            return Err(Error::Config(format!("KV_ADDR has {url}; TLS to an external etcd is not built yet")));
+        }
+        let endpoints = config.addr.iter().map(Url::to_string).collect();
+        Ok(Parts { role: Role::Client, endpoints, known: None, driver: None, server: None, serving: None, own_url: None, dir: None })
+    }
+
+    /// Reads what the node remembers, and begins to look for the others.
+    fn open(config: &EmbedConfig) -> Result<Parts> {
+        let (peer_url, client_url) = (config.peer_url()?, config.client_url()?);
+        let (dir, state) = NodeDir::open(&config.data_dir)?;
+        if let State::Removed { cluster } = &state {
+            let cluster = format_args!("{cluster:032x}");
+            tracing::warn!(%cluster, "this node was a server of the cluster, and was removed from it; it founds and joins none");
+            return Err(Error::Removed);
+        }
+        let list = List::new(config.join.clone(), config.founders());
+        heed_changes(&state, &list);
+        if !config.token.is_set() && !peer_url.listen_ip().is_some_and(|ip| ip.is_loopback()) {
+            tracing::warn!("KV_TOKEN is not set: founding messages are not authenticated");
+        }
+        let (peer, client) = (peer_url.to_string(), client_url.to_string());
+        let me = Candidate { node: dir.node(), name: config.hostname.clone(), peer_url: peer, client_url: client };
+        let dir = Arc::new(dir);
+        let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone());
+        let (driver, own_url, dir) = (Some(driver), Some(peer_url), Some(dir));
+        Ok(Parts { role: Role::Client, endpoints: Vec::new(), known: None, driver, server: None, serving: None, own_url, dir })
+    }
+
+    /// Finds out what the node is, and becomes that.
+    async fn come_up(&mut self, config: &EmbedConfig) -> Result<()> {
+        let (Some(driver), Some(dir), Some(peer_url)) = (&self.driver, &self.dir, &self.own_url) else { return Ok(()) };
+        // Until the node is a server its peer port serves nothing but founding; then the server takes it over.
+        if !matches!(*driver.progress().borrow(), Progress::Bound(Role::Server, _)) {
+            self.serving = Some(serve_founding(peer_url, driver).await?);
+        }
+        let (role, known) = bound(driver, config.start_timeout).await?;
+        if role == Role::Server {
+            if let Some(serving) = self.serving.take() {
+                serving.stop(DRAIN).await;
+            }
+            let member = server_config(config, dir, &known, peer_url, &config.client_url()?)?;
+            match Server::start_with(member, Some(driver.say())).await {
+                Ok(server) => self.server = Some(server),
+                Err(err) => {
+                    if matches!(err, Error::Removed) {
+                        driver.removed().await;
+                    }
+                    return Err(err);
+                }
+            }
+        }
+        (self.role, self.endpoints, self.known) = (role, client_urls(&known), Some(known));
+        Ok(())
+    }
+
+    fn local(&self) -> Option<Client> {
+        self.server.as_ref().map(Server::client)
+    }
+
+    /// What the node does by itself while it runs: it follows the membership.
+    ///
+    /// # Errors
+    /// Why its server has stopped by itself.
+    async fn live(&self, config: &EmbedConfig, announce: watch::Sender<Vec<String>>) -> Result<()> {
+        let (Some(driver), Some(known)) = (&self.driver, &self.known) else { return std::future::pending().await };
+        let mut progress = driver.progress();
+        let announced = async {
+            while progress.changed().await.is_ok() {
+                if let Progress::Bound(_, known) = &*progress.borrow_and_update() {
+                    let urls = client_urls(known);
+                    announce.send_if_modified(|now| {
+                        let differs = *now != urls;
+                        if differs {
+                            tracing::info!(servers = ?urls, "the servers have changed");
+                            *now = urls;
+                        }
+                        differs
+                    });
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        match &self.server {
+            Some(server) => {
+                tokio::select! {
+                    () = announced => Ok(()),
+                    () = self.follow_as_server(server, driver, known.clone()) => Ok(()),
+                    stopped = server.stopped() => {
+                        if matches!(stopped, Err(Error::Removed)) {
+                            driver.removed().await;
+                        }
+                        stopped.and(Err(Error::Stopped))
+                    }
+                }
+            }
+            None => {
+                tokio::select! {
+                    () = announced => Ok(()),
+                    () = follow_as_client(config, driver) => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Takes changes of the membership to those who ask this node, and this node's new address to the membership.
+    async fn follow_as_server(&self, server: &Server, driver: &Driver, mut known: Known) {
+        let client = server.client();
+        let own = self.own_url.as_ref().map(Url::to_string).unwrap_or_default();
+        let mut ticks = tokio::time::interval(SERVER_LOOK);
+        loop {
+            ticks.tick().await;
+            let members = client.members();
+            let founder = |id: u64| known.decision.founders.iter().find(|founder| founder_id(&known.decision, founder) == Some(id));
+            let before = |id: u64| known.servers.iter().find(|server| server.node == NodeId(id.into())).or_else(|| founder(id));
+            let servers = members.iter().filter(|member| !member.is_learner).filter_map(|member| {
+                let before = before(member.id);
+                Some(Candidate {
+                    node: founder(member.id).map_or(NodeId(member.id.into()), |founder| founder.node),
+                    name: member.name.clone(),
+                    peer_url: member.peer_urls.first()?.clone(),
+                    client_url: member.client_urls.first().cloned().or_else(|| before.map(|before| before.client_url.clone()))?,
+                })
+            });
+            let mut servers: Vec<Candidate> = servers.collect();
+            servers.sort();
+            let unlike = |a: &[Candidate], b: &[Candidate]| {
+                a.len() != b.len()
+                    || a.iter().zip(b).any(|(a, b)| (a.node, &a.peer_url, &a.client_url) != (b.node, &b.peer_url, &b.client_url))
+            };
+            if !servers.is_empty() && unlike(&servers, &known.servers) {
+                known = Known { decision: known.decision.clone(), servers, as_of: server.applied().max(known.as_of + 1) };
+                driver.learn(known.clone()).await;
+            }
+            let moved = members.iter().find(|member| member.id == server.member_id() && !member.peer_urls.contains(&own));
+            if let Some(member) = moved {
+                match server.node().member_update(member.id, std::slice::from_ref(&own)).await {
+                    Ok(()) => {
+                        tracing::info!(before = ?member.peer_urls, now = %own, "this server has moved: the members know its new address")
+                    }
+                    Err(err) => {
+                        tracing::warn!(error = %err, before = ?member.peer_urls, now = %own, "this server has moved, and the members cannot be told yet")
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stops everything, in order. All of it is tried, whatever fails.
+    async fn close(self) -> Result<()> {
+        let mut result = Ok(());
+        if let Some(server) = self.server {
+            hand_over(&server).await;
+            result = match server.shutdown().await {
+                // That was the reason to stop, and is remembered.
+                Err(Error::Removed) => Ok(()),
+                other => other,
+            };
+        }
+        if let Some(serving) = self.serving {
+            serving.stop(DRAIN).await;
+        }
+        if let Some(driver) = self.driver {
+            driver.stop().await;
+        }
+        result
+    }
+}
+
+/// Hands the lead to another voter, if this server has it, so that nobody has to wait for an election.
+async fn hand_over(server: &Server) {
+    let node = server.node();
+    if !node.is_leader() {
+        return;
+    }
+    let others = server.client().members().into_iter().filter(|member| !member.is_learner && member.id != server.member_id());
+    for member in others {
+        match tokio::time::timeout(HAND_OVER, node.move_leader(member.id)).await {
+            Ok(Ok(())) => return,
+            Ok(Err(err)) => tracing::debug!(to = %member.name, error = %err, "handing over the lead"),
+            Err(_) => tracing::debug!(to = %member.name, "handing over the lead took too long"),
+        }
+    }
+}
+
+/// Asks one server after the other who the servers are; and those of the JOIN list, in case they have all moved.
+async fn follow_as_client(config: &EmbedConfig, driver: &Driver) {
+    let progress = driver.progress();
+    let mut turn = 0usize;
+    let mut caller: Option<Caller> = None;
+    loop {
+        tokio::time::sleep(CLIENT_LOOK).await;
+        let servers = match &*progress.borrow() {
+            Progress::Bound(_, known) => known.servers.iter().map(|server| server.peer_url.clone()).collect(),
+            _ => Vec::new(),
+        };
+        let own = config.peer_url().map(|url| url.to_string()).unwrap_or_default();
+        let urls: Vec<String> =
+            servers.into_iter().chain(config.join.iter().map(|entry| format!("http://{entry}"))).filter(|url| *url != own).collect();
+        let Some(url) = urls.get(turn % urls.len().max(1)) else { continue };
+        let mut asked = match caller.take() {
+            Some(caller) if caller.url() == url => caller,
+            _ => Caller::new(url.clone(), config.token.clone()),
+        };
+        match asked.ask(None, &Ask::Hello).await {
+            Ok(Answer::Bound { known, .. }) => {
+                driver.learn(known).await;
+                // It is asked again the next time; the others when it does not answer.
+                caller = Some(asked);
+            }
+            _ => turn = turn.wrapping_add(1),
+        }
+    }
+}
+
+/// Waits until the node belongs to a cluster.
+async fn bound(driver: &Driver, limit: Duration) -> Result<(Role, Known)> {
+    let mut progress = driver.progress();
+    let is_over = |progress: &Progress| !matches!(progress, Progress::Waiting(_));
+    let over = tokio::time::timeout(limit, progress.wait_for(is_over)).await.map(|over| over.map(|progress| progress.clone()));
+    match over {
+        Ok(Ok(Progress::Bound(role, known))) => Ok((role, known)),
+        Ok(Ok(Progress::Removed)) => Err(Error::Removed),
+        Ok(Ok(Progress::Failed(err))) => Err(err),
+        Ok(Ok(Progress::Waiting(_)) | Err(_)) => Err(Error::Stopped),
+        Err(_) => match &*driver.progress().borrow() {
+            Progress::Waiting(why) => Err(Error::Founding(why.clone())),
+            Progress::Bound(role, known) => Ok((*role, known.clone())),
+            Progress::Removed => Err(Error::Removed),
+            Progress::Failed(err) => Err(err.clone()),
+        },
+    }
+}
+
+/// The peer port of a node that is no server, or not yet.
+async fn serve_founding(url: &Url, driver: &Driver) -> Result<Serving> {
+    let (Some(ip), Some(port)) = (url.listen_ip(), url.port()) else {
+        return Err(Error::Config(format!("{url} cannot be listened on")));
+    };
+    let listener = Listener::tcp(std::net::SocketAddr::new(ip, port)).await?;
+    let defaults = Config::default();
+    let options = ServeOptions { max_concurrent_streams: defaults.max_concurrent_streams, keepalive: defaults.grpc_keepalive() };
+    let metrics = Metrics::new(ETCD_VERSION, "3.7");
+    let router = founding_router(&driver.say(), defaults.warning_unary_request_duration, &metrics);
+    Ok(Serving::start(listener, Limits::new(options), App { grpc: Some(Arc::new(router)), http: None }))
+}
+
+/// What a server is told, of what was agreed.
+fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &Url, client_url: &Url) -> Result<Config> {
+    let names = names(&known.decision);
+    let own = names.iter().find(|(founder, _)| founder.node == dir.node());
+    let (own, name) = own.ok_or_else(|| Error::Failed("the node is a server, and not among the founders".into()))?;
+    let mut member = config.server.clone();
+    member.name.clone_from(name);
+    member.data_dir = Some(dir.server());
+    member.listen_client_urls = vec![client_url.clone()];
+    member.advertise_client_urls = vec![client_url.clone()];
+    member.listen_peer_urls = vec![peer_url.clone()];
+    // As it was agreed: if the node has moved since, the members are told so once it runs.
+    member.initial_advertise_peer_urls = vec![own.peer_url.parse()?];
+    member.initial_cluster = names.iter().map(|(founder, name)| format!("{name}={}", founder.peer_url)).collect::<Vec<_>>().join(",");
+    member.initial_cluster_token = token(&known.decision);
+    member.initial_cluster_state = ClusterState::New;
+    Ok(member)
+}
+
+/// The founders' names as members: their own, if those are different, otherwise with a part of their node id. All founders see the same.
+fn names(decision: &Decision) -> Vec<(&Candidate, String)> {
+    let is_alone = |name: &str| decision.founders.iter().filter(|founder| founder.name == name).count() == 1;
+    let distinct = decision.founders.iter().all(|founder| is_alone(&founder.name));
+    let name =
+        |founder: &Candidate| if distinct { founder.name.clone() } else { format!("{}-{:.8}", founder.name, founder.node.to_string()) };
+    decision.founders.iter().map(|founder| (founder, name(founder))).collect()
+}
+
+fn token(decision: &Decision) -> String {
+    format!("{:032x}", decision.cluster)
+}
+
+/// The id that a founder has as a member.
+fn founder_id(decision: &Decision, founder: &Candidate) -> Option<u64> {
+    founder.peer_url.parse().ok().map(|url| member_id(&[url], &token(decision)))
+}
+
+fn client_urls(known: &Known) -> Vec<String> {
+    known.servers.iter().map(|server| server.client_url.clone()).collect()
+}
+
+/// Says so when what the node is told now is not what it has agreed to before.
+fn heed_changes(state: &State, list: &List) {
+    match state {
+        State::Unbound(unbound) if unbound.accepted.is_some() && unbound.list != list.id => tracing::warn!(
+            join = ?unbound.entries, told = ?list.entries,
+            "this node has agreed to found a cluster with another JOIN list, and keeps to that until it is settled"
+        ),
+        State::Bound { role, known } if *role == Role::Server && known.decision.founders.len() != list.servers => tracing::warn!(
+            founders = known.decision.founders.len(),
+            told = list.servers,
+            "KV_SERVERS or JOIN ask for another number of servers than the cluster was founded with; that is not changed by them"
+        ),
+        _ => {}
+    }
+}

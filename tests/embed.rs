@@ -1,0 +1,215 @@
+//! The embedded mode, whole: nodes in one process, over loopback, as a host program has them.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use quorate::Error;
+use quorate::embed::{Access, EmbedConfig, Node, Role, Token};
+use quorate::proto::etcdserverpb::cluster_client::ClusterClient;
+use quorate::proto::etcdserverpb::{MemberRemoveRequest, RangeRequest};
+
+#[path = "common/ports.rs"]
+mod ports;
+use ports::free_port;
+
+/// What anything here may take. A test that waits longer has failed.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Where a node is: its peer port, its client port.
+type Place = (u16, u16);
+
+fn places(count: usize) -> Vec<Place> {
+    (0..count).map(|_| (free_port(), free_port())).collect()
+}
+
+fn join(places: &[Place]) -> Vec<String> {
+    places.iter().map(|(peer, _)| format!("127.0.0.1:{peer}")).collect()
+}
+
+fn config(dir: &Path, at: usize, place: Place, join: Vec<String>) -> EmbedConfig {
+    let mut config = EmbedConfig::default();
+    config.advertise_ip = Some([127, 0, 0, 1].into());
+    (config.peer_port, config.client_port) = place;
+    config.join = join;
+    config.hostname = format!("node-{at}");
+    config.data_dir = dir.join(format!("node-{at}"));
+    config.token = Token::new("a secret");
+    config.start_timeout = PATIENCE;
+    config
+}
+
+async fn until(node: &Node, access: Access) {
+    let mut availability = node.availability();
+    let waited = tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.access == access)).await;
+    let last = node.availability().borrow().clone();
+    assert!(matches!(waited, Ok(Ok(_))), "{node:?} is {last:?}, and not {access}");
+}
+
+async fn start_all(configs: Vec<EmbedConfig>) -> Vec<Node> {
+    let start = |config: EmbedConfig| async move {
+        let began = Instant::now();
+        loop {
+            match Node::start(config.clone()).await {
+                Ok(node) => return node,
+                // A start that nobody waited for any more may still be coming to its end.
+                Err(Error::Locked { .. } | Error::Io { .. }) if began.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(50)).await
+                }
+                Err(err) => panic!("{err}"),
+            }
+        }
+    };
+    futures_util::future::join_all(configs.into_iter().map(start)).await
+}
+
+/// The story of the README: five nodes, three servers, one killed, two killed, one back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_nodes_have_one_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = places(5);
+    let configs: Vec<_> = (0..5).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
+    let mut nodes: Vec<Option<Node>> = start_all(configs.clone()).await.into_iter().map(Some).collect();
+    let of = |nodes: &[Option<Node>], role| -> Vec<usize> {
+        (0..5).filter(|at| nodes[*at].as_ref().is_some_and(|node| node.role() == role)).collect()
+    };
+    let (servers, clients) = (of(&nodes, Role::Server), of(&nodes, Role::Client));
+    assert_eq!((servers.len(), clients.len()), (3, 2));
+    let cluster = nodes[0].as_ref().unwrap().cluster_id();
+    for node in nodes.iter().flatten() {
+        assert_eq!(node.cluster_id(), cluster);
+        assert_eq!(node.endpoints().borrow().len(), 3);
+        until(node, Access::ReadWrite).await;
+    }
+    let local = |nodes: &[Option<Node>], at: usize| nodes[at].as_ref().unwrap().local().unwrap().clone();
+    assert!(nodes[clients[0]].as_ref().unwrap().local().is_none());
+    local(&nodes, servers[0]).put("volumes/a", "3 replicas").await.unwrap();
+
+    // One server stops: everything goes on.
+    nodes[servers[2]].take().unwrap().shutdown().await.unwrap();
+    for at in [servers[0], clients[0]] {
+        until(nodes[at].as_ref().unwrap(), Access::ReadWrite).await;
+    }
+    let began = Instant::now();
+    while let Err(err) = local(&nodes, servers[0]).put("volumes/b", "2 replicas").await {
+        assert!(began.elapsed() < PATIENCE, "{err}");
+    }
+
+    // Two are down: every node says so, and still reads.
+    nodes[servers[1]].take().unwrap().shutdown().await.unwrap();
+    for node in nodes.iter().flatten() {
+        until(node, Access::ReadOnly).await;
+        let mut availability = node.availability();
+        tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.kv && !now.kv_write && !now.reason.is_empty()))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+    let read = RangeRequest { key: "volumes/b".into(), serializable: true, ..RangeRequest::default() };
+    assert_eq!(local(&nodes, servers[0]).range(read).await.unwrap().count, 1);
+
+    // One comes back, with another list and another wish: it is the server it was.
+    let mut other = configs[servers[1]].clone();
+    other.join = vec![join(&places)[servers[1]].clone()];
+    let back = Node::start(other).await.unwrap();
+    assert_eq!((back.role(), back.cluster_id()), (Role::Server, cluster.clone()));
+    nodes[servers[1]] = Some(back);
+    for node in nodes.iter().flatten() {
+        until(node, Access::ReadWrite).await;
+    }
+
+    // One that nobody has listed, and that knows one address, joins; and a client that comes back needs nobody's help to know what it is.
+    let late = config(dir.path(), 9, (free_port(), free_port()), vec![join(&places)[servers[0]].clone()]);
+    let late = Node::start(late).await.unwrap();
+    assert_eq!((late.role(), late.cluster_id()), (Role::Client, cluster.clone()));
+    assert_eq!(late.endpoints().borrow().len(), 3);
+    until(&late, Access::ReadWrite).await;
+    late.shutdown().await.unwrap();
+    for node in nodes.iter_mut().filter_map(Option::take) {
+        node.shutdown().await.unwrap();
+    }
+    let mut alone = configs[clients[0]].clone();
+    alone.start_timeout = Duration::from_secs(1);
+    let alone = Node::start(alone).await.unwrap();
+    assert_eq!((alone.role(), alone.cluster_id()), (Role::Client, cluster));
+    until(&alone, Access::ReadOnly).await;
+    alone.shutdown().await.unwrap();
+}
+
+/// Tries to start until what it is refused with says all this.
+async fn refused_until(config: &EmbedConfig, wanted: &[&str]) {
+    let began = Instant::now();
+    loop {
+        let why = Node::start(config.clone()).await.unwrap_err();
+        let text = why.to_string();
+        assert!(matches!(why, Error::Founding(_)), "{text}");
+        if wanted.iter().all(|part| text.contains(part)) {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{text}, wanted {wanted:?}");
+    }
+}
+
+/// A start that comes to nothing says who is missing, leaves nothing behind, and can be tried again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_can_be_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = places(3);
+    let mut first = config(dir.path(), 0, places[0], join(&places));
+    first.start_timeout = Duration::from_secs(2);
+    let missing: Vec<String> = join(&places)[1..].iter().map(|entry| format!("{entry} is missing")).collect();
+    let mut wanted: Vec<&str> = missing.iter().map(String::as_str).collect();
+    wanted.push("1 of 3");
+    // Twice: the directory and the ports are free again.
+    for _ in 0..2 {
+        refused_until(&first, &wanted).await;
+    }
+    // Who has another token is nobody; who has another list takes no part.
+    let mut others: Vec<_> = (1..3).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
+    others[0].token = Token::new("another");
+    others[1].join.push("127.0.0.1:1".into());
+    let try_others = futures_util::future::join_all(others.into_iter().map(Node::start));
+    tokio::select! {
+        started = try_others => panic!("{started:?}"),
+        () = refused_until(&first, &["another shared token", "JoinSetMismatch"]) => {}
+    }
+    // With the right ones all is well.
+    let configs: Vec<_> = (0..3).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
+    let nodes = start_all(configs).await;
+    for node in nodes {
+        assert_eq!(node.role(), Role::Server);
+        until(&node, Access::ReadWrite).await;
+        node.shutdown().await.unwrap();
+    }
+}
+
+/// A server that is removed says so, keeps its host running, and never founds or joins anything again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_server_leaves_a_tombstone() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = places(3);
+    let configs: Vec<_> = (0..3).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
+    let mut nodes = start_all(configs.clone()).await;
+    for node in &nodes {
+        until(node, Access::ReadWrite).await;
+    }
+    let members = nodes[0].local().unwrap().members();
+    let gone = members.iter().find(|member| member.name == "node-2").unwrap();
+    let client_url = format!("http://127.0.0.1:{}", places[0].1);
+    let mut cluster = ClusterClient::new(tonic::transport::Endpoint::from_shared(client_url).unwrap().connect().await.unwrap());
+    cluster.member_remove(MemberRemoveRequest { id: gone.id }).await.unwrap();
+    let removed = nodes.pop().unwrap();
+    let mut availability = removed.availability();
+    let told = availability.wait_for(|now| now.access == Access::ReadOnly && now.reason.contains("removed"));
+    tokio::time::timeout(PATIENCE, told).await.unwrap().unwrap();
+    let _ = removed.shutdown().await;
+    let again = Node::start(configs[2].clone()).await;
+    assert!(matches!(again, Err(Error::Removed)), "{again:?}");
+    // The others have heard that there are two servers now.
+    for node in &nodes {
+        let mut endpoints = node.endpoints();
+        tokio::time::timeout(PATIENCE, endpoints.wait_for(|now| now.len() == 2)).await.unwrap().unwrap();
+    }
+    for node in nodes {
+        node.shutdown().await.unwrap();
+    }
+}
