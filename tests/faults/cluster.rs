@@ -207,7 +207,7 @@ impl Cluster {
             Fault::PowerLoss => {
                 self.cut_power(&[leader]).await?;
                 pause().await;
-                self.power_on(leader)?;
+                self.power_on(leader).await?;
                 self.spawn_for_good(leader, rng).await;
             }
             Fault::PowerLossOfAll => {
@@ -216,7 +216,7 @@ impl Cluster {
                 self.cut_power(&order).await?;
                 order.shuffle(rng);
                 for at in order {
-                    self.power_on(at)?;
+                    self.power_on(at).await?;
                     tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
                     self.spawn_for_good(at, rng).await;
                 }
@@ -408,9 +408,20 @@ impl Cluster {
         Ok(())
     }
 
-    fn power_on(&mut self, at: usize) -> Result<(), String> {
+    async fn power_on(&mut self, at: usize) -> Result<(), String> {
         self.record.note(&format!("member {at} has power again"));
-        self.disks[at].power_on()
+        let began = Instant::now();
+        loop {
+            self.disks[at].power_on()?;
+            // The kernel may not be done with the file system as it was, and give that back.
+            let probe = self.disks[at].mount.path.join("probe");
+            match std::fs::write(&probe, "x").and_then(|()| std::fs::remove_file(&probe)) {
+                Ok(()) => return Ok(()),
+                Err(err) if began.elapsed() > PATIENCE => return Err(format!("{}: {err}", probe.display())),
+                Err(_) => self.disks[at].power_off()?,
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// Has a member's disk stand still for a while, and until somebody else leads. Returns how long that took; None without disks.

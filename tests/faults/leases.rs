@@ -28,7 +28,7 @@ const LIMIT: Duration = Duration::from_secs(9);
 const LOOK: Duration = Duration::from_millis(60);
 
 /// What a busy machine may take beside the promised time.
-const GRACE: Duration = Duration::from_secs(15);
+const GRACE: Duration = Duration::from_secs(60);
 
 /// A lease that is left alone may be there for so long, whatever befalls the cluster.
 const NEVER: Duration = Duration::from_secs(180);
