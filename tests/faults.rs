@@ -275,9 +275,15 @@ impl Run {
                 Plan::Chosen => self.cluster.suffer(rng).await,
                 Plan::RestartAll => self.cluster.restart_all().await,
                 Plan::ReplaceAll => self.replace_all().await,
-                Plan::KillAll => Ok(self.cluster.kill_all(rng).await),
+                Plan::KillAll => {
+                    self.cluster.kill_all(rng).await;
+                    Ok(())
+                }
                 Plan::KillBusy => self.cluster.kill_busy(self.base, rng).await,
-                Plan::CutOffPastTheLog => Ok(self.cluster.cut_off_past_the_log(rng.random_range(0..MEMBERS)).await),
+                Plan::CutOffPastTheLog => {
+                    self.cluster.cut_off_past_the_log(rng.random_range(0..MEMBERS)).await;
+                    Ok(())
+                }
                 Plan::PauseLeader => self.cluster.pause_leader().await,
                 Plan::LeadersDiskStandsStill => self.cluster.leaders_disk_stands_still().await,
             };
