@@ -208,6 +208,7 @@ impl Listener {
         }
     }
 
+    #[cfg_attr(not(feature = "tls"), allow(unreachable_code, reason = "there is no acceptor then"))]
     fn tls(&self) -> Option<Acceptor> {
         if let Listener::Tls(_, tls) = self { Some(tls.clone()) } else { None }
     }
