@@ -105,6 +105,17 @@ struct Shared {
     full: AtomicBool,
     rewriting: AtomicBool,
     compacted: watch::Sender<i64>,
+    /// As `woken`, for a simulation's task.
+    #[cfg(feature = "simulation")]
+    nudged: tokio::sync::Notify,
+}
+
+impl Shared {
+    fn nudge(&self) {
+        self.woken.notify_one();
+        #[cfg(feature = "simulation")]
+        self.nudged.notify_one();
+    }
 }
 
 /// A handle on the thread; [`stop`](Self::stop) joins it.
@@ -123,7 +134,16 @@ impl Background {
         let backend = store.history().backend().clone();
         let compacted = watch::Sender::new(store.compaction_done());
         let (full, rewriting) = (AtomicBool::new(false), AtomicBool::new(false));
-        let shared = Arc::new(Shared { wants: Mutex::default(), woken: Condvar::new(), full, rewriting, compacted });
+        let shared = Arc::new(Shared {
+            wants: Mutex::default(),
+            woken: Condvar::new(),
+            full,
+            rewriting,
+            compacted,
+            #[cfg(feature = "simulation")]
+            nudged: tokio::sync::Notify::new(),
+        });
+        let synced = clock();
         let worker = Worker {
             current,
             store,
@@ -140,7 +160,14 @@ impl Background {
             rest_until: Duration::ZERO,
             unwritten: false,
             failed: false,
+            synced,
+            tried: Duration::ZERO,
         };
+        #[cfg(feature = "simulation")]
+        if crate::world::is_simulated() {
+            tokio::spawn(crate::world::owned(worker.run_as_task()));
+            return Ok(Background { shared, thread: Mutex::new(None) });
+        }
         let thread = std::thread::Builder::new().name(format!("quorate-store-{name}")).spawn(move || worker.run());
         let thread = thread.map_err(|err| Error::io("starting the background writer of", name, err))?;
         Ok(Background { shared, thread: Mutex::new(Some(thread)) })
@@ -158,13 +185,17 @@ impl Background {
 
     /// Whether the thread is there to do what it is asked.
     pub fn is_at_work(&self) -> bool {
+        #[cfg(feature = "simulation")]
+        if crate::world::is_simulated() {
+            return true;
+        }
         lock(&self.thread).as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// Has the thread look around now: there is much to write, or a compaction to do.
     pub fn wake(&self) {
         lock(&self.shared.wants).wake = true;
-        self.shared.woken.notify_one();
+        self.shared.nudge();
     }
 
     /// Rewrites the storage into fresh files that take no more than they need, while it goes on being used.
@@ -177,7 +208,7 @@ impl Background {
             }
             wants.defragment.push(done);
         }
-        self.shared.woken.notify_one();
+        self.shared.nudge();
         wait.await.unwrap_or(Err(Error::Stopped))
     }
 
@@ -189,7 +220,7 @@ impl Background {
     /// Writes out and syncs what there is, and joins the thread. It blocks: not for async threads.
     pub fn stop(&self) {
         lock(&self.shared.wants).stop = true;
-        self.shared.woken.notify_one();
+        self.shared.nudge();
         let thread = lock(&self.thread).take();
         if let Some(thread) = thread {
             // A panic in it has been reported by the panic hook; there is nothing left to do about it here.
@@ -227,58 +258,75 @@ struct Worker {
     /// Compaction has marked deaths that the storage has not got yet.
     unwritten: bool,
     failed: bool,
+    /// When the storage was last synced, and last given anything.
+    synced: Duration,
+    tried: Duration,
 }
 
 impl Worker {
     fn run(mut self) {
-        let mut synced = (self.clock)();
-        let mut rest = WRITE_INTERVAL;
-        let mut tried = Duration::ZERO;
-        loop {
+        let mut rest = Some(WRITE_INTERVAL);
+        while let Some(wait) = rest {
             let full = self.shared.full.load(Ordering::Relaxed);
-            let (stop, defragments) = self.wait(rest);
-            self.follow();
-            let (began, revision) = ((self.clock)(), self.store.revision());
-            let ask_rewrite = !defragments.is_empty();
-            self.rewriting.extend(defragments);
-            let must_sync = stop || ask_rewrite || began.saturating_sub(synced) >= SYNC_INTERVAL;
-            let mut busy = !self.failed && !stop && self.compact().unwrap_or_else(|err| self.fault(err));
-            // A full disk is not tried again after each round of compaction.
-            if full && !stop && !ask_rewrite && (self.clock)().saturating_sub(tried) < FULL_RETRY {
-                rest = if busy { Duration::ZERO } else { FULL_RETRY };
-                continue;
-            }
-            // While a compaction only gathers, what clients write goes out as often as otherwise: small batches cost most.
-            let gathers = busy && self.store.history().deaths_waiting() == 0 && !self.store.history().is_behind();
-            if gathers && !must_sync && (self.clock)().saturating_sub(tried) < WRITE_INTERVAL {
-                rest = self.rest(began, revision);
-                continue;
-            }
-            let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
-            if must_sync {
-                synced = (self.clock)();
-            }
-            if stop {
-                return;
-            }
-            let tidied = written.and_then(|()| {
-                self.unwritten &= self.store.history().deaths_waiting() > 0;
-                self.tidy(ask_rewrite, busy)
-            });
-            busy |= tidied.unwrap_or_else(|err| self.fault(err));
-            self.tell_compacted();
-            tried = (self.clock)();
-            rest = if self.store.history().is_behind() && !self.failed {
-                // Writers are held back until this has caught up.
-                Duration::ZERO
-            } else if busy {
-                self.rest(began, revision)
-            } else if self.shared.full.load(Ordering::Relaxed) {
-                FULL_RETRY
-            } else {
-                WRITE_INTERVAL
-            };
+            let (stop, defragments) = self.wait(wait);
+            rest = self.turn(full, stop, defragments);
         }
+    }
+
+    /// As [`run`](Self::run), in a simulation: the others go on between two turns.
+    #[cfg(feature = "simulation")]
+    async fn run_as_task(mut self) {
+        let shared = self.shared.clone();
+        let mut rest = Some(WRITE_INTERVAL);
+        while let Some(wait) = rest {
+            let full = shared.full.load(Ordering::Relaxed);
+            let _ = tokio::time::timeout(wait.max(Duration::from_millis(1)), shared.nudged.notified()).await;
+            let (stop, defragments) = self.wait(Duration::ZERO);
+            rest = self.turn(full, stop, defragments);
+        }
+    }
+
+    /// Does what is to be done. Returns how long to rest before the next turn; none after the last.
+    fn turn(&mut self, full: bool, stop: bool, defragments: Vec<oneshot::Sender<Result<()>>>) -> Option<Duration> {
+        self.follow();
+        let (began, revision) = ((self.clock)(), self.store.revision());
+        let ask_rewrite = !defragments.is_empty();
+        self.rewriting.extend(defragments);
+        let must_sync = stop || ask_rewrite || began.saturating_sub(self.synced) >= SYNC_INTERVAL;
+        let mut busy = !self.failed && !stop && self.compact().unwrap_or_else(|err| self.fault(err));
+        // A full disk is not tried again after each round of compaction.
+        if full && !stop && !ask_rewrite && (self.clock)().saturating_sub(self.tried) < FULL_RETRY {
+            return Some(if busy { Duration::ZERO } else { FULL_RETRY });
+        }
+        // While a compaction only gathers, what clients write goes out as often as otherwise: small batches cost most.
+        let gathers = busy && self.store.history().deaths_waiting() == 0 && !self.store.history().is_behind();
+        if gathers && !must_sync && (self.clock)().saturating_sub(self.tried) < WRITE_INTERVAL {
+            return Some(self.rest(began, revision));
+        }
+        let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
+        if must_sync {
+            self.synced = (self.clock)();
+        }
+        if stop {
+            return None;
+        }
+        let tidied = written.and_then(|()| {
+            self.unwritten &= self.store.history().deaths_waiting() > 0;
+            self.tidy(ask_rewrite, busy)
+        });
+        busy |= tidied.unwrap_or_else(|err| self.fault(err));
+        self.tell_compacted();
+        self.tried = (self.clock)();
+        Some(if self.store.history().is_behind() && !self.failed {
+            // Writers are held back until this has caught up.
+            Duration::ZERO
+        } else if busy {
+            self.rest(began, revision)
+        } else if self.shared.full.load(Ordering::Relaxed) {
+            FULL_RETRY
+        } else {
+            WRITE_INTERVAL
+        })
     }
 
     /// How long to rest after a round that began at `began`, when the store was at `revision`, and that has left something to do.
@@ -395,6 +443,10 @@ impl Worker {
             self.unwritten |= removed > 0;
             if (self.clock)().saturating_sub(began) >= COMPACT_TIME {
                 break;
+            }
+            #[cfg(feature = "simulation")]
+            if crate::world::is_simulated() {
+                continue;
             }
             std::thread::sleep(STEP_REST);
         }

@@ -38,6 +38,7 @@
 //! | room | what it is |
 //! |---|---|
 //! | `error`, `proto` | two error enums; etcd's messages |
+//! | `world` | chance, tasks and threads: the system's, or those of a simulation |
 //! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
 //! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
 //! | `tls/` | who may talk to whom, and the files that say so (feature `tls`) |
@@ -50,6 +51,7 @@
 //! | `api/` | the wire: etcd's services, HTTP, connections |
 //! | `client`, `server` | calls without a wire; a member, whole |
 //! | `embed/` | the platform's mode: nodes that are told one list of addresses, and found or join one cluster |
+//! | `sim` | clusters whose time, chance, disks and network a seed decides; for tests (feature `simulation`) |
 //! | `cli` | etcd's flags, variables and configuration file; for the binary (feature `cli`) |
 //!
 //! ## A put
@@ -86,6 +88,9 @@ pub mod proto;
 #[allow(dead_code, reason = "invariants that tests check")]
 mod raft;
 mod server;
+#[cfg(feature = "simulation")]
+#[doc(hidden)]
+pub mod sim;
 mod slow;
 // For the fuzz targets, which are a crate of their own; no part of the API.
 #[doc(hidden)]
@@ -103,6 +108,7 @@ mod tls;
 #[cfg(not(feature = "tls"))]
 #[path = "tls/off.rs"]
 mod tls;
+mod world;
 
 pub use client::Client;
 pub use config::{Config, Url};

@@ -52,6 +52,7 @@ use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
 use crate::storage::dir::Identity;
 use crate::storage::history::HistoryOptions;
 use crate::storage::wal::Wal;
+use crate::world;
 
 mod corruption;
 mod duties;
@@ -311,12 +312,13 @@ impl Node {
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let stop = self.stop.clone();
-        self.tasks.spawn(async move {
+        self.tasks.spawn(world::owned(async move {
             tokio::select! {
+                biased;
                 () = stop.cancelled() => {}
                 () = task => {}
             }
-        });
+        }));
     }
 
     /// Ends everything the node does by itself, and refuses what comes.
@@ -551,7 +553,7 @@ impl Node {
         self.check_space(0).await?;
         while request.id == 0 {
             // The same range that etcd draws from: positive, so that the id prints alike everywhere.
-            let id = i64::from_ne_bytes(rand::random::<[u8; 8]>()) & i64::MAX;
+            let id = world::random() as i64 & i64::MAX;
             if !lock(&self.machine.lessor).contains(id) {
                 request.id = id;
             }
@@ -576,7 +578,7 @@ impl Node {
         self.check_sound()?;
         let deadline = Instant::now() + self.request_timeout();
         loop {
-            if self.is_leader() && !self.leads_surely() {
+            if self.is_leader() && !self.leads_surely() && !world::has_fault(world::Fault::UnsureRenewals) {
                 // It may have been deposed without having heard of it: the new leader may let the lease expire.
                 if Instant::now() >= deadline {
                     return Err(Error::Timeout);
@@ -658,6 +660,9 @@ impl Node {
             return Ok(());
         }
         self.check_voter()?;
+        if world::has_fault(world::Fault::UnconfirmedReads) && self.is_leader() {
+            return Ok(());
+        }
         self.confirm_read().await
     }
 
@@ -694,7 +699,7 @@ impl Node {
 
     /// Runs long work on the threads kept for it. It must not wait for a client, or it would keep others from theirs.
     pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-        let done = self.runtime.spawn_blocking(work).await;
+        let done = world::blocking(&self.runtime, work).await;
         done.map_err(|err| if err.is_cancelled() { Error::Stopped } else { Error::Failed(format!("a long read ended early: {err}")) })
     }
 
@@ -722,7 +727,7 @@ impl Node {
     /// A new stream of watches.
     pub fn watch(&self) -> Session {
         let runtime = self.runtime.clone();
-        let elsewhere = move |step: Box<dyn FnOnce() + Send>| drop(runtime.spawn_blocking(step));
+        let elsewhere = move |step: Box<dyn FnOnce() + Send>| drop(world::blocking(&runtime, step));
         Session::new(self.machine.hub.clone(), self.store()).reading_elsewhere(Arc::new(elsewhere))
     }
 }

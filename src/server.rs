@@ -52,11 +52,12 @@ use crate::raft::apply::{Clock, Machine, StateMachine};
 use crate::raft::log::LogStore;
 use crate::raft::network::Network;
 use crate::storage::Backend;
-use crate::storage::dir::DataDir;
+use crate::storage::dir::{DataDir, Identity};
 use crate::storage::history::{Gate, HistoryOptions};
 use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
 use crate::tls::{Acceptor, Connector, Tls};
+use crate::world;
 
 pub(crate) use founding::member_id;
 use founding::{check_not_founded, found, founders, join_cluster};
@@ -288,7 +289,8 @@ async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<A
     };
     listening.drain().await;
     if matches!(failed, Err(Error::Removed))
-        && let Err(err) = member.dir.set_removed()
+        && let Some(dir) = &member.dir
+        && let Err(err) = dir.set_removed()
     {
         tracing::warn!(error = %err, "noting that the member was removed");
     }
@@ -296,16 +298,32 @@ async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<A
     let _ = finished.send(failed.and(closed));
 }
 
+/// What a member is put together of.
+pub(crate) struct Place {
+    pub identity: Identity,
+    pub wal: Arc<Wal>,
+    /// The state, as far as the log was seen to belong to it.
+    pub machine: Arc<Machine>,
+    pub metrics: Arc<Metrics>,
+    pub history: HistoryOptions,
+    pub clock: Clock,
+    /// Where snapshots are put while they are received.
+    pub member_dir: PathBuf,
+    /// The directory of all this; none in a simulation.
+    pub dir: Option<DataDir>,
+    pub tls: Tls,
+}
+
 /// The parts of a member below the wire.
-struct Member {
-    node: Arc<Node>,
+pub(crate) struct Member {
+    pub node: Arc<Node>,
     background: Arc<Background>,
     wal: Arc<Wal>,
-    metrics: Arc<Metrics>,
+    pub metrics: Arc<Metrics>,
     compacted_at: Arc<AtomicU64>,
     tls: Tls,
     // Held until everything else is closed.
-    dir: DataDir,
+    dir: Option<DataDir>,
 }
 
 impl Member {
@@ -315,16 +333,9 @@ impl Member {
         let tls = Tls::open(config)?;
         let path = config.effective_data_dir();
         let mut dir = DataDir::open(&path, config.wal_dir.as_deref())?;
-        let peer_urls = config.advertised_peer_urls(&config.listen_peer_urls);
         let fresh = dir.identity().is_none();
         if fresh {
-            config.validate_bootstrap()?;
-            let joins = config.initial_cluster_state == ClusterState::Existing;
-            let identity = if joins { join_cluster(config, &tls.connector).await? } else { found(config, &peer_urls)? };
-            if !joins {
-                check_not_founded(config, &identity, &tls.connector).await?;
-            }
-            dir.set_identity(identity)?;
+            dir.set_identity(Self::identify(config, &tls.connector).await?)?;
         }
         let mut identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.incarnation == 0 {
@@ -371,8 +382,33 @@ impl Member {
         };
         machine.store().history().backend().accept()?;
         dir.set_rebuilt()?;
+        let (member_dir, dir) = (dir.member().to_owned(), Some(dir));
+        Self::assemble(config, Place { identity, wal, machine, metrics, history, clock, member_dir, dir, tls }).await
+    }
+
+    /// Who a new member is: as the cluster knows it that it joins, or as follows from who founds one.
+    ///
+    /// # Errors
+    /// `Config`.
+    pub async fn identify(config: &Config, tls: &Option<Connector>) -> Result<Identity> {
+        config.validate_bootstrap()?;
+        if config.initial_cluster_state == ClusterState::Existing {
+            return join_cluster(config, tls).await;
+        }
+        let identity = found(config, &config.advertised_peer_urls(&config.listen_peer_urls))?;
+        check_not_founded(config, &identity, tls).await?;
+        Ok(identity)
+    }
+
+    /// Puts the parts together and starts them. Returns when the member can serve.
+    pub async fn assemble(config: &Config, place: Place) -> Result<Member> {
+        let Place { identity, wal, machine, metrics, history, clock, member_dir, dir, tls } = place;
+        let peer_urls = config.advertised_peer_urls(&config.listen_peer_urls);
+        let counters = metrics.counters.clone();
         if lock(&machine.members).is_removed(identity.member_id) {
-            dir.set_removed()?;
+            if let Some(dir) = &dir {
+                dir.set_removed()?;
+            }
             return Err(Error::Removed);
         }
 
@@ -398,15 +434,16 @@ impl Member {
             purge_batch_size: 1,
             // A leader that is started again in its own term would confirm reads by the first entry of that term, and has forgotten what
             // was committed since: it has to be elected anew, and commit an entry of a new term, before it serves any.
-            enable_leader_restore: Some(false),
+            enable_leader_restore: Some(world::has_fault(world::Fault::RestoredLeader)),
             enable_pre_vote: Some(config.pre_vote),
             ..openraft::Config::default()
         };
         let raft_config = raft_config.validate().map_err(|err| Error::Config(err.to_string()))?;
         let network = Network::new(identity.clone(), counters, Some(machine.clone()), tls.connector.clone());
-        let log = LogStore::new(wal.clone());
+        let log_store = LogStore::new(wal.clone());
         let raft =
-            Raft::new(identity.member_id, Arc::new(raft_config), network.clone(), log, StateMachine { machine: machine.clone() }).await;
+            Raft::new(identity.member_id, Arc::new(raft_config), network.clone(), log_store, StateMachine { machine: machine.clone() })
+                .await;
         let raft = raft.map_err(|err| wal.failed().unwrap_or(Error::Failed(err.to_string())))?;
         let initialized = raft.is_initialized().await.map_err(|err| Error::Failed(err.to_string()))?;
         if !initialized && !identity.joined {
@@ -440,7 +477,7 @@ impl Member {
             auto_compaction: config.auto_compaction()?,
             catchup_entries: config.snapshot_catchup_entries,
             history,
-            member_dir: dir.member().to_owned(),
+            member_dir,
             strict_reconfig: config.strict_reconfig_check,
             max_learners: config.max_learners,
             corrupt_check_time: config.corrupt_check_time,
@@ -676,7 +713,7 @@ struct Opener<'a> {
 }
 
 /// Why a state could not be opened.
-enum Damage {
+pub(crate) enum Damage {
     /// It is not whole, or has lost something: with the log as it is, another can take its place.
     State(Error),
     /// Anything else.
@@ -684,7 +721,7 @@ enum Damage {
 }
 
 impl Damage {
-    fn into_error(self) -> Error {
+    pub(crate) fn into_error(self) -> Error {
         match self {
             Damage::State(err) | Damage::Other(err) => err,
         }
@@ -699,12 +736,7 @@ impl Opener<'_> {
     fn read(&self) -> Result<Arc<Machine>> {
         let config = self.config;
         let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&self.state, !config.unsafe_no_fsync)?);
-        let mut attached = Vec::new();
-        let (store, saved) = Store::open(backend, self.history.clone(), &mut |lease, key| attached.push((lease, key)))?;
-        let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
-        let slow = config.warning_apply_duration;
-        let machine = Machine::new(Arc::new(store), saved, attached, lessor, self.clock.clone(), slow, self.counters.clone())?;
-        Ok(Arc::new(machine))
+        machine_on(config, backend, &self.history, &self.clock, &self.counters)
     }
 
     /// Opens the state, and sees to it that it and the log belong together.
@@ -713,11 +745,7 @@ impl Opener<'_> {
             Error::Corrupt { .. } => Damage::State(err),
             err => Damage::Other(err),
         })?;
-        let checked = match finish_install(&machine, self.wal, &self.wal.log_state()).await {
-            Ok(()) => check_reach(&machine, &self.wal.log_state(), &machine.store().history().backend().path()),
-            Err(err) => Err(Damage::Other(err)),
-        };
-        match checked {
+        match fit(&machine, self.wal).await {
             Ok(()) => Ok(machine),
             Err(damage) => {
                 machine.close();
@@ -725,6 +753,31 @@ impl Opener<'_> {
             }
         }
     }
+}
+
+/// The state that a storage holds.
+///
+/// # Errors
+/// `Corrupt` and `Format` as they are, `Io`.
+pub(crate) fn machine_on(
+    config: &Config,
+    backend: Arc<dyn Backend>,
+    history: &HistoryOptions,
+    clock: &Clock,
+    counters: &Arc<Counters>,
+) -> Result<Arc<Machine>> {
+    let mut attached = Vec::new();
+    let (store, saved) = Store::open(backend, history.clone(), &mut |lease, key| attached.push((lease, key)))?;
+    let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
+    let slow = config.warning_apply_duration;
+    let machine = Machine::new(Arc::new(store), saved, attached, lessor, clock.clone(), slow, counters.clone())?;
+    Ok(Arc::new(machine))
+}
+
+/// Sees to it that state and log belong together.
+pub(crate) async fn fit(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
+    finish_install(machine, wal, &wal.log_state()).await.map_err(Damage::Other)?;
+    check_reach(machine, &wal.log_state(), &machine.store().history().backend().path())
 }
 
 /// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets

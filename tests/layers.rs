@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 /// From the ground up.
 const LAYERS: &[&[&str]] = &[
     &["error", "lock", "proto", "testing"],
+    &["world"],
     &["storage", "config", "lease", "metrics", "slow"],
     &["mvcc", "snapshot", "cli", "tls"],
     &["raft"],
@@ -18,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["api"],
     &["client"],
     &["server"],
-    &["embed"],
+    &["embed", "sim"],
     &["lib", "main", "embedding", "logging", "internals"],
 ];
 

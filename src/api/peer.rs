@@ -97,6 +97,35 @@ pub(crate) fn router(node: &Arc<Node>, say: Option<&Say>, slow: Duration, metric
     }
 }
 
+/// Answers one call of another member, as the router would, in a simulation that carries the bytes itself.
+#[cfg(feature = "simulation")]
+pub(crate) async fn serve(node: &Arc<Node>, call: crate::raft::wire::Call) -> Result<bytes::Bytes, Status> {
+    let crate::raft::wire::Call { path, headers, message } = call;
+    check(&node.identity, &path, &headers, &lock(&node.machine.members))?;
+    macro_rules! of {
+        ($method:ident) => {{
+            let request = Message::decode(message).map_err(super::unary::undecodable)?;
+            node.$method(request).await.map_err(status)?.encode_to_vec().into()
+        }};
+    }
+    Ok(match path.strip_prefix("/quorate.peer.Peer/") {
+        Some("Append") => of!(peer_append),
+        Some("Vote") => of!(peer_vote),
+        Some("Propose") => of!(peer_propose),
+        Some("ReadIndex") => of!(peer_read_index),
+        Some("Renew") => of!(peer_renew),
+        Some("TimeToLive") => of!(peer_time_to_live),
+        Some("PutSnapshot") => of!(peer_put_snapshot),
+        Some("InstallSnapshot") => of!(peer_install_snapshot),
+        Some("TransferLeader") => of!(peer_transfer_leader),
+        Some("Change") => of!(peer_change),
+        Some("Members") => of!(peer_members),
+        Some("Hash") => of!(peer_hash),
+        Some("GetSnapshot") => of!(peer_get_snapshot),
+        _ => return Err(Status::unimplemented(path)),
+    })
+}
+
 fn check(ours: &Identity, path: &str, headers: &HeaderMap, members: &Members) -> Result<(), Status> {
     let named = [network::CLUSTER, network::FROM, network::TO].iter().any(|name| headers.contains_key(*name));
     if (path == MEMBERS && !named) || path == SAY {

@@ -91,6 +91,7 @@ impl Node {
                 return Ok(());
             }
             tokio::select! {
+                biased;
                 changed = health.wait_for(|health| !matches!(health, Health::Running)) => {
                     return match changed.map(|health| health.clone()) {
                         Ok(Health::Failed(err)) => Err(err),
@@ -108,6 +109,7 @@ impl Node {
             let next = lock(&self.machine.lessor).next_expiry();
             let wait = next.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.machine.now()));
             tokio::select! {
+                biased;
                 () = self.leases_changed.notified() => continue,
                 () = tokio::time::sleep(wait) => {}
             }

@@ -386,7 +386,7 @@ impl Node {
     /// An id that no member has, or ever had.
     fn unused_id(&self, view: &View) -> u64 {
         loop {
-            let id = u64::from_ne_bytes(rand::random::<[u8; 8]>());
+            let id = world::random();
             if id != 0 && view.membership.get_node(&id).is_none() && !lock(&self.machine.members).is_removed(id) {
                 return id;
             }

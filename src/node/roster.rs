@@ -39,7 +39,7 @@ impl Roster {
         let others = membership.nodes().filter(|(id, _)| **id != own);
         *lock(&self.wanted) = others.map(|(&id, member)| (id, member.peer_urls.clone())).collect();
         let roster = self.clone();
-        runtime.spawn_blocking(move || roster.write());
+        drop(crate::world::blocking(runtime, move || roster.write()));
     }
 
     /// Writes what is wanted now: whichever of two comes last, the newest stands.

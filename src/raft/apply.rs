@@ -48,6 +48,7 @@ use crate::proto::etcdserverpb::{
 };
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
+use crate::world;
 
 use super::members::{Members, Stored};
 use super::outgoing::{Sendings, SnapshotStart};
@@ -725,7 +726,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             return Err(std::io::Error::other(format!("a snapshot up to {:?} has nothing in it", meta.last_log_id)));
         };
         let backend = prepared.store.history().backend().clone();
-        tokio::task::spawn_blocking(move || backend.take_over()).await?.map_err(to_io)?;
+        world::blocking(&tokio::runtime::Handle::current(), move || backend.take_over()).await?.map_err(to_io)?;
         let (revision, index) = (prepared.store.revision(), meta.last_log_id.map_or(0, |id| id.index));
         self.machine.replace(*prepared);
         self.machine.counters.snapshots_received.inc();

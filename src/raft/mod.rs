@@ -39,6 +39,7 @@ pub(crate) mod log;
 pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod outgoing;
+pub(crate) mod wire;
 
 /// openraft's types, as we use them.
 #[derive(Debug, Clone, Copy, Default, Eq, PartialEq, Ord, PartialOrd)]
@@ -55,7 +56,7 @@ impl openraft::RaftTypeConfig for TypeConfig {
     type Vote = openraft::impls::Vote<Self::LeaderId>;
     type Payload = EntryPayload<Proposal, u64, internal::Member>;
     type Entry = openraft::Entry<<Self::LeaderId as openraft::vote::RaftLeaderId>::Committed, Self::Payload>;
-    type AsyncRuntime = openraft_rt_tokio::TokioRuntime;
+    type AsyncRuntime = crate::world::Runtime;
     type Responder<T>
         = Callback<T>
     where

@@ -34,7 +34,7 @@ use openraft::raft::{
 use openraft::{AnyError, OptionalSend};
 use tokio::time::Instant;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
 use crate::error::Error;
@@ -48,9 +48,11 @@ use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
 use crate::storage::dir::Identity;
 use crate::tls::Connector;
+use crate::world;
 
 use super::apply::{Machine, SnapshotHandle};
 use super::outgoing::{SnapshotStart, Writer};
+use super::wire::Wire;
 use super::{
     LogId, Membership, RaftEntry, TypeConfig, Vote, decode_payload, encode_payload, log_id_from_proto, log_id_to_proto, vote_from_proto,
     vote_to_proto,
@@ -112,7 +114,7 @@ pub(crate) struct Link {
     urls: Vec<String>,
     /// The URL to try, counted on after each failure.
     turn: usize,
-    client: Option<PeerClient<Channel>>,
+    client: Option<PeerClient<Wire>>,
     /// The connection being made: kept when the call that began it has run out of time, for one may take longer than a heartbeat may.
     connecting: Option<Connecting>,
     /// When the member was last known to be there: its last answer, or the connection.
@@ -148,7 +150,7 @@ impl Drop for Sending {
     }
 }
 
-type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Channel>, Status>>>;
+type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Wire>, Status>>>;
 
 impl Network {
     pub fn new(identity: Identity, counters: Arc<Counters>, machine: Option<Arc<Machine>>, tls: Option<Connector>) -> Network {
@@ -188,7 +190,7 @@ impl Link {
     ///
     /// # Errors
     /// That the member cannot be reached; nothing was sent then.
-    pub async fn reach(&mut self) -> Result<PeerClient<Channel>, Status> {
+    pub async fn reach(&mut self) -> Result<PeerClient<Wire>, Status> {
         if let Some(client) = &self.client {
             return Ok(client.clone());
         }
@@ -217,7 +219,7 @@ impl Link {
     /// costs the connection only when there has been no answer for [`SILENCE`].
     pub async fn call<Req, Resp, F, Fut>(&mut self, message: Req, limit: Duration, method: F) -> Result<Resp, Status>
     where
-        F: FnOnce(PeerClient<Channel>, Request<Req>) -> Fut,
+        F: FnOnce(PeerClient<Wire>, Request<Req>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<Resp>, Status>>,
         Req: prost::Message,
         Resp: prost::Message,
@@ -279,7 +281,12 @@ impl Link {
 }
 
 /// Connects to a peer port, in TLS if its URL says so.
-async fn connect(url: String, tls: Option<Connector>) -> Result<PeerClient<Channel>, Status> {
+async fn connect(url: String, tls: Option<Connector>) -> Result<PeerClient<Wire>, Status> {
+    #[cfg(feature = "simulation")]
+    if world::is_simulated() {
+        let wire = tokio::time::timeout(CONNECT_TIMEOUT, super::wire::dial(&url)).await;
+        return Ok(PeerClient::new(wire.unwrap_or_else(|_| Err(Status::unavailable(format!("{url}: no connection"))))?));
+    }
     let is_tls = url.starts_with("https://");
     if is_tls && tls.is_none() {
         let what = "peer-trusted-ca-file is not set, so that nobody's certificate could be trusted";
@@ -296,7 +303,7 @@ async fn connect(url: String, tls: Option<Connector>) -> Result<PeerClient<Chann
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await;
     let connected = connected.map_err(|_| Status::unavailable(format!("{url}: no connection within {CONNECT_TIMEOUT:?}")))?;
     let channel = connected.map_err(|err| Status::unavailable(format!("{url}: {}", whole(&err))))?;
-    let client = PeerClient::new(channel);
+    let client = PeerClient::new(super::wire::of(channel));
     Ok(client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX))
 }
 
@@ -424,6 +431,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
             self.send_snapshot(&vote, *start).await
         };
         let sent = tokio::select! {
+            biased;
             closed = cancel => return Err(StreamingError::Closed(closed)),
             sent = attempt => sent,
         };
@@ -460,7 +468,7 @@ impl Link {
     async fn send_snapshot(&mut self, vote: &Vote, start: SnapshotStart) -> Result<Vote, Status> {
         let _sending = start.sendings.begin();
         let transfer = self.ours.counters.peers.get(self.id).map(|peer| peer.begin_sending());
-        let (id, last) = (rand::random::<u64>(), start.position.log_id);
+        let (id, last) = (world::random(), start.position.log_id);
         let (revision, index) = (start.pin.at(), last.map_or(0, |id| id.index));
         tracing::info!(peer = %format_args!("{:x}", self.id), id = %format_args!("{id:x}"), index, revision, "sending a snapshot");
         let broken = |err: Error| Status::internal(err.to_string());
@@ -469,7 +477,7 @@ impl Link {
         let mut size = 0;
         while !writer.is_finished() {
             // The history is read by a thread that may wait for the disk.
-            let step = tokio::task::spawn_blocking(move || {
+            let step = world::blocking(&tokio::runtime::Handle::current(), move || {
                 let piece: Vec<u8> = writer.step()?.into_iter().flatten().collect();
                 Ok((writer, Bytes::from(piece)))
             });

@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Bound;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 
@@ -58,7 +58,9 @@ impl Fault {
 /// The backend in memory. See the module head.
 #[derive(Default)]
 pub struct Mem {
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
+    /// The one that counts of this and its [successors](Backend::successor): none before one of them has taken over.
+    counts: Arc<Mutex<Option<Arc<Mutex<Inner>>>>>,
 }
 
 #[derive(Default)]
@@ -97,6 +99,12 @@ impl Mem {
         }
         let live_bytes = bytes(&durable);
         *inner = Inner { live: durable.clone(), durable, live_bytes, ..Inner::default() };
+    }
+
+    /// The store that a restart finds: this one, or the successor that has last taken over.
+    pub fn reopened(&self) -> Mem {
+        let inner = lock(&self.counts).clone().unwrap_or_else(|| self.inner.clone());
+        Mem { inner, counts: self.counts.clone() }
     }
 
     /// How many batches a crash could lose: `crash(0)` loses them all, `crash(unsynced())` none.
@@ -266,6 +274,15 @@ impl Backend for Mem {
         Ok(())
     }
 
+    fn successor(&self) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(Mem { inner: Arc::default(), counts: self.counts.clone() }))
+    }
+
+    fn take_over(&self) -> Result<()> {
+        *lock(&self.counts) = Some(self.inner.clone());
+        Ok(())
+    }
+
     fn start_rewrite(&self) -> Result<()> {
         let mut inner = self.lock();
         inner.changeable()?;
@@ -354,6 +371,20 @@ mod tests {
         assert_eq!(keys(&mem), b"abcde");
         mem.reopen().unwrap();
         assert_eq!(keys(&mem), b"abcdef", "the batch whose apply failed may be there after all");
+    }
+
+    #[test]
+    fn a_successor_counts_once_it_has_taken_over() {
+        let mem = Mem::new();
+        mem.apply(&batch(b"a")).unwrap();
+        let next = mem.successor().unwrap();
+        next.apply(&batch(b"b")).unwrap();
+        next.sync().unwrap();
+        assert_eq!(keys(&mem.reopened()), b"a");
+        next.take_over().unwrap();
+        assert_eq!((keys(&mem), keys(&mem.reopened())), (b"a".to_vec(), b"b".to_vec()));
+        mem.reopened().crash(0);
+        assert_eq!(keys(&mem.reopened().reopened()), b"b");
     }
 
     #[test]

@@ -71,10 +71,13 @@ mod read;
 mod recover;
 #[cfg(test)]
 mod script;
-#[cfg(test)]
-mod sim;
+#[cfg(any(test, feature = "simulation"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "what only the tests of the log do to it"))]
+pub(crate) mod sim;
 mod space;
 mod state;
+#[cfg(feature = "simulation")]
+pub(crate) mod stepped;
 #[cfg(test)]
 mod tests;
 
@@ -292,6 +295,8 @@ impl Wal {
             work: Condvar::new(),
             space: Condvar::new(),
             meters: Meters::default(),
+            #[cfg(feature = "simulation")]
+            stepper: None,
         });
         let wal = Wal { shared: shared.clone(), threads: Mutex::default() };
         let for_writer = shared.clone();
@@ -314,6 +319,16 @@ impl Wal {
     /// [`ApplyError::RequestTooLarge`] beyond [`MAX_ENTRY_BYTES`], [`ApplyError::TooManyRequests`] beyond [`MAX_QUEUED_BYTES`], and an
     /// [`Error::Io`] with `is_disk_full()` if the disk is full and the segment too.
     pub fn append(&self, entries: Vec<LogEntry>, done: Done) -> Result<()> {
+        #[cfg(feature = "simulation")]
+        if crate::world::has_fault(crate::world::Fault::EarlyAcknowledgement) {
+            self.append_entries(entries, Box::new(|_| ()))?;
+            done(Ok(()));
+            return Ok(());
+        }
+        self.append_entries(entries, done)
+    }
+
+    fn append_entries(&self, entries: Vec<LogEntry>, done: Done) -> Result<()> {
         if entries.iter().any(|entry| entry.payload.len() > MAX_ENTRY_BYTES) {
             return Err(ApplyError::RequestTooLarge.into());
         }

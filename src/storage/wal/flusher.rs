@@ -5,7 +5,8 @@
 
 use super::frame::{ALIGN, FrameBuf, SEGMENT_HEADER_LEN, opaque_len, opening_len};
 use super::index::Slot;
-use super::state::{FailOnPanic, Item, Queued, Segment, Shared, Sleep};
+use super::space;
+use super::state::{FailOnPanic, Item, Queued, Segment, Shared, Sleep, State};
 use super::{FRAME_OVERHEAD, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_OPAQUE_BYTES};
 use crate::error::Error;
 use std::collections::VecDeque;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 /// How long a committed mark may wait for a frame to ride on before it is written by itself. Longer than a round of replication, so that
 /// under load it never is.
-const COMMITTED_NAP: Duration = Duration::from_millis(100);
+pub(super) const COMMITTED_NAP: Duration = Duration::from_millis(100);
 
 /// A queue that had to hold more items than this is given back once it is empty.
 const KEPT_CAPACITY: usize = 64 << 10;
@@ -39,7 +40,7 @@ enum Effect {
 }
 
 /// Why the thread ends early: `poison` if the log must not be written to again.
-struct Stop {
+pub(super) struct Stop {
     error: Error,
     poison: bool,
 }
@@ -50,13 +51,13 @@ impl From<Error> for Stop {
     }
 }
 
-enum Step {
+pub(super) enum Step {
     Flush,
     Mark,
     Close,
 }
 
-struct Flusher {
+pub(super) struct Flusher {
     shared: Arc<Shared>,
     at: Position,
     buf: FrameBuf,
@@ -76,20 +77,7 @@ struct Flusher {
 pub(super) fn run(shared: Arc<Shared>, at: Position) {
     let for_guard = shared.clone();
     let _guard = FailOnPanic(&for_guard);
-    let opened_committed = shared.lock().committed_version;
-    let mut flusher = Flusher {
-        shared,
-        at,
-        buf: FrameBuf::default(),
-        taken: VecDeque::new(),
-        effects: Vec::new(),
-        evicted: Vec::new(),
-        // Opening has written a mark and synced it; the committed mark in it is not in a frame, though.
-        marked: true,
-        mark_synced: true,
-        frame_committed: 0,
-        marked_committed: opened_committed,
-    };
+    let mut flusher = Flusher::new(shared, at);
     let stop = loop {
         let step = match flusher.next_step() {
             Ok(Step::Flush) => flusher.flush(),
@@ -105,26 +93,95 @@ pub(super) fn run(shared: Arc<Shared>, at: Position) {
 }
 
 impl Flusher {
+    pub(super) fn new(shared: Arc<Shared>, at: Position) -> Flusher {
+        let opened_committed = shared.lock().committed_version;
+        Flusher {
+            shared,
+            at,
+            buf: FrameBuf::default(),
+            taken: VecDeque::new(),
+            effects: Vec::new(),
+            evicted: Vec::new(),
+            // Opening has written a mark and synced it; the committed mark in it is not in a frame, though.
+            marked: true,
+            mark_synced: true,
+            frame_committed: 0,
+            marked_committed: opened_committed,
+        }
+    }
+
+    /// What is to be done now, if anything is.
+    fn due(state: &mut State, taken: &mut VecDeque<Queued>, marked: Option<u64>, napped: bool) -> Result<Option<Step>, Stop> {
+        if let Some(error) = &state.failed {
+            return Err(error.clone().into());
+        }
+        if !taken.is_empty() {
+            return Ok(Some(Step::Flush));
+        }
+        if !state.queue.is_empty() {
+            std::mem::swap(&mut state.queue, taken);
+            return Ok(Some(Step::Flush));
+        }
+        if marked.is_none_or(|committed| napped && state.committed_version != committed) {
+            return Ok(Some(Step::Mark));
+        }
+        Ok(state.closing.then_some(Step::Close))
+    }
+
+    /// Which committed mark the mark after the last frame carries; none: there is no such mark yet.
+    fn marked(&self) -> Option<u64> {
+        self.marked.then_some(self.marked_committed)
+    }
+
+    /// Looks for something to do, and takes it if it is to be written.
+    ///
+    /// # Errors
+    /// What has ended the log.
+    #[cfg(feature = "simulation")]
+    pub(super) fn look(&mut self, napped: bool) -> crate::error::Result<Option<Step>> {
+        let marked = self.marked();
+        let mut state = self.shared.lock();
+        let due = Self::due(&mut state, &mut self.taken, marked, napped).map_err(|stop| stop.error)?;
+        state.sleep = match due {
+            Some(_) => Sleep::Awake,
+            None if napped => Sleep::Deep,
+            None => Sleep::Nap,
+        };
+        Ok(due)
+    }
+
+    /// Writes one frame of what was taken, unless that has been done meanwhile.
+    ///
+    /// # Errors
+    /// What has ended the log.
+    #[cfg(feature = "simulation")]
+    pub(super) fn flush_taken(&mut self) -> crate::error::Result<()> {
+        if self.taken.is_empty() { Ok(()) } else { self.flush().map_err(|stop| self.fail(stop)) }
+    }
+
+    /// Writes the mark.
+    ///
+    /// # Errors
+    /// What has ended the log.
+    #[cfg(feature = "simulation")]
+    pub(super) fn write_mark(&mut self) -> crate::error::Result<()> {
+        self.mark().map_err(|stop| self.fail(stop))
+    }
+
+    #[cfg(feature = "simulation")]
+    fn fail(&self, stop: Stop) -> Error {
+        self.shared.fail(stop.error.clone());
+        stop.error
+    }
+
     /// Waits for something to do.
     fn next_step(&mut self) -> Result<Step, Stop> {
         let mut napped = false;
+        let marked = self.marked();
         let mut state = self.shared.lock();
         loop {
-            if let Some(error) = &state.failed {
-                return Err(error.clone().into());
-            }
-            if !self.taken.is_empty() {
-                return Ok(Step::Flush);
-            }
-            if !state.queue.is_empty() {
-                std::mem::swap(&mut state.queue, &mut self.taken);
-                return Ok(Step::Flush);
-            }
-            if !self.marked || (napped && state.committed_version != self.marked_committed) {
-                return Ok(Step::Mark);
-            }
-            if state.closing {
-                return Ok(Step::Close);
+            if let Some(step) = Self::due(&mut state, &mut self.taken, marked, napped)? {
+                return Ok(step);
             }
             if napped {
                 state.sleep = Sleep::Deep;
@@ -310,6 +367,15 @@ impl Flusher {
                 if promote_purges(&mut self.taken) {
                     return Ok(false);
                 }
+            }
+            if self.shared.is_stepped() {
+                drop(state);
+                if !space::turn(&self.shared) {
+                    let error = Error::Failed("the simulated log has no room for the next segment".into());
+                    return Err(Stop { error, poison: true });
+                }
+                state = self.shared.lock();
+                continue;
             }
             state.sleep = Sleep::Deep;
             state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);

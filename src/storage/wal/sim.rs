@@ -13,7 +13,7 @@ const EIO: i32 = 5;
 
 /// splitmix64
 #[derive(Clone)]
-pub(super) struct Rng(pub u64);
+pub(crate) struct Rng(pub u64);
 
 impl Rng {
     pub fn next(&mut self) -> u64 {
@@ -85,7 +85,7 @@ struct Inner {
     file_syncs: u64,
 }
 
-pub(super) struct SimDisk {
+pub(crate) struct SimDisk {
     shared: Arc<(Mutex<Inner>, Condvar)>,
 }
 

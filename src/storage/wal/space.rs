@@ -41,6 +41,10 @@ pub(super) fn spare_name(salt: u64) -> String {
 
 /// A salt that nobody outside this process can guess.
 pub(super) fn new_salt(sequence: u64) -> u64 {
+    #[cfg(feature = "simulation")]
+    if crate::world::is_simulated() {
+        return crate::world::random();
+    }
     RandomState::new().hash_one(sequence)
 }
 
@@ -54,8 +58,7 @@ enum Job {
 /// The body of the thread.
 pub(super) fn run(shared: Arc<Shared>) {
     let _guard = FailOnPanic(&shared);
-    // After a failure, that kind of work rests until the retry, or until something else has made space.
-    let (mut drop_rests, mut prepare_rests) = (false, false);
+    let mut rests = Rests::default();
     loop {
         let job = {
             let mut state = shared.lock();
@@ -63,15 +66,13 @@ pub(super) fn run(shared: Arc<Shared>) {
                 if state.stopped || state.failed.is_some() {
                     return;
                 }
-                let job = if drop_rests { None } else { drop_job(&state, shared.options.segment_bytes) };
-                let job = job.or_else(|| if prepare_rests { None } else { prepare_job(&mut state, shared.options.segment_bytes) });
-                if let Some(job) = job {
+                if let Some(job) = next_job(&mut state, &rests, shared.options.segment_bytes) {
                     break job;
                 }
-                if drop_rests || prepare_rests {
+                if rests.drop || rests.prepare {
                     let woken = shared.space.wait_timeout(state, shared.options.reserve_retry).unwrap_or_else(PoisonError::into_inner);
                     if woken.1.timed_out() {
-                        (drop_rests, prepare_rests) = (false, false);
+                        rests = Rests::default();
                     }
                     state = woken.0;
                 } else {
@@ -79,32 +80,63 @@ pub(super) fn run(shared: Arc<Shared>) {
                 }
             }
         };
-        match job {
-            Job::Drop { segment, keep } => match drop_segment(&*shared.disk, &segment, keep) {
-                Ok(()) => {
-                    let mut state = shared.lock();
-                    state.dropped.pop_front();
-                    if keep {
-                        state.spares.push((spare_name(segment.salt), segment.capacity));
-                    }
-                    prepare_rests = false;
+        carry_out(&shared, job, &mut rests);
+    }
+}
+
+/// Does the next job, if there is one: the thread's work in a simulation, which has no threads.
+pub(super) fn turn(shared: &Shared) -> bool {
+    let mut rests = Rests::default();
+    let job = {
+        let mut state = shared.lock();
+        if state.stopped || state.failed.is_some() {
+            return false;
+        }
+        next_job(&mut state, &rests, shared.options.segment_bytes)
+    };
+    let Some(job) = job else { return false };
+    carry_out(shared, job, &mut rests);
+    true
+}
+
+/// After a failure, that kind of work rests until the retry, or until something else has made space.
+#[derive(Default)]
+struct Rests {
+    drop: bool,
+    prepare: bool,
+}
+
+fn next_job(state: &mut State, rests: &Rests, usual: u64) -> Option<Job> {
+    let job = if rests.drop { None } else { drop_job(state, usual) };
+    job.or_else(|| if rests.prepare { None } else { prepare_job(state, usual) })
+}
+
+fn carry_out(shared: &Shared, job: Job, rests: &mut Rests) {
+    match job {
+        Job::Drop { segment, keep } => match drop_segment(&*shared.disk, &segment, keep) {
+            Ok(()) => {
+                let mut state = shared.lock();
+                state.dropped.pop_front();
+                if keep {
+                    state.spares.push((spare_name(segment.salt), segment.capacity));
                 }
-                // Something that may pass: the file stays where it is, which is harmless.
-                Err(DropError::Name(error)) => {
-                    tracing::warn!(%error, "a purged log segment could not be put away; it is tried again");
-                    drop_rests = true;
-                }
-                Err(DropError::Sync(error)) => return shared.fail(error),
-            },
-            Job::Prepare { sequence, capacity, least, spare } => {
-                let mut made = prepare(&shared, sequence, capacity, spare.as_deref());
-                let mut capacity = capacity;
-                while matches!(made, Err(NoSegment::NotNow(_))) && capacity / 2 >= least {
-                    capacity = (capacity / 2).next_multiple_of(OVERSIZE_STEP);
-                    made = prepare(&shared, sequence, capacity, None);
-                }
-                prepare_rests = settle(&shared, made);
+                rests.prepare = false;
             }
+            // Something that may pass: the file stays where it is, which is harmless.
+            Err(DropError::Name(error)) => {
+                tracing::warn!(%error, "a purged log segment could not be put away; it is tried again");
+                rests.drop = true;
+            }
+            Err(DropError::Sync(error)) => shared.fail(error),
+        },
+        Job::Prepare { sequence, capacity, least, spare } => {
+            let mut made = prepare(shared, sequence, capacity, spare.as_deref());
+            let mut capacity = capacity;
+            while matches!(made, Err(NoSegment::NotNow(_))) && capacity / 2 >= least {
+                capacity = (capacity / 2).next_multiple_of(OVERSIZE_STEP);
+                made = prepare(shared, sequence, capacity, None);
+            }
+            rests.prepare = settle(shared, made);
         }
     }
 }

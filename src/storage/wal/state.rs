@@ -140,6 +140,9 @@ pub(super) struct Shared {
     pub(super) work: Condvar,
     pub(super) space: Condvar,
     pub(super) meters: Meters,
+    /// There are no threads: who does their work step by step, in a simulation, is told here that there is some.
+    #[cfg(feature = "simulation")]
+    pub(super) stepper: Option<tokio::sync::Notify>,
 }
 
 impl Shared {
@@ -154,7 +157,19 @@ impl Shared {
         drop(state);
         if asleep {
             self.work.notify_one();
+            #[cfg(feature = "simulation")]
+            if let Some(stepper) = &self.stepper {
+                stepper.notify_one();
+            }
         }
+    }
+
+    /// Whether the work of the threads is done step by step.
+    pub(super) fn is_stepped(&self) -> bool {
+        #[cfg(feature = "simulation")]
+        return self.stepper.is_some();
+        #[cfg(not(feature = "simulation"))]
+        false
     }
 
     /// Marks the log as failed; the first error stays.

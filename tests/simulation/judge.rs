@@ -1,0 +1,186 @@
+//! What must hold at the end of a run.
+//!
+//! | promise | how it is seen |
+//! |---|---|
+//! | progress | each member takes a write within [`RECOVERY`] after everything is whole; a removed one has stopped |
+//! | linearizable, nothing lost, invented or twice | `checkers/log.rs` and, by search, `checkers/kv.rs`, with the log as the witnesses were told it |
+//! | watches | `checkers/watch.rs`: each witness was told everything, once, in order, though it went from member to member |
+//! | equal state at equal revision | HashKV of each member |
+//! | leases never early | no lease is gone, nor its key deleted, before its newest answered renewal, from when that was sent, has run out |
+//! | leases not late | all keys of leases are gone, TTL and election timeout after the cluster takes writes again and nobody renews |
+//! | one leader a term | seen in the network, by whoever sends entries or heartbeats |
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use quorate::proto::etcdserverpb::RangeRequest;
+
+use crate::checkers::history::Request;
+use crate::checkers::log::{Hash, Log, check_hashes};
+use crate::checkers::watch::{self, Told, next_revision};
+use crate::checkers::{kv, log};
+use crate::load::{LEASED, Record, WITNESSES, early, lock};
+use crate::{faults, scenario};
+
+/// How long after everything is whole each member takes writes again: two elections, a snapshot, and a request that has to time out.
+const RECOVERY: Duration = Duration::from_secs(40);
+
+/// How long a healthy member may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The longest TTL, an election timeout, and two seconds for what is on its way.
+const LEASES_GONE: Duration = Duration::from_secs(5 + 1 + 2);
+
+/// How long the witnesses may take to be told of the end.
+const TOLD_LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until each member goes on. Returns those that belong to the cluster.
+pub async fn progress(record: &Record, wrong: &mut Vec<String>) -> Vec<usize> {
+    let cluster = &record.cluster;
+    let until = cluster.now() + RECOVERY;
+    let mut members = Vec::new();
+    // Whoever takes a linearizable read knows of the members what is to be known.
+    while members.is_empty() && cluster.now() < until {
+        for place in 0..cluster.places() {
+            let limit = Duration::from_secs(3);
+            let read = record.ask(place, limit, |client| async move { client.get("a").await }).await;
+            if matches!(read, Some(Ok(_))) {
+                members = faults::members(record, place).await;
+                break;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    if members.is_empty() {
+        wrong.push(format!("no member has answered a read within {RECOVERY:?} after everything was made whole"));
+        return Vec::new();
+    }
+    let mut expected = Vec::new();
+    for (id, place, learner) in members {
+        // An addition whose outcome is not known, or whose member could not be started: nobody is there.
+        if cluster.id(place) != Some(id) {
+            continue;
+        }
+        expected.push(place);
+        if !learner && !scenario::write_at(record, place, until).await {
+            wrong.push(format!("member {place} takes no write within {RECOVERY:?} after everything was made whole"));
+        }
+    }
+    let removed: Vec<usize> = lock(&record.removed).iter().copied().collect();
+    for place in removed {
+        while cluster.is_running(place) && cluster.now() < until {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        if cluster.is_running(place) {
+            wrong.push(format!("member {place} was removed, and goes on"));
+        }
+    }
+    expected
+}
+
+/// Reads what is there at the end, and judges everything.
+pub async fn gather(record: &Record, expected: &[usize], wrong: &mut Vec<String>) {
+    let cluster = &record.cluster;
+    let Some(&first) = expected.first() else { return };
+    let began = cluster.now();
+    // Keys of leases that nobody renews any more.
+    loop {
+        let range = RangeRequest { key: LEASED.into(), range_end: "leased.".into(), ..RangeRequest::default() };
+        let left = record.ask(first, PATIENCE, move |client| async move { client.range(range).await }).await;
+        match left {
+            Some(Ok(left)) if left.kvs.is_empty() => break,
+            Some(Ok(left)) if cluster.now() > began + LEASES_GONE => {
+                wrong.push(format!("{} keys of leases are left {LEASES_GONE:?} after the last renewal", left.kvs.len()));
+                break;
+            }
+            other if cluster.now() > began + RECOVERY => {
+                wrong.push(format!("no read of the leases' keys: {:?}", other.map(|other| other.map(|_| ()))));
+                break;
+            }
+            _ => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+    let number = record.client();
+    let read = record.send(number, first, Request::get("a"), PATIENCE).await;
+    let Some(end) = read.answer().map(|(_, answer)| answer.revision) else {
+        wrong.push(format!("no read at the end: {read:?}"));
+        return;
+    };
+    // The witnesses.
+    let began = cluster.now();
+    for witness in 0..WITNESSES {
+        while next_revision(&record.told(witness), 2) <= end {
+            if cluster.now() > began + TOLD_LIMIT {
+                let next = next_revision(&record.told(witness), 2);
+                wrong.push(format!("witness {witness} is not told of revision {next}, the store is at {end}"));
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    // Equal state.
+    let began = cluster.now();
+    loop {
+        let mut hashes = Vec::new();
+        for &member in expected {
+            let hash = record.ask(member, PATIENCE, move |client| async move { client.hash_kv(end).await }).await;
+            match hash {
+                Some(Ok(hash)) => {
+                    hashes.push((member, Hash { revision: hash.hash_revision, compacted: hash.compact_revision, hash: hash.hash }))
+                }
+                // It has not come so far yet.
+                _ if cluster.now() < began + TOLD_LIMIT => {}
+                other => wrong.push(format!("no hash from member {member}: {:?}", other.map(|other| other.map(|_| ())))),
+            }
+        }
+        let equal = hashes.windows(2).all(|pair| pair[0].1.compacted == pair[1].1.compacted);
+        if (equal && hashes.len() == expected.len()) || cluster.now() > began + TOLD_LIMIT {
+            if !equal {
+                wrong.push(format!("members are not compacted alike: {hashes:?}"));
+            }
+            wrong.extend(check_hashes(&hashes));
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut log = Log { base: 1, start: BTreeMap::new(), revisions: BTreeMap::new(), end };
+    let told: Vec<Vec<Told>> = (0..WITNESSES).map(|witness| upto(record.told(witness), end)).collect();
+    for one in told.iter().flatten() {
+        let Told::Events(_, events) = one else { continue };
+        for group in events.chunk_by(|(a, _), (b, _)| a == b) {
+            log.revisions.entry(group[0].0).or_insert_with(|| group.iter().map(|(_, change)| change.clone()).collect());
+        }
+    }
+    let ops = record.ops();
+    let verdict = log::judge(&log, &ops);
+    wrong.extend(kv::check(&ops, log.base, &log.start, Some(&verdict.effects)));
+    wrong.extend(verdict.wrong);
+    for (witness, told) in told.iter().enumerate() {
+        let found = watch::check(told, &log, log.base + 1);
+        wrong.extend(found.into_iter().map(|found| format!("witness {witness}: {found}")));
+    }
+    judge_leases(record, wrong);
+}
+
+/// What was told of revisions up to `end`.
+fn upto(told: Vec<Told>, end: i64) -> Vec<Told> {
+    let within = told.into_iter().filter_map(|one| match one {
+        Told::Progress(revision) => Some(Told::Progress(revision.min(end))),
+        Told::Opened(next) => Some(Told::Opened(next.min(end + 1))),
+        Told::Events(header, mut events) => {
+            events.retain(|(revision, _)| *revision <= end);
+            (!events.is_empty()).then_some(Told::Events(header, events))
+        }
+    });
+    within.collect()
+}
+
+/// No key of a lease was deleted before its lease had run out.
+fn judge_leases(record: &Record, wrong: &mut Vec<String>) {
+    let deleted = record.deleted();
+    for lease in lock(&record.leases).values() {
+        if let Some(at) = deleted.get(&lease.key).filter(|at| **at < early(lease)) {
+            wrong.push(format!("a witness was told at {at:?} that the key of a lease was deleted: {lease:?}"));
+        }
+    }
+}
