@@ -83,7 +83,8 @@ fn a_wrong_configuration_exits_with_2_and_names_the_culprit() {
         (&["--config-file=missing.yml"], "missing.yml"),
         (&["--config-file=."], "\".\""),
         (&["--config-file=/dev/zero"], "/dev/zero"),
-        (&["--cert-file=x"], "--cert-file cannot be honoured: TLS is not built yet"),
+        (&["--cert-file=x"], "key-file must be given, too"),
+        (&["--auto-tls"], "--auto-tls"),
     ] {
         let (code, stdout, stderr) = run(args);
         assert_eq!((code, stdout.as_str()), (2, ""), "{args:?}: {stderr}");

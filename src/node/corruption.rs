@@ -102,7 +102,8 @@ impl Node {
 
     /// Follows the alarms: is this member named?
     pub(super) fn heed_corruption(&self) {
-        let named = self.machine.is_corrupt(self.identity.member_id);
+        // Where those that are not named are no majority, nobody is known to be right: nothing is written then, and all can be read, as in etcd.
+        let named = self.machine.is_corrupt(self.identity.member_id) && !self.machine.is_all_corrupt();
         if named == self.condemned.swap(named, Ordering::Relaxed) {
             return;
         }
