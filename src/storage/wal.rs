@@ -374,7 +374,7 @@ impl Wal {
     }
 
     /// Saves the committed mark, at most [`MAX_OPAQUE_BYTES`]: it rides on the next frame, or on a mark within a tenth of a second, and
-    /// costs no sync. A crash may bring back an older one.
+    /// costs no sync. A crash may bring back an older one, but none that is ahead of what had been asked for before it.
     ///
     /// # Errors
     /// The failure that ended the log, [`Error::Stopped`] after `close`, [`ApplyError::RequestTooLarge`].
@@ -384,6 +384,7 @@ impl Wal {
         state.admit(0, 0, false)?;
         state.log.committed = Some(committed);
         state.committed_version += 1;
+        state.committed_ticket = state.ticket;
         // A nap ends by itself; waking the thread for each of these would cost more than it is worth.
         if state.sleep == Sleep::Deep {
             self.shared.wake(state);

@@ -214,14 +214,14 @@ impl Flusher {
             }
             fresh = true;
         }
-        let (committed, version, low) = {
-            let state = self.shared.lock();
-            (state.log.committed.clone(), state.committed_version, state.low.is_some())
-        };
 
         self.buf.begin(self.at.segment.salt, MAX_FRAME_BYTES);
         if fresh {
-            self.at.written.committed = committed.clone();
+            // It speaks of what was before this frame.
+            let (committed, version) = self.shared.lock().writable_committed(&self.taken);
+            if committed.is_some() {
+                (self.at.written.committed, self.frame_committed) = (committed, version);
+            }
             self.buf.opening(&self.at.written);
         }
         let (mut count, mut any, mut entries) = (0, false, 0);
@@ -262,6 +262,11 @@ impl Flusher {
                 Item::Barrier => {}
             }
         }
+        let (committed, version, low) = {
+            let state = self.shared.lock();
+            let (committed, version) = state.writable_committed(self.taken.iter().skip(count));
+            (committed, version, state.low.is_some())
+        };
         if let Some(committed) = committed
             && !fresh
             && version != self.frame_committed
@@ -273,8 +278,6 @@ impl Flusher {
                 self.frame_committed = version;
                 self.at.written.committed = Some(committed);
             }
-        } else if fresh {
-            self.frame_committed = version;
         }
 
         let segment = &self.at.segment;
@@ -385,10 +388,7 @@ impl Flusher {
 
     /// Writes the mark after the last frame, with a committed mark that is in no frame yet.
     fn mark(&mut self) -> Result<(), Stop> {
-        let (committed, version) = {
-            let state = self.shared.lock();
-            (state.log.committed.clone(), state.committed_version)
-        };
+        let (committed, version) = self.shared.lock().writable_committed(&self.taken);
         let segment = &self.at.segment;
         self.buf.begin(segment.salt, MAX_FRAME_BYTES);
         if let Some(committed) = committed.filter(|_| version != self.frame_committed) {

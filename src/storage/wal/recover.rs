@@ -261,6 +261,7 @@ pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Posi
     loaded.segments.insert(position.segment.sequence, position.segment.clone());
     let state = State {
         committed_version: u64::from(loaded.log.committed.is_some()),
+        committed_ticket: 0,
         log: loaded.log.clone(),
         terms: loaded.terms,
         cache: loaded.cache,

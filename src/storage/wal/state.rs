@@ -101,6 +101,8 @@ pub(super) struct State {
     pub(super) cache: Cache,
     /// Counts the values of `log.committed`, so that the writer sees a new one.
     pub(super) committed_version: u64,
+    /// What had been asked for when it was saved: it is not written before all of that is.
+    pub(super) committed_ticket: u64,
 
     pub(super) queue: VecDeque<Queued>,
     /// The cost of everything that is not durable yet, whether in `queue` or already taken by the log's thread.
@@ -234,6 +236,13 @@ impl State {
     pub(super) fn disk_bytes(&self) -> u64 {
         let segments = self.segments.values().chain(&self.next).chain(&self.dropped).map(|segment| segment.capacity);
         segments.chain(self.spares.iter().map(|spare| spare.1)).sum()
+    }
+
+    /// The committed mark with its version, if everything that it may speak of is written once `left` of what was taken remains. Entries
+    /// are committed by other members' disks, too: a mark ahead of this disk would, after a crash, speak of entries that are not there.
+    pub(super) fn writable_committed<'a>(&'a self, left: impl IntoIterator<Item = &'a Queued>) -> (Option<Bytes>, u64) {
+        let behind = left.into_iter().chain(self.queue.front()).any(|queued| queued.ticket <= self.committed_ticket);
+        if behind { (None, 0) } else { (self.log.committed.clone(), self.committed_version) }
     }
 
     pub(super) fn enqueue(&mut self, item: Item, done: Option<Done>) {

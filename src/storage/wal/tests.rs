@@ -419,6 +419,38 @@ fn a_committed_mark_needs_no_sync_but_is_written_when_idle() {
     assert_eq!(recovered.state.committed.as_deref(), Some(&b"c1"[..]));
 }
 
+/// Other disks may have an entry, and a quorum have committed it, before it is on this one.
+#[test]
+fn a_committed_mark_is_not_ahead_of_the_entries() {
+    let disk = SimDisk::new(1);
+    let (wal, _) = open(&disk, options(16 << 20)).unwrap();
+    let answers = Answers::new();
+    append(&wal, &answers, 0..1, 10);
+    while wal.shared.lock().next.is_none() {
+        std::thread::yield_now();
+    }
+    disk.hold_syncs(true);
+    wal.append(vec![entry(1, 1, "first")], answers.done(1)).unwrap();
+    disk.wait_for_held();
+    // Taken together, and each too large to share a frame.
+    for index in 2..6 {
+        wal.append(vec![entry(1, index, vec![7; 3 << 20])], answers.done(index)).unwrap();
+    }
+    wal.save_committed("entry 5".into()).unwrap();
+    disk.fail_sync_in(2);
+    disk.hold_syncs(false);
+    for index in 1..3 {
+        answers.wait(index);
+    }
+    assert!(answers.next().1.is_err());
+    drop(wal);
+    disk.cut_losing_all();
+    disk.power_on();
+    let (wal, recovered) = open(&disk, options(16 << 20)).unwrap();
+    assert_eq!((recovered.state.last, recovered.state.committed), (Some(id(1, 2)), None));
+    wal.close().unwrap();
+}
+
 #[test]
 fn another_release_is_named() {
     let disk = SimDisk::new(13);
