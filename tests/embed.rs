@@ -82,6 +82,15 @@ async fn five_nodes_have_one_cluster() {
     }
     let local = |nodes: &[Option<Node>], at: usize| nodes[at].as_ref().unwrap().local().unwrap().clone();
     assert!(nodes[clients[0]].as_ref().unwrap().local().is_none());
+    // The same few lines on every node, whatever is behind them.
+    for (at, node) in nodes.iter().enumerate() {
+        let client = node.as_ref().unwrap().client();
+        let began = Instant::now();
+        while let Err(err) = client.put(format!("nodes/{at}"), "here").await {
+            assert!(began.elapsed() < PATIENCE, "{err}");
+        }
+        assert_eq!(client.get(format!("nodes/{at}")).await.unwrap().unwrap().value, "here");
+    }
     local(&nodes, servers[0]).put("volumes/a", "3 replicas").await.unwrap();
 
     // One server stops: everything goes on.

@@ -1,7 +1,7 @@
 //! The embedded mode: the same few lines in every node of a platform, and the platform's metadata store is there.
 //!
 //! No node is special. All are given one list of addresses, `JOIN`; the first one or three of those that are there found the cluster and
-//! hold the data, all others call them. A host asks for its [role](Node::role), for the [addresses of the servers](Node::endpoints), and
+//! hold the data, all others call them. A host asks for the [client](Node::client), for its [role](Node::role), and
 //! for one signal that says whether metadata can be written, [`availability`](Node::availability).
 //!
 //! ```
@@ -20,7 +20,7 @@
 //! assert_eq!(node.role(), Role::Server); // it is alone in its list
 //! let mut availability = node.availability();
 //! availability.wait_for(|now| now.access == Access::ReadWrite).await?;
-//! node.local().expect("it is a server").put("volumes/a", "3 replicas").await?;
+//! node.client().put("volumes/a", "3 replicas").await?; // the same on every node
 //! node.shutdown().await?;
 //! # Ok(())
 //! # })
@@ -43,7 +43,6 @@
 //! any of them; if none is where it was, the addresses in `JOIN` are asked, too.
 //!
 //! # Caveats
-//! - The client of a node that is no server is not in here: [`Node::endpoints`] tells it whom to call, as that changes.
 //! - Nothing is spoken in TLS yet; `https` addresses of an external etcd are refused.
 //! - All servers moving at once is not healed by itself; one after the other is.
 
@@ -66,7 +65,7 @@ use self::probe::{Local, Remote, Store, watch_store};
 use crate::api::peer::founding as founding_router;
 use crate::api::serve::{App, Listener, Serving};
 use crate::api::wire::{Limits, ServeOptions};
-use crate::client::Client;
+use crate::client::{Client, RemoteOptions};
 use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -94,6 +93,7 @@ const HAND_OVER: Duration = Duration::from_secs(2);
 /// A running node. Dropping it stops it without waiting; [`shutdown`](Self::shutdown) waits. See the [module](self).
 pub struct Node {
     role: Role,
+    client: Client,
     local: Option<Client>,
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
@@ -134,10 +134,10 @@ impl Node {
         });
         let thread = thread.map_err(|err| Error::io("starting the thread of", "the node", err))?;
         let parts = wait.await.unwrap_or_else(|_| Err(Error::Failed("the node's thread ended before it had started".into())))?;
-        let Started { role, local, cluster, availability, endpoints } = parts;
+        let Started { role, client, local, cluster, availability, endpoints } = parts;
         let _ = guard.disarm();
         let (thread, done) = (Mutex::new(Some(thread)), Mutex::new(Some(done)));
-        Ok(Node { role, local, cluster, availability, endpoints, stop, thread, done })
+        Ok(Node { role, client, local, cluster, availability, endpoints, stop, thread, done })
     }
 
     /// What this node is, for the life of its data directory.
@@ -148,6 +148,11 @@ impl Node {
     /// The id of the cluster that the nodes have agreed on; none with an external etcd.
     pub fn cluster_id(&self) -> Option<String> {
         self.cluster.map(|cluster| format!("{cluster:032x}"))
+    }
+
+    /// The client of the store, whatever is behind it: the server in this process, the servers as they change, or an external etcd.
+    pub fn client(&self) -> &Client {
+        &self.client
     }
 
     /// The client of the server in this process, if there is one: no socket, no encoding.
@@ -195,6 +200,7 @@ impl Drop for Node {
 /// What the handle has of a node.
 struct Started {
     role: Role,
+    client: Client,
     local: Option<Client>,
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
@@ -219,8 +225,17 @@ async fn run(
     };
     let (tell, availability) = watch::channel(Availability::default());
     let (announce, endpoints) = watch::channel(parts.endpoints.clone());
+    let client = match parts.local().map_or_else(|| remote(endpoints.clone()), Ok) {
+        Ok(client) if config.namespace.is_empty() => client,
+        Ok(client) => client.namespaced(config.namespace.clone()),
+        Err(err) => {
+            let _ = parts.close().await;
+            return drop(started.send(Err(err)));
+        }
+    };
     let handle = Started {
         role: parts.role,
+        client,
         local: parts.local(),
         cluster: parts.known.as_ref().map(|known| known.decision.cluster),
         availability,
@@ -251,6 +266,19 @@ async fn run(
     }
     let closed = parts.close().await;
     let _ = finished.send(result.and(closed));
+}
+
+/// A client of servers elsewhere, as they change. What tells it of them ends with the node's runtime.
+fn remote(mut endpoints: watch::Receiver<Vec<String>>) -> Result<Client> {
+    let urls_of = |urls: &[String]| urls.iter().filter_map(|url| url.parse().ok()).collect::<Vec<Url>>();
+    let (tell, urls) = watch::channel(urls_of(&endpoints.borrow_and_update()));
+    tokio::spawn(async move {
+        while endpoints.changed().await.is_ok() {
+            let next = urls_of(&endpoints.borrow_and_update());
+            tell.send_replace(next);
+        }
+    });
+    Client::remote(urls, RemoteOptions::default())
 }
 
 /// A node, put together.
