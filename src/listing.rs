@@ -137,6 +137,7 @@ fn command_text(op: Option<&Op>) -> String {
         Some(Op::Compaction(compaction)) => format!("compact {}", compaction.revision),
         Some(Op::LeaseGrant(grant)) => format!("lease-grant {:x}, TTL {}", grant.id, grant.ttl),
         Some(Op::LeaseRevoke(revoke)) => format!("lease-revoke {:x}", revoke.id),
+        Some(Op::LeaseExpiry(expiry)) => format!("lease-expiry {:x}, in term {} only", expiry.id, expiry.term),
         Some(Op::LeaseCheckpoint(checkpoint)) => format!("lease-checkpoint {:x}, {} s left", checkpoint.id, checkpoint.remaining_ttl),
         Some(Op::Alarm(alarm)) => format!("alarm {:?} {:?} of member {:x}", alarm.action(), alarm.alarm(), alarm.member_id),
         Some(Op::ClusterVersion(version)) => format!("cluster-version {:?}", version.version),
@@ -268,6 +269,7 @@ fn command_json(op: Option<&Op>) -> Value {
         Some(Op::Compaction(compaction)) => json!({ "compact": { "revision": compaction.revision } }),
         Some(Op::LeaseGrant(grant)) => json!({ "lease_grant": { "id": grant.id, "ttl": grant.ttl } }),
         Some(Op::LeaseRevoke(revoke)) => json!({ "lease_revoke": { "id": revoke.id } }),
+        Some(Op::LeaseExpiry(expiry)) => json!({ "lease_expiry": { "id": expiry.id, "term": expiry.term } }),
         Some(Op::LeaseCheckpoint(checkpoint)) => {
             json!({ "lease_checkpoint": { "id": checkpoint.id, "remaining_ttl": checkpoint.remaining_ttl } })
         }

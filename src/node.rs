@@ -195,8 +195,6 @@ pub(crate) struct Node {
     growing: AtomicUsize,
     /// The term in which this member has begun to hand over; see [`handover`].
     handing_over: AtomicU64,
-    /// Revocations may be due: a lease was granted, or shortened.
-    leases_changed: Notify,
     network: Network,
     /// Where the others are, for the next start.
     roster: Arc<roster::Roster>,
@@ -267,7 +265,6 @@ impl Node {
             changing: tokio::sync::Mutex::new(()),
             growing: AtomicUsize::new(0),
             handing_over: AtomicU64::new(0),
-            leases_changed: Notify::new(),
             network,
             roster,
             leader_link: Mutex::new(None),
@@ -558,9 +555,7 @@ impl Node {
                 request.id = id;
             }
         }
-        let outcome = self.propose(Op::LeaseGrant(request)).await;
-        self.leases_changed.notify_one();
-        let Reply::LeaseGrant(mut response) = outcome? else { return Err(mismatch()) };
+        let Reply::LeaseGrant(mut response) = self.propose(Op::LeaseGrant(request)).await? else { return Err(mismatch()) };
         response.header = self.complete(response.header);
         Ok(response)
     }

@@ -44,6 +44,19 @@ async fn any_member_takes_every_request() {
         let left = insist("a look", || client.lease_time_to_live(lease.id)).await.unwrap();
         assert!(left.remaining > 90, "{left:?}");
     }
+    // A lease ends whichever member it was granted by, also when the leader had none to look after before.
+    insist("a revocation", || clients[0].lease_revoke(lease.id)).await;
+    for (at, client) in clients.iter().enumerate() {
+        let lease = insist("a grant", || client.lease_grant(0, 2)).await;
+        let key = format!("leased {at}");
+        let put = PutRequest { key: key.clone().into(), lease: lease.id, ..Default::default() };
+        insist("a put", || client.put_with(put.clone())).await;
+        let began = std::time::Instant::now();
+        while get(client, &key).await.is_some() {
+            assert!(began.elapsed() < std::time::Duration::from_secs(60), "the lease granted by member {at} does not end");
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    }
     let leaders: Vec<u64> = clients.iter().map(|client| client.status().leader).collect();
     assert!(leaders.iter().all(|leader| *leader == leaders[0] && *leader != 0), "{leaders:x?}");
     stop_all(servers).await;

@@ -47,7 +47,7 @@ impl Node {
                         Some(term) => {
                             lessor.promote(self.machine.now(), self.options.election_timeout);
                             self.lease_term.store(term, Ordering::Relaxed);
-                            self.leases_changed.notify_one();
+                            self.machine.leases_changed.notify_one();
                         }
                         None => lessor.demote(),
                     }
@@ -110,7 +110,7 @@ impl Node {
             let wait = next.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.machine.now()));
             tokio::select! {
                 biased;
-                () = self.leases_changed.notified() => continue,
+                () = self.machine.leases_changed.notified() => continue,
                 () = tokio::time::sleep(wait) => {}
             }
             if self.is_condemned() {

@@ -31,6 +31,7 @@ use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use prost::Message;
+use tokio::sync::Notify;
 
 use crate::error::{ApplyError, Error, Result};
 use crate::lease::{Lease, Lessor};
@@ -84,6 +85,8 @@ pub(crate) struct Machine {
     pub current: Arc<Current>,
     pub hub: Arc<WatchHub>,
     pub lessor: Mutex<Lessor>,
+    /// Told of each lease that is granted, whoever has asked for it: one may be due before all others.
+    pub leases_changed: Notify,
     pub counters: Arc<Counters>,
     alarms: Mutex<BTreeSet<(i32, u64)>>,
     /// Members whose NOSPACE alarm was raised by the space quota, and is taken back by it.
@@ -172,6 +175,7 @@ impl Machine {
             current: Arc::new(Current::new(store)),
             hub,
             lessor: Mutex::new(lessor),
+            leases_changed: Notify::new(),
             counters,
             alarms: Mutex::new(alarms),
             by_quota: Mutex::new(by_quota),
@@ -429,6 +433,7 @@ impl Machine {
             self.save_lease(&lease);
         }
         self.counters.leases_granted.inc();
+        self.leases_changed.notify_one();
         Ok(Reply::LeaseGrant(LeaseGrantResponse { header: self.header(), id, ttl, error: String::new() }))
     }
 

@@ -59,7 +59,7 @@ impl Order {
             }
             self.next = index + 1;
             for command in entry["commands"].as_array().into_iter().flatten() {
-                self.carry_out(command).map_err(|what| format!("{what} in {line}"))?;
+                self.carry_out(command, &entry["term"]).map_err(|what| format!("{what} in {line}"))?;
             }
         }
         if self.revision < upto { Ok(None) } else { Ok(Some(())) }
@@ -71,7 +71,7 @@ impl Order {
         std::mem::replace(&mut self.revisions, later)
     }
 
-    fn carry_out(&mut self, command: &Value) -> Result<(), String> {
+    fn carry_out(&mut self, command: &Value, term: &Value) -> Result<(), String> {
         let (name, of) = command.as_object().and_then(|command| command.iter().next()).ok_or("no command")?;
         match name.as_str() {
             "put" | "delete" => {
@@ -100,7 +100,9 @@ impl Order {
             "lease_grant" => {
                 self.leases.entry(number(&of["id"])).or_default();
             }
-            "lease_revoke" => {
+            // It counts only in the term in which it was seen.
+            "lease_expiry" if of["term"] != *term => {}
+            "lease_revoke" | "lease_expiry" => {
                 let keys = self.leases.remove(&number(&of["id"])).unwrap_or_default();
                 let changes: Vec<Change> = keys.into_iter().map(|key| Change { key, value: None }).collect();
                 for change in &changes {
