@@ -150,6 +150,7 @@ fn whatever_the_seed_they_keep_their_word() {
 #[test]
 #[cfg_attr(not(tokio_unstable), ignore = "needs a tokio whose random numbers can be given: cargo sim")]
 fn the_same_seed_gives_the_same_run() {
+    let mut told = 0;
     for seed in 1..=6 {
         let [once, again] = [(); 2].map(|()| run(seed, None, true));
         if once.trace != again.trace {
@@ -157,6 +158,7 @@ fn the_same_seed_gives_the_same_run() {
             let around = |lines: &[String]| lines.iter().skip(differ.saturating_sub(5)).take(8).cloned().collect::<Vec<_>>().join("\n");
             panic!("seed {seed}, line {differ}:\n{}\n---\n{}", around(&once.lines), around(&again.lines));
         }
-        assert!(once.trace.1 > 1000, "{:?}", once.trace);
+        told += once.trace.1;
     }
+    assert!(told > 6000, "{told} lines in all: too little for a comparison");
 }
