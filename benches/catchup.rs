@@ -89,25 +89,7 @@ impl Args {
 }
 
 fn main() -> ExitCode {
-    let run = async || {
-        let Some(args) = Args::parse(std::env::args().skip(1))? else {
-            print!("{USAGE}");
-            return Ok(());
-        };
-        tokio::select! {
-            done = catch_up(&args) => done,
-            // What was started ends with its guards.
-            _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
-        }
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("catchup: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    three::main("catchup", USAGE, Args::parse(std::env::args().skip(1)), async |args| catch_up(&args).await)
 }
 
 async fn catch_up(args: &Args) -> Result<()> {

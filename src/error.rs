@@ -97,11 +97,12 @@ pub enum Error {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// No member can be reached, or the one in this process has stopped. Nothing was done.
+    /// No member can be reached, or takes such a request. Nothing was done.
     Unavailable,
     /// The cluster has no leader, so it takes no writes and no linearizable reads now. Nothing was done.
     NoLeader,
-    /// No answer came in time, or it was lost. A read can be made again; a write may have been carried out, or may be yet.
+    /// No answer came in time, or it was lost, or the member stopped. A read can be made again; a write may have been carried out, or may be
+    /// yet.
     OutcomeUnknown,
     /// The revision was compacted away.
     Compacted,

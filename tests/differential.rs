@@ -6,10 +6,12 @@
 //! `QUORATE_DIFF_STOP_AT` above 1 the test goes on until so many differences have been found.
 //!
 //! What is normalised is said in `common/render.rs` (ids, terms, order where etcd has none) and in
-//! `common/generate.rs` (requests left out). Two more things depend on the moment, not on the member:
+//! `common/generate.rs` (requests left out). Three more things depend on the moment, not on the member:
 //!
 //! - How a watch's events are cut into answers. Compared is the sequence of events of each watch; that no revision is
 //!   cut in two is checked for each member by itself.
+//! - Whether etcd's first answer of a watch has the earlier values that were asked for: it notes the wish after it has
+//!   created the watch, and what it sends in between is without them. Where that shows, they are not compared.
 //! - What a compaction in the background has not removed yet. After every accepted one the test sends a second,
 //!   `physical` one to the same revision, which both members answer when the first has finished.
 
@@ -37,13 +39,18 @@ struct Side {
     streams: Vec<WatchStream>,
     /// The newest revision that each watch has been sent, by stream and id, and whether more of it is to come.
     newest: [BTreeMap<i64, (i64, bool)>; STREAMS],
+    /// The watches, by stream and id, that asked for earlier values and have not been sent an event yet.
+    fresh: BTreeSet<(usize, i64)>,
 }
+
+/// How many events came in the first answer of a watch, by stream and id, where that answer lacks its earlier values.
+type Silent = BTreeMap<(usize, i64), usize>;
 
 impl Side {
     async fn start(kind: Kind) -> Side {
         let process = Process::start(kind, &[]).await;
         let clients = process.clients().await;
-        let mut side = Side { process, clients, streams: Vec::new(), newest: Default::default() };
+        let mut side = Side { process, clients, streams: Vec::new(), newest: Default::default(), fresh: BTreeSet::new() };
         for _ in 0..STREAMS {
             let stream = side.open().await;
             side.streams.push(stream);
@@ -108,24 +115,54 @@ impl Side {
                 outcome(cluster.member_list(MemberListRequest { linearizable: true }).await, |a| render::members(a, &name))
             }
             Op::Alarms(r) => outcome(maintenance.alarm(r).await, render::alarm),
-            Op::Watch(stream, r) => render::watch(&self.streams[stream].create(r).await),
+            Op::Watch(stream, r) => {
+                let earlier = r.prev_kv;
+                let created = self.streams[stream].create(r).await;
+                if earlier && !created.canceled {
+                    self.fresh.insert((stream, created.watch_id));
+                }
+                render::watch(&created)
+            }
             Op::CancelWatch(stream, id) => {
                 self.streams[stream].cancel(id).await;
+                self.fresh.remove(&(stream, id));
                 "CANCELED".into()
             }
             Op::Reopen(stream) => {
                 self.streams[stream] = self.open().await;
                 self.newest[stream].clear();
+                self.fresh.retain(|watch| watch.0 != stream);
                 "REOPENED".into()
             }
             Op::Barrier | Op::FullState => unreachable!("made of other steps"),
         }
     }
 
-    /// Waits until everything up to `revision` has been delivered on all streams, and prints it, by stream and watch.
-    async fn events(&mut self, revision: i64) -> String {
+    /// Waits until everything up to `revision` has been delivered on all streams.
+    async fn delivered(&mut self, revision: i64) {
         let [a, b, c] = &mut self.streams[..] else { unreachable!("there are {STREAMS} streams") };
         tokio::join!(deliver(a, revision), deliver(b, revision), deliver(c, revision));
+    }
+
+    /// The first answers, of those not printed yet, that must have some earlier value and have none.
+    fn silent(&self) -> Silent {
+        let mut fresh = self.fresh.clone();
+        let mut silent = Silent::new();
+        for (i, stream) in self.streams.iter().enumerate() {
+            for answer in stream.seen.iter().filter(|a| !a.events.is_empty()) {
+                let first = fresh.remove(&(i, answer.watch_id));
+                let must = |e: &Event| e.r#type == 1 || e.kv.as_ref().is_some_and(|kv| common::pb::kv(kv).version > 1);
+                if first && answer.events.iter().any(must) && answer.events.iter().all(|e| e.prev_kv.is_none()) {
+                    silent.insert((i, answer.watch_id), answer.events.len());
+                }
+            }
+        }
+        silent
+    }
+
+    /// Prints what has been delivered, by stream and watch, without the earlier values that `silent` names.
+    fn events(&mut self, silent: &Silent) -> String {
+        let mut silent = silent.clone();
         let mut out = String::new();
         for (i, stream) in self.streams.iter_mut().enumerate() {
             check_order(&stream.seen, &mut self.newest[i]);
@@ -137,8 +174,15 @@ impl Side {
                     let _ =
                         writeln!(lines, "    rev={} {}", answer.header.as_ref().map_or(-1, |h| h.revision), render::watch_control(&answer));
                 }
-                for event in &answer.events {
-                    let _ = writeln!(lines, "    {}", render::event(event));
+                if !answer.events.is_empty() {
+                    self.fresh.remove(&(i, answer.watch_id));
+                }
+                for mut event in answer.events {
+                    if let Some(left) = silent.get_mut(&(i, answer.watch_id)).filter(|left| **left > 0) {
+                        *left -= 1;
+                        event.prev_kv = None;
+                    }
+                    let _ = writeln!(lines, "    {}", render::event(&event));
                 }
             }
             for (id, lines) in by_watch {
@@ -297,7 +341,10 @@ impl Pair {
             self.send(&Op::Put(PutRequest { key: FILLER.into(), ..Default::default() })).await;
         }
         let revision = self.known.revision;
-        let (expected, found) = tokio::join!(self.reference.events(revision), self.subject.events(revision));
+        tokio::join!(self.reference.delivered(revision), self.subject.delivered(revision));
+        let silent = self.reference.silent();
+        *self.tally.entry("first answers without earlier values".into()).or_default() += silent.len();
+        let (expected, found) = (self.reference.events(&silent), self.subject.events(&silent));
         if expected != found {
             self.differ(&format!("all events up to revision {revision}"), &expected, &found);
         }
@@ -335,6 +382,7 @@ impl Pair {
         for side in [&mut self.reference, &mut self.subject] {
             side.streams.clear();
             side.newest = Default::default();
+            side.fresh.clear();
             side.process.stop().await;
             side.process.restart().await;
             side.clients = side.process.clients().await;

@@ -40,6 +40,8 @@ mod load;
 mod member;
 #[path = "faults/order.rs"]
 mod order;
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "faults/wire.rs"]
 mod wire;
 

@@ -19,6 +19,8 @@ mod faults;
 mod judge;
 #[path = "simulation/load.rs"]
 mod load;
+#[path = "common/requests.rs"]
+mod requests;
 #[path = "simulation/scenario.rs"]
 mod scenario;
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use quorate::proto::etcdserverpb::kv_client::KvClient;
@@ -22,6 +22,29 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 const TRY: Duration = Duration::from_secs(3);
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// A bench's main: usage when no arguments came of it, and the exit code. An interrupt ends the work, and with it what it has started.
+pub fn main<A>(name: &str, usage: &str, args: Result<Option<A>>, work: impl AsyncFnOnce(A) -> Result<()>) -> ExitCode {
+    let run = async || {
+        let Some(args) = args? else {
+            print!("{usage}");
+            return Ok(());
+        };
+        tokio::select! {
+            done = work(args) => done,
+            // What was started ends with its guards.
+            _ = tokio::signal::ctrl_c() => Err("interrupted".into()),
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    match runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(run())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 pub struct Cluster {
     pub members: Vec<Member>,

@@ -209,7 +209,8 @@ impl Node {
     /// Returns when a member does not lead any more, by what this one knows.
     async fn leads_no_more(&self, leader: u64) {
         let mut metrics = self.raft.metrics();
-        while self.leader() == leader && metrics.changed().await.is_ok() {}
+        // Not what [`leader`](Self::leader) says: that may be brought up to date only after this has looked, and nothing changes then for long.
+        while metrics.borrow_and_update().current_leader == Some(leader) && metrics.changed().await.is_ok() {}
     }
 
     /// Has the leader renew a lease. None: try again.
@@ -270,15 +271,14 @@ impl Node {
 
     /// Renews leases of another member's clients.
     pub async fn peer_renew(&self, request: RenewRequest) -> Result<RenewResponse> {
-        let not_leader = !lock(&self.machine.lessor).is_primary() || self.is_condemned();
-        let mut answer = RenewResponse { not_leader, ..RenewResponse::default() };
-        if not_leader {
-        } else if request.ids.is_empty() {
-            answer.ttl = self.lease_renew(request.id).await?;
-        } else {
-            answer.ttls = request.ids.iter().map(|id| self.renew_at_once(*id).unwrap_or(ALONE)).collect();
+        if !lock(&self.machine.lessor).is_primary() || self.is_condemned() {
+            return Ok(RenewResponse { not_leader: true, ..RenewResponse::default() });
         }
-        Ok(answer)
+        if request.ids.is_empty() {
+            return Ok(RenewResponse { ttl: self.lease_renew(request.id).await?, ..RenewResponse::default() });
+        }
+        let ttls = request.ids.iter().map(|id| self.renew_at_once(*id).unwrap_or(ALONE)).collect();
+        Ok(RenewResponse { ttls, ..RenewResponse::default() })
     }
 
     /// Carries out commands of another member's clients: all of them are queued before the first is waited for.

@@ -536,8 +536,7 @@ impl History {
         if self.map().has_room(NEAR_BLOCKS * block::BLOCK_BYTES) {
             let near = self.fetch_run(first, NEAR_BLOCKS)?;
             let block = near.first().filter(|ahead| ahead.first == first && ahead.id == meta.id).map(|ahead| ahead.block.clone());
-            let mut map = self.map_mut();
-            near.into_iter().for_each(|ahead| map.keep(ahead.first, ahead.id, ahead.block));
+            self.keep_run(near);
             if block.is_some() {
                 return Ok(block);
             }
@@ -561,6 +560,12 @@ impl History {
             // It is on its way to the backend, or something is wrong with it: a look of its own tells.
             _ => self.fetch(first, meta, false),
         }
+    }
+
+    /// Puts what was read in one go into the cache.
+    fn keep_run(&self, run: Vec<Ahead>) {
+        let mut map = self.map_mut();
+        run.into_iter().for_each(|ahead| map.keep(ahead.first, ahead.id, ahead.block));
     }
 
     /// Reads uncached blocks, at most `blocks` from `first` on, in one go: the backend reads several at once whether it is asked for

@@ -284,11 +284,22 @@ impl Wal {
     }
 
     fn open_on(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Wal, Recovered)> {
+        let (shared, writer, recovered) = Self::recover(disk, options)?;
+        let shared = Arc::new(shared);
+        let wal = Wal { shared: shared.clone(), threads: Mutex::default() };
+        let for_writer = shared.clone();
+        wal.spawn("quorate-log", move || flusher::run(for_writer, writer))?;
+        wal.spawn("quorate-log-space", move || space::run(shared))?;
+        Ok((wal, recovered))
+    }
+
+    /// What a log on a disk begins with, before anybody works on it.
+    fn recover(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Shared, flusher::Position, Recovered)> {
         if !SEGMENT_BYTES_RANGE.contains(&options.segment_bytes) {
             return Err(Error::Config(format!("log segment size {}: must be from 4 KiB to 1 GiB", options.segment_bytes)));
         }
         let (state, writer, recovered) = recover::open(&*disk, &options)?;
-        let shared = Arc::new(Shared {
+        let shared = Shared {
             disk,
             options,
             state: Mutex::new(state),
@@ -297,12 +308,8 @@ impl Wal {
             meters: Meters::default(),
             #[cfg(feature = "simulation")]
             stepper: None,
-        });
-        let wal = Wal { shared: shared.clone(), threads: Mutex::default() };
-        let for_writer = shared.clone();
-        wal.spawn("quorate-log", move || flusher::run(for_writer, writer))?;
-        wal.spawn("quorate-log-space", move || space::run(shared))?;
-        Ok((wal, recovered))
+        };
+        Ok((shared, writer, recovered))
     }
 
     fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

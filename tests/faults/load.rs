@@ -13,15 +13,12 @@ use rand::rngs::StdRng;
 use tokio::task::JoinHandle;
 use tonic::Code;
 
-use crate::checkers::history::{Change, Op, Outcome, Request};
+use crate::checkers::history::{Op, Outcome, Request};
 use crate::checkers::watch::Told;
 use crate::leases::{self, Held};
 use crate::links::MEMBERS;
+use crate::requests::choose;
 use crate::wire::Client;
-
-/// Keys that requests name one by one, and two that are also written together, and read together.
-const KEYS: [&str; 6] = ["a", "b", "c", "d", "left", "right"];
-const PAIR: [&str; 2] = ["left", "right"];
 
 /// Clients of each member.
 const CLIENTS: usize = 2;
@@ -220,21 +217,7 @@ async fn work(record: Arc<Record>, stop: Arc<AtomicBool>, member: usize, mut cli
     // The newest revision of each key that the client knows of, for its swaps.
     let mut known: BTreeMap<String, i64> = BTreeMap::new();
     while !stop.load(SeqCst) {
-        let key = *KEYS.choose(&mut rng).expect("not empty");
-        let request = match rng.random_range(0..100) {
-            0..25 => Request::get(key),
-            25..35 => Request { serializable: true, ..Request::get(key) },
-            35..40 => Request { reads: PAIR.map(String::from).into(), serializable: rng.random_ratio(1, 4), ..Request::default() },
-            40..62 => Request::put(key, record.value()),
-            62..70 => Request::delete(key),
-            70..77 => {
-                // At times one of the pair is deleted: not both, see `checkers/log.rs`.
-                let (value, is_half) = (record.value(), rng.random_ratio(1, 6));
-                let change = |key| Change { key: String::from(key), value: (key == PAIR[0] || !is_half).then_some(value) };
-                Request { writes: PAIR.map(change).into(), ..Request::default() }
-            }
-            _ => Request::swap(key, known.get(key).copied().unwrap_or(0), record.value()),
-        };
+        let request = choose(&mut rng, &known, || record.value());
         let limit = if rng.random_ratio(1, 6) { IMPATIENCE } else { PATIENCE };
         let (answered, op) = record.send(number, member, &mut client, request, limit).await;
         if let Some((_, answer)) = op.answer() {

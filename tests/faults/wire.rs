@@ -4,12 +4,9 @@ use std::time::Duration;
 
 use quorate::proto::EncodedKv;
 use quorate::proto::etcdserverpb::cluster_client::ClusterClient;
-use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::kv_client::KvClient;
 use quorate::proto::etcdserverpb::lease_client::LeaseClient;
 use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
-use quorate::proto::etcdserverpb::request_op::Request as Union;
-use quorate::proto::etcdserverpb::response_op::Response as Reply;
 use quorate::proto::etcdserverpb::watch_client::WatchClient;
 use quorate::proto::etcdserverpb::watch_request::RequestUnion;
 use quorate::proto::etcdserverpb::*;
@@ -21,6 +18,7 @@ use tonic::{Status, Streaming};
 use crate::checkers::history::{Answer, Change, Item, Request};
 use crate::checkers::log::Hash;
 use crate::checkers::watch::Told;
+use crate::requests::{answer_of, delete, put, range, revision, txn};
 
 /// How long a connection may take to come about.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
@@ -71,36 +69,8 @@ impl Client {
                 let answer = self.kv.range(range(key, request.serializable)).await?.into_inner();
                 Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: vec![found(&answer)] })
             }
-            _ => self.txn(request).await,
+            _ => Ok(answer_of(self.kv.txn(txn(request)).await?.into_inner(), found)),
         }
-    }
-
-    async fn txn(&mut self, request: &Request) -> Result<Answer, Status> {
-        let op = |request| RequestOp { request: Some(request) };
-        let reads = || request.reads.iter().map(|key| op(Union::RequestRange(range(key, request.serializable))));
-        let writes = request.writes.iter().map(|change| match change.value {
-            Some(value) => op(Union::RequestPut(put(&change.key, value, request.lease))),
-            None => op(Union::RequestDeleteRange(delete(&change.key))),
-        });
-        let compare = request.guard.iter().map(|(key, modified)| Compare {
-            result: CompareResult::Equal as i32,
-            target: CompareTarget::Mod as i32,
-            key: key.clone().into(),
-            target_union: Some(TargetUnion::ModRevision(*modified)),
-            ..Default::default()
-        });
-        let txn = TxnRequest { compare: compare.collect(), success: writes.chain(reads()).collect(), failure: reads().collect() };
-        let answer = self.kv.txn(txn).await?.into_inner();
-        let mut deleted = 0;
-        let mut seen = Vec::new();
-        for one in answer.responses {
-            match one.response.expect("each operation has its answer") {
-                Reply::ResponseRange(answer) => seen.push(found(&answer)),
-                Reply::ResponseDeleteRange(answer) => deleted += answer.deleted,
-                Reply::ResponsePut(_) | Reply::ResponseTxn(_) => {}
-            }
-        }
-        Ok(Answer { revision: revision(answer.header), applied: answer.succeeded, deleted, found: seen })
     }
 
     /// Watches all keys from a revision on, with bookmarks. Whatever is sent into the watch's channel asks for one more.
@@ -203,22 +173,6 @@ impl Watching {
     pub fn ask_for_progress(&self) {
         let _ = self.requests.try_send(WatchRequest { request_union: Some(RequestUnion::ProgressRequest(WatchProgressRequest {})) });
     }
-}
-
-fn revision(header: Option<ResponseHeader>) -> i64 {
-    header.map_or(0, |header| header.revision)
-}
-
-fn put(key: &str, value: u64, lease: i64) -> PutRequest {
-    PutRequest { key: key.to_owned().into(), value: value.to_string().into(), lease, ..Default::default() }
-}
-
-fn delete(key: &str) -> DeleteRangeRequest {
-    DeleteRangeRequest { key: key.to_owned().into(), ..Default::default() }
-}
-
-fn range(key: &str, serializable: bool) -> RangeRequest {
-    RangeRequest { key: key.to_owned().into(), serializable, ..Default::default() }
 }
 
 fn found(answer: &RangeResponse) -> Option<Item> {

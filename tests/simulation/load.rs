@@ -7,9 +7,6 @@ use std::time::Duration;
 
 use quorate::client::{EventKind, WatchMessage};
 use quorate::proto::EncodedKv;
-use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
-use quorate::proto::etcdserverpb::request_op::Request as Union;
-use quorate::proto::etcdserverpb::response_op::Response as Reply;
 use quorate::proto::etcdserverpb::*;
 use quorate::sim::Cluster;
 use quorate::{ApplyError, Client, Error};
@@ -18,10 +15,7 @@ use rand::rngs::StdRng;
 
 use crate::checkers::history::{Answer, Change, Item, Op, Outcome, Request};
 use crate::checkers::watch::{Told, next_revision};
-
-/// Keys that requests name one by one, and two that are also written together, and read together.
-const KEYS: [&str; 6] = ["a", "b", "c", "d", "left", "right"];
-const PAIR: [&str; 2] = ["left", "right"];
+use crate::requests::{answer_of, choose, delete, put, range, revision, txn};
 
 /// How long a client waits for an answer: at most longer than a member does, and often too short.
 const PATIENCE: Duration = Duration::from_secs(9);
@@ -175,6 +169,20 @@ impl Record {
     }
 }
 
+impl Record {
+    /// What came of a put, in the words of the history.
+    fn outcome_of_put(&self, answer: Option<quorate::Result<PutResponse>>) -> Outcome {
+        match answer {
+            Some(Ok(answer)) => {
+                let answer = Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() };
+                Outcome::Answered { at: self.now(), answer }
+            }
+            Some(Err(err)) if !leaves_open(&err) => Outcome::Refused,
+            _ => Outcome::Unknown,
+        }
+    }
+}
+
 /// Whether an error leaves it open if a write was, or will be, carried out.
 pub fn leaves_open(err: &Error) -> bool {
     matches!(err, Error::Timeout | Error::Stopped | Error::Failed(_) | Error::Apply(ApplyError::TimeoutLeaderFail | ApplyError::Stopped))
@@ -183,7 +191,7 @@ pub fn leaves_open(err: &Error) -> bool {
 async fn send(client: &Client, request: &Request) -> Result<Answer, Error> {
     match (&request.guard, &request.writes[..], &request.reads[..]) {
         (None, [Change { key, value: Some(value) }], []) => {
-            let answer = client.put_with(put(key, *value)).await?;
+            let answer = client.put_with(put(key, *value, request.lease)).await?;
             Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() })
         }
         (None, [Change { key, value: None }], []) => {
@@ -194,52 +202,8 @@ async fn send(client: &Client, request: &Request) -> Result<Answer, Error> {
             let answer = client.range(range(key, request.serializable)).await?;
             Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: vec![found(&answer)] })
         }
-        _ => txn(client, request).await,
+        _ => Ok(answer_of(client.txn(txn(request)).await?, found)),
     }
-}
-
-async fn txn(client: &Client, request: &Request) -> Result<Answer, Error> {
-    let op = |request| RequestOp { request: Some(request) };
-    let reads = || request.reads.iter().map(|key| op(Union::RequestRange(range(key, request.serializable))));
-    let writes = request.writes.iter().map(|change| match change.value {
-        Some(value) => op(Union::RequestPut(put(&change.key, value))),
-        None => op(Union::RequestDeleteRange(delete(&change.key))),
-    });
-    let compare = request.guard.iter().map(|(key, modified)| Compare {
-        result: CompareResult::Equal as i32,
-        target: CompareTarget::Mod as i32,
-        key: key.clone().into(),
-        target_union: Some(TargetUnion::ModRevision(*modified)),
-        ..Default::default()
-    });
-    let txn = TxnRequest { compare: compare.collect(), success: writes.chain(reads()).collect(), failure: reads().collect() };
-    let answer = client.txn(txn).await?;
-    let mut deleted = 0;
-    let mut seen = Vec::new();
-    for one in answer.responses {
-        match one.response.expect("each operation has its answer") {
-            Reply::ResponseRange(answer) => seen.push(found(&answer)),
-            Reply::ResponseDeleteRange(answer) => deleted += answer.deleted,
-            Reply::ResponsePut(_) | Reply::ResponseTxn(_) => {}
-        }
-    }
-    Ok(Answer { revision: revision(answer.header), applied: answer.succeeded, deleted, found: seen })
-}
-
-fn revision(header: Option<ResponseHeader>) -> i64 {
-    header.map_or(0, |header| header.revision)
-}
-
-fn put(key: &str, value: u64) -> PutRequest {
-    PutRequest { key: key.to_owned().into(), value: value.to_string().into(), ..Default::default() }
-}
-
-fn delete(key: &str) -> DeleteRangeRequest {
-    DeleteRangeRequest { key: key.to_owned().into(), ..Default::default() }
-}
-
-fn range(key: &str, serializable: bool) -> RangeRequest {
-    RangeRequest { key: key.to_owned().into(), serializable, ..Default::default() }
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -266,21 +230,7 @@ pub async fn work(record: Arc<Record>, mut rng: StdRng) {
         if !record.cluster.is_running(member) || rng.random_ratio(1, 20) {
             member = rng.random_range(0..record.cluster.places());
         }
-        let key = *KEYS.choose(&mut rng).expect("not empty");
-        let request = match rng.random_range(0..100) {
-            0..25 => Request::get(key),
-            25..35 => Request { serializable: true, ..Request::get(key) },
-            35..40 => Request { reads: PAIR.map(String::from).into(), serializable: rng.random_ratio(1, 4), ..Request::default() },
-            40..62 => Request::put(key, record.value()),
-            62..70 => Request::delete(key),
-            70..77 => {
-                // At times one of the pair is deleted: not both, see `checkers/log.rs`.
-                let (value, is_half) = (record.value(), rng.random_ratio(1, 6));
-                let change = |key| Change { key: String::from(key), value: (key == PAIR[0] || !is_half).then_some(value) };
-                Request { writes: PAIR.map(change).into(), ..Request::default() }
-            }
-            _ => Request::swap(key, known.get(key).copied().unwrap_or(0), record.value()),
-        };
+        let request = choose(&mut rng, &known, || record.value());
         let limit = if rng.random_ratio(1, 6) { IMPATIENCE } else { PATIENCE };
         let op = record.send(number, member, request, limit).await;
         let rest = match op.answer() {
@@ -310,14 +260,7 @@ pub async fn bulk(record: Arc<Record>, mut rng: StdRng, rest_ms: u64) {
             ..Default::default()
         };
         let answer = record.ask(member, PATIENCE, move |client| async move { client.put_with(put).await }).await;
-        let outcome = match answer {
-            Some(Ok(answer)) => {
-                let answer = Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() };
-                Outcome::Answered { at: record.now(), answer }
-            }
-            Some(Err(err)) if !leaves_open(&err) => Outcome::Refused,
-            _ => Outcome::Unknown,
-        };
+        let outcome = record.outcome_of_put(answer);
         lock(&record.ops).push(Op { client: number, member, start, call, request, outcome });
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..=rest_ms))).await;
     }
@@ -344,16 +287,9 @@ pub async fn lease(record: Arc<Record>, mut rng: StdRng) {
         record.add_unknown(Request::delete(&key), called);
         let (value, member) = (record.value(), pick(&mut rng));
         let (request, start, call) = (Request::put(&key, value), record.cluster.starts(member) as u32, record.now());
-        let put = PutRequest { lease: id, ..put(&key, value) };
+        let put = put(&key, value, id);
         let answer = record.ask(member, PATIENCE, move |client| async move { client.put_with(put).await }).await;
-        let outcome = match answer {
-            Some(Ok(answer)) => {
-                let answer = Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() };
-                Outcome::Answered { at: record.now(), answer }
-            }
-            Some(Err(err)) if !leaves_open(&err) => Outcome::Refused,
-            _ => Outcome::Unknown,
-        };
+        let outcome = record.outcome_of_put(answer);
         lock(&record.ops).push(Op { client: number, member, start, call, request, outcome });
         for _ in 0..rng.random_range(0..8) {
             tokio::time::sleep(Duration::from_millis(rng.random_range(100..ttl as u64 * 700))).await;

@@ -70,8 +70,7 @@ impl Reader<'_> {
         if run > 1 {
             let blocks = self.history.fetch_run(first, run)?;
             last = blocks.last().map_or(first, |block| block.first);
-            let mut map = self.history.map_mut();
-            blocks.into_iter().for_each(|ahead| map.keep(ahead.first, ahead.id, ahead.block));
+            self.history.keep_run(blocks);
         }
         self.next = self.history.map().after(last).next().map(|(next, _)| (next, run));
         Ok(())

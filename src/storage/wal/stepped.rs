@@ -6,11 +6,11 @@
 
 use super::flusher::{COMMITTED_NAP, Flusher, Step};
 use super::sim::SimDisk;
-use super::state::{Meters, Shared};
-use super::{Recovered, Wal, WalOptions, recover, space};
+use super::state::Shared;
+use super::{Recovered, Wal, WalOptions, space};
 use crate::error::Result;
 use crate::lock::lock;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Does the work of a log's threads.
@@ -24,16 +24,9 @@ pub(crate) struct Stepper {
 /// # Errors
 /// As [`Wal::open`].
 pub(crate) fn open(disk: Arc<SimDisk>, options: WalOptions) -> Result<(Wal, Recovered, Arc<Stepper>)> {
-    let (state, at, recovered) = recover::open(&*disk, &options)?;
-    let shared = Arc::new(Shared {
-        disk,
-        options,
-        state: Mutex::new(state),
-        work: Condvar::new(),
-        space: Condvar::new(),
-        meters: Meters::default(),
-        stepper: Some(tokio::sync::Notify::new()),
-    });
+    let (mut shared, at, recovered) = Wal::recover(disk, options)?;
+    shared.stepper = Some(tokio::sync::Notify::new());
+    let shared = Arc::new(shared);
     let flusher = Mutex::new(Flusher::new(shared.clone(), at));
     Ok((Wal { shared: shared.clone(), threads: Mutex::default() }, recovered, Arc::new(Stepper { shared, flusher })))
 }
