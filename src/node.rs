@@ -131,6 +131,8 @@ pub(crate) struct NodeOptions {
     pub history: HistoryOptions,
     /// Where snapshots are put while they are received.
     pub member_dir: PathBuf,
+    /// Peer URLs of the others that this member was told to found or to join a cluster with.
+    pub told: Vec<String>,
     /// Refuse changes of the members that might cost the quorum.
     pub strict_reconfig: bool,
     /// Learners that the cluster may have.

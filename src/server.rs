@@ -478,6 +478,7 @@ impl Member {
             catchup_entries: config.snapshot_catchup_entries,
             history,
             member_dir,
+            told: founding::others_told(config, &identity)?,
             strict_reconfig: config.strict_reconfig_check,
             max_learners: config.max_learners,
             corrupt_check_time: config.corrupt_check_time,

@@ -585,12 +585,23 @@ impl Node {
     pub(super) async fn heed_removal(self: Arc<Self>) {
         let mut last = 0;
         let mut links = BTreeMap::new();
+        let mut told = self.options.told.iter().cycle();
         loop {
             tokio::time::sleep(BELONG_LOOK).await;
             // Also one that is not committed: who has founded its cluster a second time is told so, and comes no further by itself.
             let membership = self.raft.metrics().borrow_watched().membership_config.membership().clone();
             let others = || membership.nodes().filter(|(id, _)| **id != self.identity.member_id);
-            let Some((&id, member)) = others().find(|(id, _)| **id > last).or_else(|| others().next()) else { continue };
+            let Some((&id, member)) = others().find(|(id, _)| **id > last).or_else(|| others().next()) else {
+                // One that was added, and removed before it was sent anything, knows only whom it was told to join.
+                if self.identity.joined
+                    && let Some(url) = told.next()
+                    && self.is_removed_at(url).await
+                {
+                    self.fail(Error::Removed);
+                    return;
+                }
+                continue;
+            };
             last = id;
             links.retain(|id, _| membership.get_node(id).is_some());
             let link = links.entry(id).or_insert_with(|| self.network.link(id, member));
@@ -619,6 +630,13 @@ impl Node {
                 _ => {}
             }
         }
+    }
+
+    /// Whether who listens there belongs to this cluster, knows who its members are at this moment, and this one is none of them.
+    async fn is_removed_at(&self, url: &str) -> bool {
+        let there = self.network.members_at(url).await;
+        let of_ours = there.ok().filter(|there| there.newest && there.cluster_id == self.identity.cluster_id);
+        of_ours.is_some_and(|there| there.members.iter().all(|member| member.id != self.identity.member_id))
     }
 
     /// Follows a membership that Raft goes by from now on.

@@ -178,6 +178,11 @@ impl Network {
     pub fn link(&self, id: u64, member: &internal::Member) -> Link {
         Link { ours: self.clone(), id, urls: member.peer_urls.clone(), turn: 0, client: None, connecting: None, heard: Instant::now() }
     }
+
+    /// Asks whoever listens there for its cluster and the members: [`members_at`].
+    pub async fn members_at(&self, url: &str) -> Result<peer::MembersResponse, Status> {
+        members_at(url, &self.tls).await
+    }
 }
 
 impl Link {

@@ -47,6 +47,13 @@ pub(crate) fn member_id(urls: &[Url], token: &str) -> u64 {
     first_u64(&member.finalize())
 }
 
+/// Where the others are that the configuration tells this member to found or to join a cluster with.
+pub(super) fn others_told(config: &Config, identity: &Identity) -> Result<Vec<String>> {
+    let told = config.initial_members()?;
+    let others = told.into_iter().filter(|(name, _)| *name != identity.name && *name != config.name);
+    Ok(others.flat_map(|(_, urls)| urls).map(|url| url.to_string()).collect())
+}
+
 /// The identity of a new member. The cluster's id follows from those of its founders.
 pub(super) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
     let founders = founders(config, peer_urls)?;

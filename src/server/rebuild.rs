@@ -36,8 +36,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Code;
 
+use super::founding::others_told;
 use super::{Damage, Opener};
-use crate::config::{Config, Url};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::node::members::REMOVED;
 use crate::proto::internal::Member;
@@ -66,9 +67,7 @@ pub(super) fn others(dir: &DataDir, config: &Config, identity: &Identity) -> Res
     if let Some(peers) = dir.peers() {
         return Ok(peers.into_iter().filter(|(id, _)| *id != identity.member_id).flat_map(|(_, urls)| urls).collect());
     }
-    let told = config.initial_members()?;
-    let others = told.into_iter().filter(|(name, _)| *name != identity.name && *name != config.name);
-    Ok(others.flat_map(|(_, urls)| urls).map(|url: Url| url.to_string()).collect())
+    others_told(config, identity)
 }
 
 /// Adds to an error about the log what is to be done, if there are others.
