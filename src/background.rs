@@ -265,11 +265,17 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
-        let mut rest = Some(WRITE_INTERVAL);
-        while let Some(wait) = rest {
-            let full = self.shared.full.load(Ordering::Relaxed);
-            let (stop, defragments) = self.wait(wait);
-            rest = self.turn(full, stop, defragments);
+        let turns = std::panic::AssertUnwindSafe(|| {
+            let mut rest = Some(WRITE_INTERVAL);
+            while let Some(wait) = rest {
+                let full = self.shared.full.load(Ordering::Relaxed);
+                let (stop, defragments) = self.wait(wait);
+                rest = self.turn(full, stop, defragments);
+            }
+        });
+        if std::panic::catch_unwind(turns).is_err() {
+            // Without it nothing would come to the disk any more, and nobody would know why.
+            self.events.failed(Error::Failed("the thread that writes the state has panicked".into()));
         }
     }
 

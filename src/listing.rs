@@ -139,6 +139,10 @@ fn command_text(op: Option<&Op>) -> String {
         Some(Op::LeaseRevoke(revoke)) => format!("lease-revoke {:x}", revoke.id),
         Some(Op::LeaseExpiry(expiry)) => format!("lease-expiry {:x}, in term {} only", expiry.id, expiry.term),
         Some(Op::LeaseCheckpoint(checkpoint)) => format!("lease-checkpoint {:x}, {} s left", checkpoint.id, checkpoint.remaining_ttl),
+        Some(Op::LeaseCheckpoints(seen)) => {
+            let left = seen.checkpoints.iter().map(|one| format!("{:x} {} s left", one.id, one.remaining_ttl));
+            format!("lease-checkpoints, in term {} only: {}", seen.term, left.collect::<Vec<_>>().join(", "))
+        }
         Some(Op::Alarm(alarm)) => format!("alarm {:?} {:?} of member {:x}", alarm.action(), alarm.alarm(), alarm.member_id),
         Some(Op::ClusterVersion(version)) => format!("cluster-version {:?}", version.version),
         Some(Op::MemberAttributes(member)) => format!("member-attributes {:x} {:?} {:?}", member.id, member.name, member.client_urls),
@@ -272,6 +276,10 @@ fn command_json(op: Option<&Op>) -> Value {
         Some(Op::LeaseExpiry(expiry)) => json!({ "lease_expiry": { "id": expiry.id, "term": expiry.term } }),
         Some(Op::LeaseCheckpoint(checkpoint)) => {
             json!({ "lease_checkpoint": { "id": checkpoint.id, "remaining_ttl": checkpoint.remaining_ttl } })
+        }
+        Some(Op::LeaseCheckpoints(seen)) => {
+            let left = seen.checkpoints.iter().map(|one| json!({ "id": one.id, "remaining_ttl": one.remaining_ttl }));
+            json!({ "lease_checkpoints": { "term": seen.term, "checkpoints": left.collect::<Vec<_>>() } })
         }
         Some(Op::Alarm(alarm)) => {
             let (action, kind) = (format!("{:?}", alarm.action()), format!("{:?}", alarm.alarm()));

@@ -51,7 +51,7 @@ use crate::raft::outgoing::SnapshotStart;
 use crate::raft::{Callback, LogId, Outcome, Proposal, Raft, Reply, TypeConfig};
 use crate::storage::dir::Identity;
 use crate::storage::history::HistoryOptions;
-use crate::storage::wal::Wal;
+use crate::storage::wal::{MAX_QUEUED_BYTES, Wal};
 use crate::world;
 
 mod corruption;
@@ -108,6 +108,10 @@ const LOG_KEPT_BYTES: u64 = 4 << 30;
 /// Log on disk beyond which less of it is kept for members that lag than `snapshot-catchup-entries` asks for: an entry is as large as the
 /// batch of requests in it.
 const LOG_LAG_BYTES: u64 = 512 << 20;
+
+/// Bytes that wait for the log's disk beyond which nothing more is proposed here until some are written: half of what the log bears. It comes
+/// to that where the disk of a leader stands still, and the others' do not.
+const LOG_QUEUED_BYTES: u64 = MAX_QUEUED_BYTES / 2;
 
 /// What etcd adds to a request before it measures it against `max-request-bytes`, about.
 const ENVELOPE_BYTES: usize = 20;
@@ -295,7 +299,7 @@ impl Node {
         node.spawn(node.clone().watch_members());
         node.spawn(node.clone().watch_heartbeats());
         node.spawn(node.clone().watch_disk());
-        node.spawn(node.clone().heed_removal());
+        node.spawn(node.clone().call_round());
         node.heed_corruption();
         if !node.options.corrupt_check_time.is_zero() {
             node.spawn(node.clone().compare_states());
@@ -467,12 +471,12 @@ impl Node {
             return Ok(());
         }
         tracing::warn!(quota, "the space quota is used up: raising the NOSPACE alarm");
-        self.propose_alarm(AlarmAction::Activate).await?;
+        self.propose_alarm(self.identity.member_id, AlarmAction::Activate).await?;
         Err(ApplyError::NoSpace.into())
     }
 
-    async fn propose_alarm(&self, action: AlarmAction) -> Result<()> {
-        let request = AlarmRequest { action: action as i32, member_id: self.identity.member_id, alarm: AlarmType::Nospace as i32 };
+    async fn propose_alarm(&self, member_id: u64, action: AlarmAction) -> Result<()> {
+        let request = AlarmRequest { action: action as i32, member_id, alarm: AlarmType::Nospace as i32 };
         self.propose_command(internal::Command { id: BY_QUOTA, op: Some(Op::Alarm(request)) }).await.map(|_| ())
     }
 
@@ -575,15 +579,19 @@ impl Node {
         self.check_sound()?;
         let deadline = Instant::now() + self.request_timeout();
         loop {
-            if self.is_leader() && !self.leads_surely() && !world::has_fault(world::Fault::UnsureRenewals) {
+            let renewed = {
+                let mut lessor = lock(&self.machine.lessor);
+                let unsure = lessor.is_primary() && !self.leads_surely() && !world::has_fault(world::Fault::UnsureRenewals);
+                if unsure { None } else { Some(lessor.renew(id, self.machine.now())) }
+            };
+            let Some(renewed) = renewed else {
                 // It may have been deposed without having heard of it: the new leader may let the lease expire.
                 if Instant::now() >= deadline {
                     return Err(Error::Timeout);
                 }
                 self.pause(EXPIRED_RETRY).await?;
                 continue;
-            }
-            let renewed = lock(&self.machine.lessor).renew(id, self.machine.now());
+            };
             match renewed {
                 Ok(Renewal::Renewed { ttl, clear_checkpoint }) => {
                     if clear_checkpoint {

@@ -769,7 +769,14 @@ pub(crate) fn machine_on(
 ) -> Result<Arc<Machine>> {
     let mut attached = Vec::new();
     let (store, saved) = Store::open(backend, history.clone(), &mut |lease, key| attached.push((lease, key)))?;
-    let lessor = Lessor::new(LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() });
+    let options = LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() };
+    // No simulated lease lives long enough otherwise.
+    #[cfg(feature = "simulation")]
+    let options = LessorOptions {
+        checkpoint_interval: if world::is_simulated() { Some(Duration::from_secs(1)) } else { options.checkpoint_interval },
+        ..options
+    };
+    let lessor = Lessor::new(options);
     let slow = config.warning_apply_duration;
     let machine = Machine::new(Arc::new(store), saved, attached, lessor, clock.clone(), slow, counters.clone())?;
     Ok(Arc::new(machine))

@@ -11,7 +11,7 @@
 //! | `< text` | a line of input for the command above |
 //! | `& name words` | start `etcdctl words` and let it run |
 //! | `@ name text` | give the running one a line of input |
-//! | `! name n` | wait until it has printed `n` lines, interrupt it, compare what it printed |
+//! | `! name n` | wait until it has printed `n` lines, end it, compare what it printed |
 //! | `? words` | run it until it prints something, up to a limit; nothing is compared |
 //! | `> alarm nospace` | raise an alarm, which etcdctl cannot |
 //!
@@ -177,7 +177,8 @@ impl Side {
             std::thread::sleep(Duration::from_millis(5));
         }
         let pid = rustix::process::Pid::from_child(&running.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        // Not an interrupt: where this runs in the background of a shell, that is ignored, by the children too.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let _ = running.child.wait();
         let printed = String::from_utf8_lossy(&running.printed.lock().expect("no panic while it is held")).into_owned();
         self.mask(&printed)

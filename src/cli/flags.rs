@@ -61,6 +61,7 @@ const AUTH: &str = "users and roles are not built yet";
 const DISCOVERY: &str = "discovery is not built yet";
 const V2: &str = "etcd's v2 interface is not offered";
 const ONE_STORE: &str = "the storage engine has no such knob";
+const CHECKPOINTS: &str = "what long leases have left is always noted, and kept";
 const NOT_YET: &str = "what it tunes is not built yet";
 const GONE: &str = "etcd itself ignores it";
 
@@ -187,8 +188,8 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("raft-read-timeout", Time, "5s", NOT_YET),
     noop("raft-write-timeout", Time, "5s", NOT_YET),
     noop("downgrade-check-time", Time, "5s", NOT_YET),
-    noop("experimental-enable-lease-checkpoint", Bool, "false", NOT_YET),
-    noop("experimental-enable-lease-checkpoint-persist", Bool, "false", NOT_YET),
+    noop("experimental-enable-lease-checkpoint", Bool, "false", CHECKPOINTS),
+    noop("experimental-enable-lease-checkpoint-persist", Bool, "false", CHECKPOINTS),
     noop("feature-gates", List, "", "there are no feature gates"),
     noop("enable-grpc-gateway", Bool, "true", "the JSON gateway is not built yet"),
     noop("enable-pprof", Bool, "false", "profiles of the Go runtime do not exist here"),

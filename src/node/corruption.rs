@@ -34,8 +34,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use openraft::Instant as _;
-
 use super::*;
 use crate::proto::peer::{HashRequest, HashResponse};
 
@@ -121,19 +119,9 @@ impl Node {
         if !self.is_condemned() || !self.is_leader() {
             return;
         }
-        let to = {
-            let metrics = self.raft.metrics();
-            let now = metrics.borrow_watched();
-            let heard = now.heartbeat.as_ref();
-            let lately = |id: &u64| {
-                let at = heard.and_then(|all| all.get(id)).and_then(Option::as_ref);
-                at.is_some_and(|at| at.elapsed() < self.options.election_timeout)
-            };
-            now.membership_config.membership().voter_ids().find(|id| !self.machine.is_corrupt(*id) && lately(id))
-        };
-        let Some(to) = to else { return };
+        let Some(to) = self.heir(false, None) else { return };
         tracing::warn!(to = %format_args!("{to:x}"), "this member leads and its state is wrong: it hands over");
-        if let Err(err) = self.raft.trigger().transfer_leader(to).await {
+        if let Err(err) = self.hand_over(to).await {
             tracing::warn!(error = %err, "handing over");
         }
     }

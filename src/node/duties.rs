@@ -2,7 +2,7 @@
 //! be cut off below what is durable.
 
 use super::*;
-use crate::proto::internal::LeaseExpiry;
+use crate::proto::internal::{LeaseCheckpoints, LeaseExpiry};
 
 impl Node {
     /// Keeps term and leader at hand, and the lessor in its role.
@@ -39,6 +39,10 @@ impl Node {
                 let settled = now.last_applied.is_some_and(|applied| *applied.leader_id == now.current_term);
                 let growing = self.growing.load(Ordering::Acquire) > 0;
                 self.alone.store(only && leader && settled && !growing, Ordering::Release);
+                if self.growing.load(Ordering::Acquire) > 0 {
+                    // It has begun since it was looked at, on another thread.
+                    self.alone.store(false, Ordering::Release);
+                }
                 let leads = (leader && (settled || led == Some(now.current_term))).then_some(now.current_term);
                 if leads != led {
                     let mut lessor = lock(&self.machine.lessor);
@@ -56,6 +60,8 @@ impl Node {
             }
             self.heed_corruption();
             if metrics.changed().await.is_err() {
+                // Whoever stops this member has ended this task before.
+                self.fail(Error::Failed("the Raft of this member has ended by itself".into()));
                 return;
             }
         }
@@ -103,10 +109,13 @@ impl Node {
         }
     }
 
-    /// Proposes to revoke what has expired.
+    /// Proposes to revoke what has expired, and to note what long leases have left.
     pub(super) async fn revoke_expired(self: Arc<Self>) {
         loop {
-            let next = lock(&self.machine.lessor).next_expiry();
+            let next = {
+                let lessor = lock(&self.machine.lessor);
+                lessor.next_expiry().into_iter().chain(lessor.next_checkpoint()).min()
+            };
             let wait = next.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.machine.now()));
             tokio::select! {
                 biased;
@@ -118,10 +127,20 @@ impl Node {
                 tokio::time::sleep(WATCHDOG_INTERVAL).await;
                 continue;
             }
-            let (expired, term) = {
+            let (expired, checkpoints, term) = {
                 let mut lessor = lock(&self.machine.lessor);
-                (lessor.expired(self.machine.now(), REVOKE_MAX), self.lease_term.load(Ordering::Relaxed))
+                let now = self.machine.now();
+                (lessor.expired(now, REVOKE_MAX), lessor.checkpoints_due(now), self.lease_term.load(Ordering::Relaxed))
             };
+            if !checkpoints.is_empty() {
+                let checkpoints = checkpoints.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl }).collect();
+                let op = Some(Op::LeaseCheckpoints(LeaseCheckpoints { term, checkpoints }));
+                match self.propose_here(internal::Command { id: 0, op }).await {
+                    Ok(_) | Err(Error::Apply(ApplyError::NotLeader)) => {}
+                    // They are offered again after another interval.
+                    Err(err) => tracing::warn!(error = %err, "noting what leases have left"),
+                }
+            }
             // Together, so that they become one entry, and thus one sync.
             // By this member in this term, or not at all: who leads by the time that a cut-off leader is heard again may have renewed them,
             // and what is still queued then may go into an entry of a term in which this member leads anew.
@@ -149,10 +168,18 @@ impl Node {
             self.give_up_replaced().await;
             self.give_up_offer().await;
             self.stand_back().await;
+            self.give_up_incoming().await;
             let room = self.options.quota_bytes.is_none_or(|quota| self.store().history().live_bytes() <= quota / 100 * HEAL_PERCENT);
-            if room && self.machine.raised_by_quota(self.identity.member_id) && self.is_leader() {
-                match self.propose_alarm(AlarmAction::Deactivate).await {
-                    Ok(()) => tracing::info!("there is room within the space quota again: the NOSPACE alarm is taken back"),
+            if !room || !self.is_leader() {
+                continue;
+            }
+            // Whoever has raised it: they hold the same, and some may be members no more.
+            for member in self.machine.raised_by_quota() {
+                match self.propose_alarm(member, AlarmAction::Deactivate).await {
+                    Ok(()) => tracing::info!(
+                        member = %format_args!("{member:x}"),
+                        "there is room within the space quota again: the NOSPACE alarm is taken back"
+                    ),
                     Err(err) => tracing::warn!(error = %err, "taking back the NOSPACE alarm"),
                 }
             }

@@ -207,7 +207,7 @@ impl Node {
     }
 
     /// Returns when a member does not lead any more, by what this one knows.
-    async fn leads_no_more(&self, leader: u64) {
+    pub(super) async fn leads_no_more(&self, leader: u64) {
         let mut metrics = self.raft.metrics();
         // Not what [`leader`](Self::leader) says: that may be brought up to date only after this has looked, and nothing changes then for long.
         while metrics.borrow_and_update().current_leader == Some(leader) && metrics.changed().await.is_ok() {}

@@ -1,7 +1,7 @@
 //! A leader whose disk stands still hands over.
 //!
 //! Commits do not need the leader's own disk, so a cluster whose leader cannot write goes on for a while; but what that leader acknowledges
-//! piles up in its memory, its own clients wait for what needs its vote, and it would end when the queue of its log is full. So a
+//! piles up in its memory, until it takes no more (`LOG_QUEUED_BYTES`), and its own clients wait for what needs its vote. So a
 //! leader that has had something to write for an election timeout, none of which has come to the disk, asks the voter that has most of the log to
 //! stand for election.
 //!
@@ -82,16 +82,17 @@ impl Node {
 
     /// Asks a voter to lead in this member's place.
     pub(super) async fn hand_over(&self, to: u64) -> Result<()> {
-        self.handing_over.store(self.term(), Ordering::Relaxed);
+        self.handing_over.store(self.term(), Ordering::Release);
         self.raft.trigger().transfer_leader(to).await.map_err(|err| Error::Failed(err.to_string()))
     }
 
-    /// Whom to ask, as the leader.
-    fn heir(&self, begun: bool, asked: Option<u64>) -> Option<u64> {
+    /// Whom to ask, as the leader: nobody whose state is known to be wrong.
+    pub(super) fn heir(&self, begun: bool, asked: Option<u64>) -> Option<u64> {
         let metrics = self.raft.metrics();
         let now = metrics.borrow_watched();
         let last = now.last_log_index.unwrap_or(0);
-        let others = now.membership_config.membership().voter_ids().filter(|id| *id != self.identity.member_id).map(|id| {
+        let voters = now.membership_config.membership().voter_ids();
+        let others = voters.filter(|id| *id != self.identity.member_id && !self.machine.is_corrupt(*id)).map(|id| {
             let (active, matched) = self.heard_of(&now, id);
             (id, active, matched.unwrap_or(0))
         });

@@ -134,6 +134,10 @@ impl View {
         matched.saturating_mul(10) >= self.last.saturating_mul(9) && self.last.saturating_sub(matched) <= LAG_MAX
     }
 
+    fn is_active(&self, id: u64) -> bool {
+        self.members.get(&id).is_some_and(|seen| seen.active)
+    }
+
     /// The membership with a voter more or less, and a member more or less.
     fn with(&self, change: impl FnOnce(&mut std::collections::BTreeSet<u64>, &mut BTreeMap<u64, Member>)) -> Result<Plan> {
         let mut voters = self.membership.voter_ids().collect();
@@ -566,7 +570,8 @@ impl Node {
             }
             let _one = self.changing.lock().await;
             let Some(view) = self.view() else { continue };
-            let Some(id) = waits(&view.membership).filter(|id| view.in_sync(*id)) else { continue };
+            // One that has the log and is not there would cost a voter that is: of one, the quorum.
+            let Some(id) = waits(&view.membership).filter(|id| view.in_sync(*id) && view.is_active(*id)) else { continue };
             let tried = match view.with(|voters, _| voters.extend([id])) {
                 Ok(plan) => self.carry_out(plan, view.at).await,
                 Err(err) => Err(err),
@@ -580,9 +585,9 @@ impl Node {
         }
     }
 
-    /// Asks the others in turn whether they are there, and how long they take to say so.
-    /// Notices that this member was removed while it was not told, or has lost its data: one of the others says so when it is called.
-    pub(super) async fn heed_removal(self: Arc<Self>) {
+    /// Calls the others in turn: whether they are there, how long they take to say so, and whether this member was removed while it was not told,
+    /// or has lost its data, which whoever is called then says.
+    pub(super) async fn call_round(self: Arc<Self>) {
         let mut last = 0;
         let mut links = BTreeMap::new();
         let mut told = self.options.told.iter().cycle();

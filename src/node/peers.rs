@@ -8,11 +8,17 @@
 //! # Invariants
 //! - One confirmation serves all reads that wait for one when it begins, and none that come later.
 
+use std::future::Future;
+
+use tonic::{Request, Response, Status};
+
 use super::*;
+use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{
     AppendRequest, AppendResponse, ReadIndexRequest, ReadIndexResponse, TimeToLiveRequest, TimeToLiveResponse, VoteRequest, VoteResponse,
 };
 use crate::raft::network::{self, Link};
+use crate::raft::wire::Wire;
 use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
 
 /// How long a request waits before it looks again for a leader.
@@ -120,10 +126,29 @@ impl Node {
         if self.is_leader() {
             return self.confirm_here().await;
         }
+        let answer =
+            self.ask_leader(ReadIndexRequest {}, limit, |mut client, request| async move { client.read_index(request).await }).await?;
+        (!answer.not_leader).then_some(answer.index)
+    }
+
+    /// Asks the leader something that does no harm when it is asked twice. None when there is nobody to ask, or no answer, or another leads
+    /// before the answer has come: one that is silently gone holds up nobody for longer than its election.
+    async fn ask_leader<Req, Resp, F, Fut>(&self, request: Req, limit: Duration, method: F) -> Option<Resp>
+    where
+        F: FnOnce(PeerClient<Wire>, Request<Req>) -> Fut,
+        Fut: Future<Output = Result<Response<Resp>, Status>>,
+        Req: prost::Message,
+        Resp: prost::Message,
+    {
         let mut link = self.leader_link()?;
-        let answer = link.call(ReadIndexRequest {}, limit, |mut client, request| async move { client.read_index(request).await }).await;
+        let leader = link.id();
+        let answer = tokio::select! {
+            biased;
+            answer = link.call(request, limit, method) => answer.ok(),
+            () = self.leads_no_more(leader) => None,
+        };
         self.keep_link(link);
-        answer.ok().filter(|answer| !answer.not_leader).map(|answer| answer.index)
+        answer
     }
 
     /// As above, by this member, which believes that it leads.
@@ -133,10 +158,14 @@ impl Node {
         Some(read.index())
     }
 
-    /// Whether nobody else can lead: a quorum has heard of this leader so lately that none of it supports another yet.
+    /// Whether nobody else can lead: a quorum has heard of this leader so lately that none of it supports another yet; unless it was asked to,
+    /// because this one hands over.
     pub(super) fn leads_surely(&self) -> bool {
         if self.alone.load(Ordering::Acquire) {
             return true;
+        }
+        if self.handing_over.load(Ordering::Acquire) == self.term() {
+            return false;
         }
         use openraft::Instant as _;
         let metrics = self.raft.metrics();
@@ -174,17 +203,13 @@ impl Node {
                     return Ok(lessor.time_to_live(id, self.machine.now(), false).map_or(-1, |found| found.remaining));
                 }
             }
-            if let Some(mut link) = self.leader_link() {
-                let limit = self.request_timeout();
-                let answer = link
-                    .call(TimeToLiveRequest { id }, limit, |mut client, request| async move { client.time_to_live(request).await })
-                    .await;
-                self.keep_link(link);
-                if let Ok(answer) = answer
-                    && !answer.not_leader
-                {
-                    return Ok(answer.remaining);
-                }
+            let limit = self.request_timeout().saturating_sub(began.elapsed());
+            let asked =
+                self.ask_leader(TimeToLiveRequest { id }, limit, |mut client, request| async move { client.time_to_live(request).await });
+            if let Some(answer) = asked.await
+                && !answer.not_leader
+            {
+                return Ok(answer.remaining);
             }
             if began.elapsed() >= self.request_timeout() {
                 return Err(Error::Timeout);
@@ -196,7 +221,14 @@ impl Node {
     // ---- What other members ask
 
     /// Takes entries, or a heartbeat.
+    ///
+    /// # Errors
+    /// That there is no room for the entries on the disk: the leader tries again, and this member goes on when there is. Were Raft given
+    /// them, it would be its end.
     pub async fn peer_append(&self, request: AppendRequest) -> Result<AppendResponse> {
+        if !request.entries.is_empty() && !self.has_log_room(request.encoded_len()) {
+            return Err(ApplyError::NoSpace.into());
+        }
         let request = network::append_from_proto(request).map_err(Error::Failed)?;
         let answer = self.raft.append_entries(request).await.map_err(|err| Error::Failed(err.to_string()))?;
         if !matches!(answer, openraft::raft::AppendEntriesResponse::HigherVote(_)) {

@@ -46,8 +46,7 @@ impl Node {
     /// That there is no room for it; nothing was proposed then.
     pub(super) async fn enqueue(&self, command: internal::Command) -> Result<oneshot::Receiver<Outcome>> {
         let bytes = command.encoded_len();
-        let is_behind = self.store().history().is_behind();
-        let free = if is_behind { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
+        let free = if self.is_behind() { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
         let room = match free {
             Some(room) => room,
             None => self.wait_for_room(bytes).await?,
@@ -55,12 +54,9 @@ impl Node {
         let (answer, wait) = oneshot::channel();
         let wake = {
             let mut queue = lock(&self.queue);
-            if self.wal.space_low() {
-                // What is queued and under way will be written before this: an append that finds no room would be the member's end.
-                let before = queue.bytes + self.in_flight_bytes.load(Ordering::Relaxed) + bytes;
-                if self.wal.room_bytes() < LOG_RESERVE_BYTES + 2 * before as u64 {
-                    return Err(ApplyError::NoSpace.into());
-                }
+            // What is queued and under way will be written before this.
+            if !self.has_log_room(queue.bytes + self.in_flight_bytes.load(Ordering::Relaxed) + bytes) {
+                return Err(ApplyError::NoSpace.into());
             }
             if queue.waiting.len() >= QUEUE_MAX {
                 return Err(ApplyError::TooManyRequests.into());
@@ -73,6 +69,17 @@ impl Node {
             self.queued.notify_one();
         }
         Ok(wait)
+    }
+
+    /// Whether the log takes so many bytes, also on a disk that is full: an append that finds no room would be the member's end.
+    pub(super) fn has_log_room(&self, bytes: usize) -> bool {
+        !self.wal.space_low() || self.wal.room_bytes() >= LOG_RESERVE_BYTES + 2 * bytes as u64
+    }
+
+    /// Whether what was written goes to the disk too slowly: the state's, or the log's, whose queue would be full in the end. Commits do not wait
+    /// for this member's log when there are others.
+    fn is_behind(&self) -> bool {
+        self.store().history().is_behind() || self.wal.queued_bytes() > LOG_QUEUED_BYTES
     }
 
     /// Waits for a queued command's outcome.
@@ -97,7 +104,7 @@ impl Node {
     /// `too many requests` when it does not come to that in time.
     pub(super) async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
         let waited = self.within(self.request_timeout(), async {
-            while self.store().history().is_behind() {
+            while self.is_behind() {
                 self.pause(BEHIND_RETRY).await?;
             }
             self.queue_room.clone().acquire_many_owned(bytes as u32).await.map_err(|_| Error::Stopped)

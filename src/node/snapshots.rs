@@ -34,6 +34,9 @@ use crate::storage::dir;
 /// How long a call to install a snapshot waits before it says that it is pending.
 const INSTALL_WAIT: Duration = Duration::from_millis(100);
 
+/// How long a snapshot waits for its next piece. Beyond it, it is given up: a sender that goes on all the same begins anew.
+const INCOMING_IDLE: Duration = Duration::from_secs(120);
+
 /// A snapshot that is being received, or made into a state.
 pub(super) struct Incoming {
     /// The sender's name for it.
@@ -45,6 +48,8 @@ pub(super) struct Incoming {
     file: Option<Arc<File>>,
     /// Bytes of it that are in the file.
     have: u64,
+    /// When a piece of it has last come.
+    touched: Instant,
     /// Counts how it goes, until all of it is here.
     transfer: Option<Transfer>,
     /// How the installation goes, once it was asked for: none while it is under way, and in the end the vote or what was wrong.
@@ -87,9 +92,19 @@ impl Node {
             let file = Some(Arc::new(file.await??));
             let transfer = self.counters().peers.get(self.leader()).map(|leader| leader.begin_receiving());
             tracing::info!(id = %format_args!("{:x}", request.id), term = request.term, "a leader begins to send a snapshot");
-            *receiving = Some(Incoming { id: request.id, term: request.term, path, file, have: 0, transfer, install: None });
+            *receiving = Some(Incoming {
+                id: request.id,
+                term: request.term,
+                path,
+                file,
+                have: 0,
+                touched: Instant::now(),
+                transfer,
+                install: None,
+            });
         }
         let Some(incoming) = receiving.as_mut() else { return refused("there is no snapshot".into()) };
+        incoming.touched = Instant::now();
         let Some(file) = incoming.file.clone().filter(|_| request.offset == incoming.have && !request.bytes.is_empty()) else {
             return Ok(PutSnapshotResponse { have: incoming.have, refused: String::new() });
         };
@@ -113,6 +128,22 @@ impl Node {
         incoming.have += request.bytes.len() as u64;
         self.counters().snapshot_received_bytes.add(request.bytes.len() as u64);
         Ok(PutSnapshotResponse { have: incoming.have, refused: String::new() })
+    }
+
+    /// Lets go of a snapshot of which nothing has come for long: who sent it is gone, or has given it up. Its file may be as large as the state.
+    pub(super) async fn give_up_incoming(&self) {
+        let idle = |incoming: &Incoming| incoming.install.is_none() && incoming.touched.elapsed() >= INCOMING_IDLE;
+        let given_up = {
+            let Ok(mut receiving) = self.receiving.try_lock() else { return };
+            if !receiving.as_ref().is_some_and(idle) {
+                return;
+            }
+            receiving.take()
+        };
+        if let Some(given_up) = given_up {
+            tracing::info!(id = %format_args!("{:x}", given_up.id), have = given_up.have, "a snapshot of which nothing more has come is given up");
+            let _ = self.blocking(move || remove(&given_up.path)).await;
+        }
     }
 
     /// Has what was received take the state's place, or says how far that has come.

@@ -44,8 +44,8 @@ use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::alarm_request::AlarmAction;
 use crate::proto::etcdserverpb::response_op::Response;
 use crate::proto::etcdserverpb::{
-    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, DeleteRangeResponse, LeaseGrantResponse, LeaseRevokeResponse,
-    PutResponse, ResponseHeader, TxnResponse,
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionResponse, DeleteRangeResponse, LeaseCheckpoint, LeaseGrantResponse,
+    LeaseRevokeResponse, PutResponse, ResponseHeader, TxnResponse,
 };
 use crate::proto::internal::{self, command};
 use crate::slow::Slow;
@@ -295,9 +295,9 @@ impl Machine {
         lock(&self.alarms).iter().map(|&(alarm, member_id)| AlarmMember { member_id, alarm }).collect()
     }
 
-    /// Whether the space quota has raised a member's alarm, and not a client.
-    pub fn raised_by_quota(&self, member: u64) -> bool {
-        lock(&self.by_quota).contains(&member)
+    /// The members whose alarm the space quota has raised, and not a client.
+    pub fn raised_by_quota(&self) -> Vec<u64> {
+        lock(&self.by_quota).iter().copied().collect()
     }
 
     /// Whether any member has raised an alarm of this type.
@@ -364,12 +364,9 @@ impl Machine {
             Some(command::Op::LeaseRevoke(request)) => self.revoke(request.id, tally),
             Some(command::Op::LeaseExpiry(expiry)) if expiry.term == term => self.revoke(expiry.id, tally),
             Some(command::Op::LeaseExpiry(_)) => Err(ApplyError::NotLeader.into()),
-            Some(command::Op::LeaseCheckpoint(checkpoint)) => {
-                if let Some(lease) = lock(&self.lessor).set_checkpoint(checkpoint.id, checkpoint.remaining_ttl) {
-                    self.save_lease(&lease);
-                }
-                Ok(Reply::LeaseCheckpoint)
-            }
+            Some(command::Op::LeaseCheckpoint(checkpoint)) => self.checkpoint(&[*checkpoint]),
+            Some(command::Op::LeaseCheckpoints(seen)) if seen.term == term => self.checkpoint(&seen.checkpoints),
+            Some(command::Op::LeaseCheckpoints(_)) => Err(ApplyError::NotLeader.into()),
             Some(command::Op::Alarm(request)) => self.alarm(request, command.id == BY_QUOTA),
             Some(command::Op::ClusterVersion(version)) => {
                 let version = Bytes::copy_from_slice(version.version.as_bytes());
@@ -390,6 +387,17 @@ impl Machine {
             Err(Error::Apply(refused)) => Ok(Err(refused)),
             Err(fault) => Err(fault),
         }
+    }
+
+    /// Notes what leases have left. Those that are gone are left out.
+    fn checkpoint(&self, checkpoints: &[LeaseCheckpoint]) -> Result<Reply> {
+        for checkpoint in checkpoints {
+            let noted = lock(&self.lessor).set_checkpoint(checkpoint.id, checkpoint.remaining_ttl);
+            if let Some(lease) = noted {
+                self.save_lease(&lease);
+            }
+        }
+        Ok(Reply::LeaseCheckpoint)
     }
 
     /// Runs a request that writes, and tells leases and watchers what it wrote.

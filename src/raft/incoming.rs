@@ -143,7 +143,7 @@ mod tests {
     use super::*;
     use crate::lease::{Lessor, LessorOptions};
     use crate::lock::lock;
-    use crate::proto::etcdserverpb::{AlarmRequest, CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, PutRequest};
+    use crate::proto::etcdserverpb::{AlarmRequest, CompactionRequest, DeleteRangeRequest, LeaseCheckpoint, LeaseGrantRequest, PutRequest};
     use crate::proto::internal::{Command, command::Op};
     use crate::raft::apply::StateMachine;
     use crate::raft::outgoing::Writer;
@@ -208,6 +208,31 @@ mod tests {
         assert!(lock(&machine.lessor).contains(7) && machine.store().get(b"leased", 0).unwrap().is_some());
         apply(&machine, [commands([expiry(2)])]);
         assert!(!lock(&machine.lessor).contains(7) && machine.store().get(b"leased", 0).unwrap().is_none());
+    }
+
+    /// So does what a lease has left.
+    #[test]
+    fn a_checkpoint_counts_in_its_own_term() {
+        let dir = tempdir();
+        let machine = open(dir.path());
+        let grant = |id| Op::LeaseGrant(LeaseGrantRequest { id, ttl: 1000 });
+        let seen = |term, left| {
+            let one = |id| LeaseCheckpoint { id, remaining_ttl: left };
+            Op::LeaseCheckpoints(internal::LeaseCheckpoints { term, checkpoints: vec![one(7), one(9), one(8)] })
+        };
+        let left = |id| {
+            let mut lessor = lock(&machine.lessor);
+            lessor.demote();
+            lessor.promote(Duration::ZERO, Duration::ZERO);
+            lessor.time_to_live(id, Duration::ZERO, false).map(|found| found.remaining)
+        };
+        apply(&machine, [commands([grant(7), grant(8)]), commands([seen(1, 100), seen(3, 100)])]);
+        assert_eq!((left(7), left(8), left(9)), (Some(1000), Some(1000), None));
+        apply(&machine, [commands([seen(2, 600)])]);
+        assert_eq!((left(7), left(8)), (Some(600), Some(600)));
+        let forget = Op::LeaseCheckpoint(LeaseCheckpoint { id: 7, remaining_ttl: 0 });
+        apply(&machine, [commands([forget])]);
+        assert_eq!((left(7), left(8)), (Some(1000), Some(600)));
     }
 
     fn written(machine: &Machine, to: &Path) -> LogId {

@@ -74,6 +74,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// is whole again is tried at once by a new connection, and by the old one only when TCP sends again.
 const SILENCE: Duration = Duration::from_secs(2);
 
+/// Heartbeats that syncing entries at another member may take, and the bytes a second that a line carries at least. What is slower is given
+/// up, and tried again.
+const SYNC_HEARTBEATS: u32 = 5;
+const LINE_BYTES_PER_SECOND: f64 = (1 << 20) as f64;
+
 /// The largest message between members: entries as they go into the log's frames, and what surrounds them.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
@@ -364,7 +369,8 @@ impl RaftNetworkV2<TypeConfig> for Link {
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<TypeConfig>, RPCError<TypeConfig>> {
         let request = append_to_proto(&rpc);
-        let answer = self.call(request, option.hard_ttl(), |mut client, request| async move { client.append(request).await }).await;
+        let limit = append_limit(option.hard_ttl(), request.entries.len(), prost::Message::encoded_len(&request));
+        let answer = self.call(request, limit, |mut client, request| async move { client.append(request).await }).await;
         let answer = answer.map_err(|status| self.unreachable(&status))?;
         match answer.outcome {
             Some(Outcome::Success(_)) => Ok(AppendEntriesResponse::Success),
@@ -445,6 +451,12 @@ impl RaftNetworkV2<TypeConfig> for Link {
             StreamingError::Unreachable(Unreachable::new(&AnyError::error(format!("member {:x}: {}", self.id, status.message()))))
         })
     }
+}
+
+/// How long an append may take, when a heartbeat may take `heartbeat`. Entries have to be sent, and synced there: given up too early, the same
+/// ones would be sent again and again, and a member behind a slow line or disk would never get any.
+fn append_limit(heartbeat: Duration, entries: usize, bytes: usize) -> Duration {
+    if entries == 0 { heartbeat } else { SYNC_HEARTBEATS * heartbeat + Duration::from_secs_f64(bytes as f64 / LINE_BYTES_PER_SECOND) }
 }
 
 impl Link {

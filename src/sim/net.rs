@@ -22,6 +22,7 @@ use super::{Cluster, LIVES_MAX};
 use crate::api::peer;
 use crate::lock::lock;
 use crate::proto::peer::AppendRequest;
+use crate::raft::network::MESSAGE_BYTES_MAX;
 use crate::raft::wire::{Call, Carry, Wire};
 
 /// How the network is, between all members that are not cut off from each other.
@@ -35,11 +36,13 @@ pub struct Weather {
     pub late_ms: u64,
     /// Of a thousand calls, how many end with a broken connection.
     pub broken: u32,
+    /// How much a line carries: what is long takes longer.
+    pub bytes_per_ms: u64,
 }
 
 impl Default for Weather {
     fn default() -> Self {
-        Weather { delay_ms: (0, 2), late: 0, late_ms: 1, broken: 0 }
+        Weather { delay_ms: (0, 2), late: 0, late_ms: 1, broken: 0, bytes_per_ms: 100_000 }
     }
 }
 
@@ -85,7 +88,7 @@ impl Net {
     }
 
     /// The time that a message takes.
-    async fn travel(&self, from: usize, to: usize) {
+    async fn travel(&self, from: usize, to: usize, bytes: usize) {
         loop {
             let (cut, delay) = {
                 let mut inner = lock(&self.inner);
@@ -95,6 +98,7 @@ impl Net {
                 if chance.random_ratio(weather.late.min(1000), 1000) {
                     delay += chance.random_range(0..=weather.late_ms);
                 }
+                delay += bytes as u64 / weather.bytes_per_ms.max(1);
                 (cut.contains(&(from, to)), delay)
             };
             if cut {
@@ -151,9 +155,9 @@ async fn connect(weak: Weak<Cluster>, from: usize, url: String) -> Result<Wire, 
     let cluster = weak.upgrade().ok_or_else(broken)?;
     let to = (0..cluster.places()).find(|member| Cluster::peer_url(*member) == url);
     let to = to.ok_or_else(|| Status::unavailable(format!("nobody is at {url}")))?;
-    cluster.net.travel(from, to).await;
+    cluster.net.travel(from, to, 0).await;
     let start = cluster.up(to).map(|_| cluster.starts(to));
-    cluster.net.travel(to, from).await;
+    cluster.net.travel(to, from, 0).await;
     let start = start.ok_or_else(|| Status::unavailable("tcp connect error"))?;
     Ok(Wire::Simulated(Arc::new(Connection { cluster: weak, from, to, start })))
 }
@@ -177,9 +181,12 @@ async fn journey(cluster: Arc<Cluster>, way: (usize, usize, u64), call: Call, mu
     if method == "Append" {
         look_at_leader(&cluster, from, &call.message);
     }
+    if call.message.len() > MESSAGE_BYTES_MAX {
+        cluster.blame(format!("member {from} sends {method} of {} bytes, more than one is let in with", call.message.len()));
+    }
     let breaks = cluster.net.breaks();
     let arrives = !breaks || cluster.net.coin();
-    cluster.net.travel(from, to).await;
+    cluster.net.travel(from, to, call.message.len()).await;
     let answer = async {
         if !arrives {
             return Err(broken());
@@ -196,7 +203,7 @@ async fn journey(cluster: Arc<Cluster>, way: (usize, usize, u64), call: Call, mu
             if !cluster.net.coin() {
                 std::future::pending::<()>().await;
             }
-            cluster.net.travel(from, to).await;
+            cluster.net.travel(from, to, 0).await;
         };
         tokio::select! {
             biased;
@@ -209,7 +216,7 @@ async fn journey(cluster: Arc<Cluster>, way: (usize, usize, u64), call: Call, mu
         }
     };
     let answer = answer.await;
-    cluster.net.travel(to, from).await;
+    cluster.net.travel(to, from, answer.as_ref().map_or(0, Bytes::len)).await;
     match &answer {
         Ok(bytes) => cluster.note(&format!("{from}<-{to} {method} {:x}", sum(bytes))),
         Err(status) => cluster.note(&format!("{from}<-{to} {method} {:?}", status.code())),

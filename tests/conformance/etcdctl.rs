@@ -43,10 +43,10 @@ impl Etcdctl {
         self.printed()
     }
 
-    /// As by Ctrl-C: it gives up what it holds.
+    /// As by Ctrl-C, which is ignored where this runs in the background of a shell: it gives up what it holds.
     fn interrupt(mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         self.child.wait().unwrap();
     }
 }

@@ -30,9 +30,10 @@ pub fn surroundings(rng: &mut StdRng) -> Surroundings {
 pub fn weather(rng: &mut StdRng) -> Weather {
     match rng.random_range(0..4) {
         0 => Weather::default(),
-        1 => Weather { delay_ms: (1, 20), late: 20, late_ms: 200, broken: 2 },
-        2 => Weather { delay_ms: (0, 60), late: 50, late_ms: 1500, broken: 20 },
-        _ => Weather { delay_ms: (0, 5), late: 10, late_ms: 4000, broken: 60 },
+        // So slow a line that entries take longer than the leader's next heartbeat.
+        1 => Weather { delay_ms: (1, 20), late: 20, late_ms: 200, broken: 2, bytes_per_ms: 10 },
+        2 => Weather { delay_ms: (0, 60), late: 50, late_ms: 1500, broken: 20, ..Weather::default() },
+        _ => Weather { delay_ms: (0, 5), late: 10, late_ms: 4000, broken: 60, ..Weather::default() },
     }
 }
 
@@ -190,6 +191,6 @@ async fn remove(record: &Arc<Record>, rng: &mut StdRng) {
     let removed = tokio::time::timeout(PATIENCE, cluster.member_remove(at, id)).await;
     cluster.note(&format!("member {place} is removed at {at}: {removed:?}"));
     if matches!(removed, Ok(Some(Ok(())))) {
-        lock(&record.removed).insert(place);
+        lock(&record.removed).insert((place, id));
     }
 }

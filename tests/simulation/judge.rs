@@ -66,8 +66,12 @@ pub async fn progress(record: &Record, wrong: &mut Vec<String>) -> Vec<usize> {
             wrong.push(format!("member {place} takes no write within {RECOVERY:?} after everything was made whole"));
         }
     }
-    let removed: Vec<usize> = lock(&record.removed).iter().copied().collect();
-    for place in removed {
+    let removed: Vec<(usize, u64)> = lock(&record.removed).iter().copied().collect();
+    for (place, id) in removed {
+        // One whose addition was not known to have succeeded was never started there, and another may have been since.
+        if cluster.id(place) != Some(id) {
+            continue;
+        }
         while cluster.is_running(place) && cluster.now() < until {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

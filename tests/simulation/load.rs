@@ -59,8 +59,8 @@ pub struct Record {
     /// When a witness was first told that a lease's key was deleted.
     deleted: Mutex<BTreeMap<String, Duration>>,
     pub leases: Mutex<BTreeMap<i64, Leased>>,
-    /// Members that were removed for certain.
-    pub removed: Mutex<BTreeSet<usize>>,
+    /// Members that were removed for certain, by place and id.
+    pub removed: Mutex<BTreeSet<(usize, u64)>>,
     errors: Mutex<BTreeMap<String, u64>>,
     wrong: Mutex<Vec<String>>,
     values: AtomicU64,
