@@ -649,10 +649,21 @@ impl FromStr for Url {
     }
 }
 
+/// A URL, or a list of them, for an error text: without what stands before an `@`, for that may be a password.
+pub(crate) fn without_user(text: &str) -> std::borrow::Cow<'_, str> {
+    let Some((hidden, rest)) = text.rsplit_once('@') else { return text.into() };
+    // A comma may be one of the password as well as one between two URLs, so nothing behind the first scheme is shown.
+    let scheme = Scheme::ALL.iter().find_map(|(_, name)| hidden.starts_with(&format!("{name}://")).then_some(*name));
+    match scheme {
+        Some(scheme) => format!("{scheme}://...@{rest}").into(),
+        None => format!("...@{rest}").into(),
+    }
+}
+
 /// As [`Url::from_str`], but the error is the bare sentence, for a caller that knows the setting.
 pub(crate) fn parse_url(text: &str) -> std::result::Result<Url, String> {
     let text = text.trim();
-    let wrong = |why: &str| Err(format!("{text:?} {why}"));
+    let wrong = |why: &str| Err(format!("{:?} {why}", without_user(text)));
     let scheme = text.split_once("://").and_then(|(scheme, rest)| {
         let known = Scheme::ALL.iter().find(|(_, name)| name.eq_ignore_ascii_case(scheme))?;
         Some((known.0, rest))
@@ -943,7 +954,6 @@ mod tests {
             "http://a:65536",
             "http://a:1/",
             "http://a:1?x",
-            "http://u@a:1",
             "http://[a]:1",
             "http://[::1:1",
             "http://::1:1",
@@ -956,6 +966,9 @@ mod tests {
             let error = text.parse::<Url>().expect_err(text).to_string();
             assert!(error.contains(&format!("{text:?}")), "{error}");
         }
+        // Who writes a user there may have written a password, too.
+        let error = "http://u:hunter2@a:1".parse::<Url>().unwrap_err().to_string();
+        assert!(error.contains("\"http://...@a:1\"") && !error.contains("hunter2"), "{error}");
         assert_eq!(url(" HTTP://localhost:1 ").to_string(), "http://localhost:1");
     }
 
