@@ -2,13 +2,17 @@
 //!
 //! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL` and `LOG_FORMAT`), and does what a host
 //! program does: it starts the node, tries again for as long as there is no cluster, and says in its log what role it has and whether the
-//! store can be written. Exit codes are those of the server.
+//! store can be written. It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
 
 use std::future::Future;
+use std::time::Duration;
 
 use quorate::Error;
 use quorate::cli::{LogConfig, LogFormat, LogLevel};
 use quorate::embed::{EmbedConfig, Node};
+
+/// How long to wait between two tries to start.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What `quorate embed --help` prints.
 pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedded mode. It is told everything by variables.\n\n\
@@ -19,9 +23,10 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_CLIENT_PORT   Default: 5706\n\
   KV_PEER_PORT     Default: 5707\n\
   KV_DATA_DIR      Default: /var/lib/quorate\n\
-  KV_TOKEN, KV_TOKEN_FILE   a secret that all nodes share\n\
+  KV_TOKEN, KV_TOKEN_FILE   a secret that all nodes share, itself or its file\n\
   KV_START_TIMEOUT how long one try to start may take. Default: 1m; it is tried again\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
+  ETCD_NAMESPACE   what goes before every key. Default: nothing\n\
   KV_CONFIG_FILE   a YAML file with the same settings, as join: and kv-data-dir:\n\
   LOG_LEVEL        debug, info, warn or error. Default: info\n\
   LOG_FORMAT       json or console. Default: json\n";
@@ -52,20 +57,29 @@ pub fn log_config() -> Result<LogConfig, Error> {
 /// Runs until asked to stop.
 ///
 /// # Errors
-/// Why it could not start, other than that there is no cluster yet; or what went wrong when it stopped.
+/// Why it could not start, other than that others are missing; why its server has stopped by itself; or what went wrong when it stopped.
 pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>) -> Result<(), Error> {
     let mut asked = std::pin::pin!(asked);
     let node = loop {
+        let tried = async {
+            let started = Node::start(config.clone()).await;
+            match &started {
+                Err(Error::Founding(why)) => tracing::warn!(why, "there is no cluster yet; trying again"),
+                Err(err @ Error::Unavailable(_)) => tracing::warn!(error = %err, "the others are missing; trying again"),
+                _ => return Some(started),
+            }
+            tokio::time::sleep(RETRY).await;
+            None
+        };
         tokio::select! {
             biased;
             signal = &mut asked => {
-                tracing::info!(signal, "received signal before there was a cluster");
+                tracing::info!(signal, "received signal before the node ran");
                 return Ok(());
             }
-            started = Node::start(config.clone()) => match started {
-                Ok(node) => break node,
-                Err(Error::Founding(why)) => tracing::warn!(why, "there is no cluster yet; trying again"),
-                Err(err) => return Err(err),
+            started = tried => match started {
+                Some(started) => break started?,
+                None => continue,
             },
         }
     };
@@ -75,8 +89,14 @@ pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>)
         servers = ?*node.endpoints().borrow(),
         "the node runs"
     );
-    let signal = asked.await;
-    tracing::info!(signal, "received signal, shutting down");
+    tokio::select! {
+        biased;
+        stopped = node.stopped() => {
+            let closed = node.shutdown().await;
+            return stopped.and(closed);
+        }
+        signal = asked => tracing::info!(signal, "received signal, shutting down"),
+    }
     node.shutdown().await?;
     tracing::info!("node stopped");
     Ok(())

@@ -111,11 +111,12 @@ impl Server {
     /// `Config`; `Locked`, `Format` or `Corrupt` for the data directory; `Io` for the disk and the listeners. After an error
     /// nothing is left running or open.
     pub async fn start(config: Config) -> Result<Server> {
-        Server::start_with(config, None).await
+        Server::start_with(config, None, CancellationToken::new()).await
     }
 
-    /// As [`start`](Self::start), with something that answers founding messages on the peer port.
-    pub(crate) async fn start_with(config: Config, say: Option<Say>) -> Result<Server> {
+    /// As [`start`](Self::start), with something that answers founding messages on the peer port. When `late` is cancelled no other member
+    /// is waited for any more, and the start fails with `Stopped` or `Unavailable`; what it has to do by itself is done to its end.
+    pub(crate) async fn start_with(config: Config, say: Option<Say>, late: CancellationToken) -> Result<Server> {
         config.validate()?;
         let (started, wait) = oneshot::channel();
         let (finished, done) = oneshot::channel();
@@ -126,12 +127,16 @@ impl Server {
                 .max_blocking_threads(BLOCKING_THREADS)
                 .thread_name(format!("quorate-read-{name}"))
                 .build();
-            match runtime {
-                Ok(runtime) => runtime.block_on(run(config, say, started, finished)),
-                Err(err) => {
-                    // Who started may have given up waiting.
-                    let _ = started.send(Err(Error::io("making the runtime of", &name, err)));
-                }
+            let mut started = Some(started);
+            let ended = match runtime {
+                // It is gone before the last word is said: who hears that waits for nothing but the end of a thread.
+                Ok(runtime) => runtime.block_on(run(config, say, &late, &mut started)),
+                Err(err) => Err(Error::io("making the runtime of", &name, err)),
+            };
+            // Who started, or was to stop it, may have given up waiting.
+            match (started, ended) {
+                (Some(started), Err(err)) => drop(started.send(Err(err))),
+                (_, ended) => drop(finished.send(ended)),
             }
         });
         let thread = thread.map_err(|err| Error::io("starting the thread of", "the server", err))?;
@@ -238,22 +243,21 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// The life of a member, on its own runtime.
-async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<Arc<Shared>>>, finished: oneshot::Sender<Result<()>>) {
-    let member = match Member::open(&config, &|| started.is_closed()).await {
-        Ok(member) => member,
-        Err(err) => {
-            let _ = started.send(Err(err));
-            return;
-        }
-    };
+/// The life of a member, on its own runtime. `started` is told, and taken, when it serves; an error before that is returned.
+async fn run(
+    config: Config,
+    say: Option<Say>,
+    late: &CancellationToken,
+    started: &mut Option<oneshot::Sender<Result<Arc<Shared>>>>,
+) -> Result<()> {
+    let given_up = || late.is_cancelled() || started.as_ref().is_none_or(oneshot::Sender::is_closed);
+    let member = Member::open(&config, &given_up).await?;
     let stop = CancellationToken::new();
     let listening = match member.listen(&config, say.as_ref(), &stop).await {
         Ok(listening) => listening,
         Err(err) => {
             let _ = member.close().await;
-            let _ = started.send(Err(err));
-            return;
+            return Err(err);
         }
     };
     let shared = Arc::new(Shared {
@@ -273,7 +277,7 @@ async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<A
         peers = ?listening.peer_addrs,
         "ready to serve client requests"
     );
-    if started.send(Ok(shared)).is_err() {
+    if started.take().is_none_or(|started| started.send(Ok(shared)).is_err()) {
         // Nobody waits for the server any more, so nobody will ever stop it.
         stop.cancel();
     }
@@ -295,7 +299,7 @@ async fn run(config: Config, say: Option<Say>, started: oneshot::Sender<Result<A
         tracing::warn!(error = %err, "noting that the member was removed");
     }
     let closed = member.close().await;
-    let _ = finished.send(failed.and(closed));
+    failed.and(closed)
 }
 
 /// What a member is put together of.

@@ -1,12 +1,14 @@
 //! The embedded mode, whole: nodes in one process, over loopback, as a host program has them.
 
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use quorate::Error;
 use quorate::embed::{Access, EmbedConfig, Node, Role, Token};
 use quorate::proto::etcdserverpb::cluster_client::ClusterClient;
 use quorate::proto::etcdserverpb::{MemberRemoveRequest, RangeRequest};
+use tonic::transport::Channel;
 
 #[path = "common/ports.rs"]
 mod ports;
@@ -191,6 +193,76 @@ async fn a_start_can_be_tried_again() {
     }
 }
 
+/// A process that does not outlive a test that fails.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn remove(cluster: &mut ClusterClient<Channel>, id: u64) {
+    // While there is no leader it may be refused, or come to an end that is not known.
+    let began = Instant::now();
+    while let Err(status) = cluster.member_remove(MemberRemoveRequest { id }).await {
+        if status.code() == tonic::Code::NotFound {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "{status}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// A server that has lost its state waits for the others', but no longer than it was told; and then it has let go of everything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_does_not_wait_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let places = places(3);
+    let configs = (0..3).map(|at| {
+        let mut config = config(dir.path(), at, places[at], join(&places));
+        config.server.snapshot_catchup_entries = 5;
+        config
+    });
+    let configs: Vec<_> = configs.collect();
+    let state = dir.path().join("node-0/server/member/state");
+    let mut alone = configs[0].clone();
+    alone.start_timeout = Duration::from_secs(2);
+    let began = Instant::now();
+    loop {
+        let nodes = start_all(configs.clone()).await;
+        for node in &nodes {
+            until(node, Access::ReadWrite).await;
+        }
+        for key in 0..100 {
+            while let Err(err) = nodes[0].client().put(format!("key {key}"), vec![b'v'; 300]).await {
+                assert!(began.elapsed() < PATIENCE, "{err}");
+            }
+        }
+        for node in nodes {
+            node.shutdown().await.unwrap();
+        }
+        std::fs::remove_dir_all(&state).unwrap();
+        match Node::start(alone.clone()).await {
+            Err(Error::Unavailable(_)) => break,
+            // Its log was not cut off yet, and is enough.
+            Ok(node) => node.shutdown().await.unwrap(),
+            Err(err) => panic!("{err}"),
+        }
+        assert!(began.elapsed() < PATIENCE, "the log is never cut off");
+    }
+    // At once, and as often as one likes: nothing holds the directory or the ports.
+    for _ in 0..2 {
+        let why = Node::start(alone.clone()).await;
+        assert!(matches!(why, Err(Error::Unavailable(_))), "{why:?}");
+    }
+    for node in start_all(configs).await {
+        until(&node, Access::ReadWrite).await;
+        node.shutdown().await.unwrap();
+    }
+}
+
 /// A server that is removed says so, keeps its host running, and never founds or joins anything again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_server_leaves_a_tombstone() {
@@ -205,26 +277,40 @@ async fn a_removed_server_leaves_a_tombstone() {
     let gone = members.iter().find(|member| member.name == "node-2").unwrap();
     let client_url = format!("http://127.0.0.1:{}", places[0].1);
     let mut cluster = ClusterClient::new(tonic::transport::Endpoint::from_shared(client_url).unwrap().connect().await.unwrap());
-    // While there is no leader it may be refused, or come to an end that is not known.
-    let began = Instant::now();
-    while let Err(status) = cluster.member_remove(MemberRemoveRequest { id: gone.id }).await {
-        if status.code() == tonic::Code::NotFound {
-            break;
-        }
-        assert!(began.elapsed() < PATIENCE, "{status}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    remove(&mut cluster, gone.id).await;
     let removed = nodes.pop().unwrap();
     let mut availability = removed.availability();
     let told = availability.wait_for(|now| now.access == Access::ReadOnly && now.reason.contains("removed"));
     tokio::time::timeout(PATIENCE, told).await.unwrap().unwrap();
+    let why = tokio::time::timeout(PATIENCE, removed.stopped()).await.unwrap();
+    assert!(matches!(why, Err(Error::Removed)), "{why:?}");
     let _ = removed.shutdown().await;
     let again = Node::start(configs[2].clone()).await;
     assert!(matches!(again, Err(Error::Removed)), "{again:?}");
-    // The others have heard that there are two servers now.
+    // A node that is a process of its own does not stay as if nothing had happened: it says why, and ends with 1.
+    let mut binary = std::process::Command::new(env!("CARGO_BIN_EXE_quorate"));
+    binary.arg("embed").env_clear().env("JOIN", join(&places).join(",")).env("ADVERTISE_IP", "127.0.0.1");
+    binary.env("KV_PEER_PORT", places[1].0.to_string()).env("KV_CLIENT_PORT", places[1].1.to_string()).env("KV_TOKEN", "a secret");
+    binary.env("KV_DATA_DIR", dir.path().join("node-1")).env("HOSTNAME", "node-1");
+    nodes.pop().unwrap().shutdown().await.unwrap();
+    let mut child = Process(binary.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    until(&nodes[0], Access::ReadWrite).await;
+    let members = nodes[0].local().unwrap().members();
+    let gone = members.iter().find(|member| member.name == "node-1").unwrap().id;
+    remove(&mut cluster, gone).await;
+    let began = Instant::now();
+    let ended = loop {
+        if let Some(ended) = child.0.try_wait().unwrap() {
+            break ended;
+        }
+        assert!(began.elapsed() < PATIENCE, "the process stays");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!(ended.code(), Some(1));
+    // Who is left has heard that there is one server now.
     for node in &nodes {
         let mut endpoints = node.endpoints();
-        tokio::time::timeout(PATIENCE, endpoints.wait_for(|now| now.len() == 2)).await.unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, endpoints.wait_for(|now| now.len() == 1)).await.unwrap().unwrap();
     }
     for node in nodes {
         node.shutdown().await.unwrap();

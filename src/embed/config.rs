@@ -26,25 +26,28 @@
 //! | `KV_SERVERS` | `auto` | `1`, `3`, or three if `JOIN` has as many entries |
 //! | `ADVERTISE_IP` | found out | the address at which the other nodes reach this one, and on which it listens |
 //! | `KV_CLIENT_PORT`, `KV_PEER_PORT` | 5706, 5707 | |
-//! | `HOSTNAME` | `node` | for people |
+//! | `HOSTNAME` | `node` | for people; no commas, equals signs and outer blanks |
 //! | `KV_DATA_DIR` | `/var/lib/quorate` | what the node remembers, and a server's data |
-//! | `KV_TOKEN`, `KV_TOKEN_FILE` | | a secret that all nodes share; founding messages are sealed with it |
+//! | `KV_TOKEN`, `KV_TOKEN_FILE` | | a secret that all nodes share, itself or its file; founding messages are sealed with it. Blanks around it do not count |
 //! | `KV_START_TIMEOUT` | `1m` | how long a start may take; it can be tried again |
-//! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | files for TLS to an external etcd; also as `ETCD_TLS_CLIENT_CA`, `ETCD_TLS_CLIENT_CERT`, `ETCD_TLS_CLIENT_KEY` |
-//! | `ETCD_USERNAME`, `ETCD_PASSWORD`, `ETCD_NAMESPACE` | | for an external etcd; the namespace goes before every key |
+//! | `ETCD_NAMESPACE` | | goes before every key, in the nodes themselves as in an external etcd |
+//! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | refused: nothing here speaks TLS yet. Also as `ETCD_TLS_CLIENT_CA` and so on |
+//! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | refused: nothing here logs in yet |
 //!
 //! # Invariants
 //! - Every complaint names the setting, its value, and what would be right. A secret's value is in none, nor in `Debug`.
 //! - A validated configuration has a `JOIN` list of distinct `host:port`, all of them on loopback if this node is, and none if it is not.
+//! - Nothing here asks the network: names in `JOIN` are looked up by the node, once it runs.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::address;
 use super::founding::agree::JOIN_MAX;
-use super::founding::wire::Token;
-use crate::config::{Config, Url, parse_duration};
+use super::founding::wire::{Token, is_name};
+use crate::config::{Config, Url, parse_duration, without_user};
 use crate::error::{Error, Result};
 
 /// Where the peers and the clients of a node's server connect, unless told otherwise.
@@ -125,7 +128,7 @@ pub struct EmbedConfig {
     pub join: Vec<String>,
     /// How many servers there are to be.
     pub servers: Servers,
-    /// The address of this node. `None`: that from which it reaches the others.
+    /// The address of this node. `None`: that from which it reaches the others, which it finds out when it starts.
     pub advertise_ip: Option<IpAddr>,
     /// Where a server's clients connect.
     pub client_port: u16,
@@ -137,17 +140,18 @@ pub struct EmbedConfig {
     pub data_dir: PathBuf,
     /// The secret that all nodes share.
     pub token: Token,
-    /// How long [`Node::start`](super::Node::start) may take.
+    /// How long [`Node::start`](super::Node::start) may wait for other nodes.
     pub start_timeout: Duration,
-    /// TLS to an external etcd.
+    /// TLS to an external etcd. Refused until it is spoken.
     pub tls: TlsFiles,
-    /// The user at an external etcd.
+    /// The user at an external etcd. Refused until there is a way to log in.
     pub username: String,
     /// Its password.
     pub password: Secret,
-    /// What goes before every key at an external etcd.
+    /// What goes before every key of [`Node::client`](super::Node::client), whatever the backend.
     pub namespace: String,
-    /// Limits and times of this node's server, should it be one. Names, addresses, directories and members are set by the node.
+    /// Limits and times of this node's server, should it be one. Names, addresses, directories (also `wal_dir`) and members are set by the
+    /// node.
     pub server: Config,
 }
 
@@ -213,8 +217,8 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("KV_PEER_PORT", &[], false, |config, text| { config.peer_port = port(text)?; Ok(()) }),
     ("HOSTNAME", &[], false, |config, text| { config.hostname = text.to_owned(); Ok(()) }),
     ("KV_DATA_DIR", &[], false, |config, text| { config.data_dir = text.into(); Ok(()) }),
-    ("KV_TOKEN", &[], true, |config, text| { config.token = Token::new(text); Ok(()) }),
-    ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = Token::new(read_token(Path::new(text))?); Ok(()) }),
+    ("KV_TOKEN", &[], true, |config, text| { config.token = read_token(text.as_bytes())?; Ok(()) }),
+    ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = read_token_file(Path::new(text))?; Ok(()) }),
     ("KV_START_TIMEOUT", &[], false, |config, text| { config.start_timeout = parse_duration(text)?; Ok(()) }),
     ("TLS_ETCD_CA", &["ETCD_TLS_CLIENT_CA"], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
     ("TLS_ETCD_CLIENT_CERT", &["ETCD_TLS_CLIENT_CERT"], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
@@ -255,6 +259,7 @@ impl EmbedConfig {
         if let Some((_, path)) = vars.iter().find(|(name, _)| name == CONFIG_FILE) {
             config.read_file(Path::new(path))?;
         }
+        one_token(vars.iter().map(|(name, _)| name.as_str()))?;
         for (name, value) in &vars {
             if let Some(setting) = find(name) {
                 config.set(setting, name, value)?;
@@ -293,7 +298,7 @@ impl EmbedConfig {
 
     #[cfg(feature = "cli")]
     fn read_text(&mut self, text: &str) -> Result<()> {
-        let mut seen = std::collections::BTreeSet::new();
+        let (mut seen, mut given) = (std::collections::BTreeSet::new(), Vec::new());
         for (key, value) in crate::cli::plain_entries(text)? {
             let name = key.to_ascii_uppercase().replace('-', "_");
             let Some(setting) = find(&name) else { return Err(Error::Config(format!("there is no setting {key:?}"))) };
@@ -301,14 +306,15 @@ impl EmbedConfig {
                 return Err(Error::Config(format!("{key} is there twice")));
             }
             if let Some(value) = value.filter(|value| !value.is_empty()) {
+                given.push(setting.0);
                 self.set(setting, &key, &value)?;
             }
         }
-        Ok(())
+        one_token(given.into_iter())
     }
 
     fn set(&mut self, (_, _, is_secret, set): &(&str, &[&str], bool, Set), spelled: &str, value: &str) -> Result<()> {
-        let shown = if *is_secret { "what it is".to_owned() } else { format!("{value:?}") };
+        let shown = if *is_secret { "what it is".to_owned() } else { format!("{:?}", without_user(value)) };
         set(self, value).map_err(|right| Error::Config(format!("{spelled} is {shown}; {right}")))
     }
 
@@ -318,25 +324,40 @@ impl EmbedConfig {
     /// [`Error::Config`] for the first thing that is wrong.
     pub fn validate(&mut self) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
-        if self.tls.cert.is_some() != self.tls.key.is_some() {
-            return wrong("of TLS_ETCD_CLIENT_CERT and TLS_ETCD_CLIENT_KEY one is set; set both or none".into());
+        // Better not at all than in plain, or as nobody, where somebody has asked for more.
+        for (is_set, name) in [
+            (self.tls.ca.is_some(), "TLS_ETCD_CA"),
+            (self.tls.cert.is_some(), "TLS_ETCD_CLIENT_CERT"),
+            (self.tls.key.is_some(), "TLS_ETCD_CLIENT_KEY"),
+        ] {
+            if is_set {
+                return wrong(format!("{name} is set, but nothing here speaks TLS yet; unset it if plain text will do"));
+            }
         }
-        if self.username.is_empty() != self.password.reveal().is_empty() {
-            return wrong("of ETCD_USERNAME and ETCD_PASSWORD one is set; set both or none".into());
+        for (is_set, name) in [(!self.username.is_empty(), "ETCD_USERNAME"), (!self.password.reveal().is_empty(), "ETCD_PASSWORD")] {
+            if is_set {
+                return wrong(format!("{name} is set, but there is no way to log in yet; unset it"));
+            }
+        }
+        if self.start_timeout.is_zero() {
+            return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
         }
         if self.backend == Backend::Etcd {
-            return if self.addr.is_empty() {
-                wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into())
-            } else {
-                Ok(())
-            };
+            if self.addr.is_empty() {
+                return wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into());
+            }
+            if let Some(url) = self.addr.iter().find(|url| url.is_tls()) {
+                return wrong(format!("KV_ADDR has {url}; TLS to an external etcd is not built yet"));
+            }
+            return Ok(());
         }
         if !self.addr.is_empty() {
             return wrong("KV_ADDR is set, but KV_BACKEND is embedded; unset it, or set KV_BACKEND=etcd".into());
         }
-        let fits = |c: char| !c.is_control() && c != ',' && c != '=';
-        if self.hostname.is_empty() || self.hostname.len() > 200 || !self.hostname.chars().all(fits) {
-            return wrong(format!("HOSTNAME is {:?}; it must be a text, not empty, without commas and equals signs", self.hostname));
+        self.member().validate()?;
+        if !is_name(&self.hostname) {
+            let right = "it must be a text, not empty, without commas, equals signs and blanks around it";
+            return wrong(format!("HOSTNAME is {:?}; {right}", self.hostname));
         }
         if self.client_port == self.peer_port {
             return wrong(format!("KV_CLIENT_PORT and KV_PEER_PORT are both {}; give another to one of them", self.peer_port));
@@ -345,6 +366,25 @@ impl EmbedConfig {
             return wrong("KV_DATA_DIR is empty; name a directory".into());
         }
         self.validate_join()
+    }
+
+    /// The settings of this node's server, without all that the node sets.
+    pub(super) fn member(&self) -> Config {
+        let neutral = Config::default();
+        Config {
+            name: neutral.name,
+            // Any, so that what is derived from the name is not looked at.
+            data_dir: Some(self.data_dir.clone()),
+            wal_dir: None,
+            listen_client_urls: Vec::new(),
+            advertise_client_urls: Vec::new(),
+            listen_peer_urls: Vec::new(),
+            initial_advertise_peer_urls: Vec::new(),
+            initial_cluster: String::new(),
+            initial_cluster_token: neutral.initial_cluster_token,
+            initial_cluster_state: neutral.initial_cluster_state,
+            ..self.server.clone()
+        }
     }
 
     fn validate_join(&mut self) -> Result<()> {
@@ -358,7 +398,8 @@ impl EmbedConfig {
         }
         let mut join: Vec<String> = Vec::new();
         for entry in &self.join {
-            let (host, port) = host_and_port(entry, self.peer_port).map_err(|why| Error::Config(format!("JOIN has {entry:?}; {why}")))?;
+            let (host, port) =
+                host_and_port(entry, self.peer_port).map_err(|why| Error::Config(format!("JOIN has {:?}; {why}", without_user(entry))))?;
             let one = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
             if join.contains(&one) {
                 return wrong(format!("JOIN has {one} twice; leave one"));
@@ -366,7 +407,19 @@ impl EmbedConfig {
             join.push(one);
         }
         self.join = join;
-        let own = self.advertised_ip()?;
+        if self.servers == Servers::Three && self.join.len() < 3 {
+            return wrong(format!("KV_SERVERS is 3, but JOIN has {} entries; name three or more", self.join.len()));
+        }
+        match self.known_ip() {
+            Some(own) => self.check_ip(own),
+            // The node looks at it when it has found it out.
+            None => Ok(()),
+        }
+    }
+
+    /// Whether this address of the node, and those of the list, can be meant together.
+    pub(super) fn check_ip(&self, own: IpAddr) -> Result<()> {
+        let wrong = |text: String| Err(Error::Config(text));
         if own.is_unspecified() {
             return wrong(format!("ADVERTISE_IP is {own}; it must be the one address at which others reach this node"));
         }
@@ -382,9 +435,6 @@ impl EmbedConfig {
                 let right = "use addresses at which the nodes reach each other, or loopback addresses alone for nodes of one machine";
                 return wrong(format!("JOIN has {entry} and ADVERTISE_IP is {own}: {named} is a loopback address, and {why}; {right}"));
             }
-        }
-        if self.servers == Servers::Three && self.join.len() < 3 {
-            return wrong(format!("KV_SERVERS is 3, but JOIN has {} entries; name three or more", self.join.len()));
         }
         Ok(())
     }
@@ -409,21 +459,23 @@ impl EmbedConfig {
         }
     }
 
-    /// The address of this node: as set, or that from which it would send to the first node of the JOIN list. Nothing is sent.
+    /// The address of this node: as set, or that from which it would send to the first address in the JOIN list. Nothing is sent, and no name
+    /// is looked up; a node that knows only names finds its address out when it starts.
     ///
     /// # Errors
     /// [`Error::Config`] when that cannot be told.
     pub fn advertised_ip(&self) -> Result<IpAddr> {
-        if let Some(ip) = self.advertise_ip {
-            return Ok(ip);
-        }
-        let found = self.join.iter().find_map(|entry| {
-            let any: IpAddr = if entry.starts_with('[') { Ipv6Addr::UNSPECIFIED.into() } else { std::net::Ipv4Addr::UNSPECIFIED.into() };
-            let socket = UdpSocket::bind((any, 0)).ok()?;
-            socket.connect(entry.as_str()).ok()?;
-            socket.local_addr().ok().map(|addr| addr.ip())
-        });
-        found.ok_or_else(|| Error::Config("ADVERTISE_IP is not set, and cannot be told from JOIN; set it to this node's address".into()))
+        let unknown = || Error::Config("ADVERTISE_IP is not set, and cannot be told from JOIN; set it to this node's address".into());
+        self.known_ip().ok_or_else(unknown)
+    }
+
+    fn known_ip(&self) -> Option<IpAddr> {
+        let address = |entry: &String| {
+            let (host, port) = host_and_port(entry, self.peer_port).ok()?;
+            let ip = if host == "localhost" { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse::<IpAddr>().ok() };
+            Some(SocketAddr::new(ip?, port))
+        };
+        self.advertise_ip.or_else(|| self.join.iter().filter_map(address).find_map(address::towards))
     }
 
     /// Where other nodes reach this one.
@@ -496,7 +548,7 @@ fn host_and_port(text: &str, default: u16) -> std::result::Result<(String, u16),
 fn etcd_url(text: &str) -> std::result::Result<Url, String> {
     let (scheme, rest) = match text.split_once("://") {
         Some((scheme @ ("http" | "https"), rest)) => (scheme, rest.strip_suffix('/').unwrap_or(rest)),
-        Some((scheme, _)) => return Err(format!("{scheme}:// is not spoken; use http:// or https://")),
+        Some((scheme, _)) => return Err(format!("{}:// is not spoken; use http:// or https://", without_user(scheme))),
         None => ("http", text),
     };
     let (host, port) = host_and_port(rest, ETCD_PORT)?;
@@ -504,7 +556,17 @@ fn etcd_url(text: &str) -> std::result::Result<Url, String> {
     crate::config::parse_url(&format!("{scheme}://{host}:{port}"))
 }
 
-fn read_token(path: &Path) -> std::result::Result<Vec<u8>, String> {
+/// A token is told once: of two, one would be used and the other be thought to be.
+fn one_token<'a>(mut given: impl Iterator<Item = &'a str>) -> Result<()> {
+    let both = given.try_fold(None, |before, name| match name {
+        "KV_TOKEN" | "KV_TOKEN_FILE" if before.is_some_and(|before| before != name) => Err(()),
+        "KV_TOKEN" | "KV_TOKEN_FILE" => Ok(Some(name)),
+        _ => Ok(before),
+    });
+    both.map(drop).map_err(|()| Error::Config("KV_TOKEN and KV_TOKEN_FILE are both set; leave one".into()))
+}
+
+fn read_token_file(path: &Path) -> std::result::Result<Token, String> {
     use std::io::Read;
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(|err| format!("that cannot be opened: {err}"))?;
@@ -512,10 +574,13 @@ fn read_token(path: &Path) -> std::result::Result<Vec<u8>, String> {
     if bytes.len() as u64 > TOKEN_BYTES_MAX {
         return Err(format!("that is larger than {TOKEN_BYTES_MAX} bytes"));
     }
-    // Editors end a file with a line end.
-    let len = bytes.trim_ascii_end().len();
-    bytes.truncate(len);
-    if bytes.is_empty() { Err("that is empty".into()) } else { Ok(bytes) }
+    read_token(&bytes)
+}
+
+/// Without the blanks around it: editors end a file with a line end, and a secret is the same wherever it is read from.
+fn read_token(bytes: &[u8]) -> std::result::Result<Token, String> {
+    let secret = bytes.trim_ascii();
+    if secret.is_empty() { Err("that is blank".into()) } else { Ok(Token::new(secret)) }
 }
 
 #[cfg(test)]
@@ -551,12 +616,28 @@ mod tests {
             (&[("KV_BACKEND", "etcd")], "KV_ADDR is not set"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_ADDR", "e")], "KV_ADDR is set, but KV_BACKEND is embedded"),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "ftp://e")], "KV_ADDR is \"ftp://e\"; ftp:// is not spoken"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_CERT", "c")], "TLS_ETCD_CLIENT_KEY"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_PASSWORD", "hunter2")], "ETCD_USERNAME and ETCD_PASSWORD"),
+            // What would be taken and not done is refused, whatever the backend.
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CA", "c")], "TLS_ETCD_CA is set, but nothing here speaks TLS yet"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_TLS_CLIENT_CERT", "c")], "TLS_ETCD_CLIENT_CERT is set"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_KEY", "c")], "TLS_ETCD_CLIENT_KEY is set"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "https://e")], "KV_ADDR has https://e:2379; TLS"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_USERNAME", "root")], "ETCD_USERNAME is set, but there is no way to log in"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_PASSWORD", "hunter2")], "ETCD_PASSWORD is set"),
+            (&[("JOIN", "10.0.0.1"), here, ("TLS_ETCD_CA", "c")], "TLS_ETCD_CA is set"),
+            // Nor is what stands before an @ shown.
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "http://root:hunter2@etcd:2379")], "KV_ADDR is \"http://...@etcd:2379\""),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "root:hunter2@etcd")], "KV_ADDR is \"...@etcd\""),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "http://root:hun,ter2@etcd")], "KV_ADDR is \"http://...@etcd\""),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "hunter2@x://etcd")], "KV_ADDR is \"...@x://etcd\"; ...@x:// is not spoken"),
+            (&[("JOIN", "root:hunter2@a"), here], "JOIN has \"...@a\""),
             (&[("JOIN", "10.0.0.1"), here, ("KV_PEER_PORT", "70000")], "KV_PEER_PORT is \"70000\""),
             (&[("JOIN", "10.0.0.1"), here, ("KV_PEER_PORT", "5706")], "KV_CLIENT_PORT and KV_PEER_PORT are both 5706"),
             (&[("JOIN", "10.0.0.1"), here, ("HOSTNAME", "a=b")], "HOSTNAME is \"a=b\""),
+            (&[("JOIN", "10.0.0.1"), here, ("HOSTNAME", " a")], "HOSTNAME is \" a\""),
             (&[("JOIN", "10.0.0.1"), here, ("KV_START_TIMEOUT", "5")], "KV_START_TIMEOUT is \"5\""),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_START_TIMEOUT", "0s")], "KV_START_TIMEOUT is 0s"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", " ")], "KV_TOKEN is what it is; that is blank"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", "hunter2"), ("KV_TOKEN_FILE", "t")], "KV_TOKEN and KV_TOKEN_FILE are both set"),
             (
                 &[("JOIN", "10.0.0.1"), here, ("KV_TOKEN_FILE", "/nowhere/at/all")],
                 "KV_TOKEN_FILE is \"/nowhere/at/all\"; that cannot be opened",
@@ -578,13 +659,37 @@ mod tests {
         // Nodes of one machine; and the address found out.
         from(&[("JOIN", "127.0.0.1,127.0.0.2,127.0.0.1:8"), ("ADVERTISE_IP", "127.0.0.2")]).unwrap();
         assert_eq!(from(&[("JOIN", "127.0.0.1")]).unwrap().advertised_ip().unwrap(), IpAddr::from([127, 0, 0, 1]));
-        let addr = "a, http://b:1,https://[::1],fd00::2,https://c/";
+        // Names are not looked up here, not even one that there is: the node does that.
+        let named = from(&[("JOIN", "localhost.,node-b")]).unwrap();
+        assert!(named.advertise_ip.is_none() && matches!(named.advertised_ip(), Err(Error::Config(_))));
+        let addr = "a, http://b:1,http://[::1],fd00::2,http://c/";
         let config = from(&[("KV_BACKEND", "etcd"), ("KV_ADDR", addr)]).unwrap();
         let urls: Vec<String> = config.addr.iter().map(Url::to_string).collect();
-        assert_eq!(urls, ["http://a:2379", "http://b:1", "https://[::1]:2379", "http://[fd00::2]:2379", "https://c:2379"]);
+        assert_eq!(urls, ["http://a:2379", "http://b:1", "http://[::1]:2379", "http://[fd00::2]:2379", "http://c:2379"]);
         // The first name counts.
-        let vars = [("TLS_ETCD_CA", "first"), ("ETCD_TLS_CLIENT_CA", "second"), ("KV_BACKEND", "etcd"), ("KV_ADDR", "a")];
-        assert_eq!(from(&vars).unwrap().tls.ca, Some("first".into()));
+        let vars = [("KV_ADDR", "first"), ("ETCD_ENDPOINTS", "second"), ("KV_BACKEND", "etcd")];
+        assert_eq!(from(&vars).unwrap().addr[0].to_string(), "http://first:2379");
+        // A secret is the same from wherever.
+        let token = |name, text| from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), (name, text)]).unwrap().token;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        std::fs::write(&path, " hunter2\n").unwrap();
+        assert!(token("KV_TOKEN", "hunter2 ") == token("KV_TOKEN_FILE", path.to_str().unwrap()));
+    }
+
+    /// Before anything is founded with it, and it is too late.
+    #[test]
+    fn the_servers_settings_are_looked_at() {
+        let mut config = from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1")]).unwrap();
+        config.server.heartbeat_interval_ms = 500;
+        let got = config.validate().unwrap_err().to_string();
+        assert!(got.contains("election-timeout"), "{got}");
+        config.server = Config::default();
+        // What the node sets is not looked at, for it does not count.
+        config.server.listen_peer_urls = vec!["https://10.0.0.1:1".parse().unwrap()];
+        (config.server.name, config.server.wal_dir) = ("a=b".into(), Some("elsewhere".into()));
+        config.validate().unwrap();
+        assert_eq!(config.member().wal_dir, None);
     }
 
     #[test]
@@ -592,8 +697,7 @@ mod tests {
         let vars = [("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_TOKEN", "hunter2")];
         let config = from(&vars).unwrap();
         assert!(config.token.is_set() && !format!("{config:?}").contains("hunter2"), "{config:?}");
-        let vars = [("KV_BACKEND", "etcd"), ("KV_ADDR", "a"), ("ETCD_USERNAME", "root"), ("ETCD_PASSWORD", "hunter2")];
-        let config = from(&vars).unwrap();
+        let config = EmbedConfig { password: Secret::new("hunter2"), ..config };
         assert!(config.password.reveal() == "hunter2" && !format!("{config:?}").contains("hunter2"), "{config:?}");
     }
 

@@ -30,8 +30,10 @@
 //! # Invariants
 //! - A node's role and cluster are on disk before it acts in that role, and never change; [`founding`] says how they come about.
 //! - A restart with data needs no network. A server that was removed remembers that, and starts no more.
-//! - [`Node::start`] ends within the configured time and can be tried again; after an error nothing is left running or open. Everything
-//!   runs on threads of the node's own: the host's runtime is neither used nor blocked, and the process is never ended.
+//! - [`Node::start`] waits for other nodes no longer than the configured time, and can be tried again; after an error nothing is left
+//!   running or open. What it does not wait for others with, as reading its own data, takes as long as it takes. Everything runs on threads
+//!   of the node's own: the host's runtime is neither used nor blocked, and the process is never ended. Nor does a name that is looked
+//!   up stand in the way of anything; its thread may end a little after the node has.
 //!
 //! # Names and ids
 //! The server's ids are derived as etcd derives them, from its peer URL and the cluster's token; and the token is the id that was agreed
@@ -39,15 +41,18 @@
 //! is new, at an old address, cannot come by the old one: it is not among the founders, by its node id, and becomes a client.
 //!
 //! # Addresses
-//! A server that comes back with another address tells the others' membership so, which takes a quorum. Clients follow the servers by asking
-//! any of them; if none is where it was, the addresses in `JOIN` are asked, too.
+//! A node that was not told its address finds it out once, when it starts (`address`). A server that comes back with another address tells the
+//! others' membership so, which takes a quorum. Clients follow the servers by asking any of them; if none is where it was, the addresses in
+//! `JOIN` are asked, too (`follow`).
 //!
 //! # Caveats
-//! - Nothing is spoken in TLS yet; `https` addresses of an external etcd are refused.
+//! - Nothing is spoken in TLS yet, and there is no user to log in as; settings that ask for either are refused.
 //! - All servers moving at once is not healed by itself; one after the other is.
 
+mod address;
 pub mod availability;
 pub mod config;
+mod follow;
 pub mod founding;
 mod probe;
 
@@ -58,8 +63,8 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::founding::agree::{Agreement, Answer, Ask, Candidate, Decision, Known, List, NodeId, State};
-use self::founding::drive::{Caller, Driver, Progress};
+use self::founding::agree::{Agreement, Candidate, Decision, Known, List, State};
+use self::founding::drive::{Driver, Progress};
 use self::founding::state::NodeDir;
 use self::probe::{Local, Remote, Store, watch_store};
 use crate::api::peer::founding as founding_router;
@@ -77,15 +82,11 @@ pub use self::config::{Backend, EmbedConfig, Secret, Servers, TlsFiles};
 pub use self::founding::agree::Role;
 pub use self::founding::wire::Token;
 
-/// Threads for writing what the node remembers. One write at a time; beyond it they wait for each other.
-const BLOCKING_THREADS: usize = 1;
+/// Threads for looking up names, those of other nodes. Lookups beyond it wait for each other; nothing else uses these threads.
+const LOOKUP_THREADS: usize = 4;
 
 /// How long connections of the founding port may take to end when it is given over to the server.
 const DRAIN: Duration = Duration::from_millis(200);
-
-/// How often a server looks whether the membership has changed, and a client asks a server.
-const SERVER_LOOK: Duration = Duration::from_secs(1);
-const CLIENT_LOOK: Duration = Duration::from_secs(2);
 
 /// How long a leader that stops may take to hand over. Beyond it the others elect one, a little later.
 const HAND_OVER: Duration = Duration::from_secs(2);
@@ -98,6 +99,7 @@ pub struct Node {
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
     endpoints: watch::Receiver<Vec<String>>,
+    ended: watch::Receiver<Option<Error>>,
     stop: CancellationToken,
     thread: Mutex<Option<JoinHandle<()>>>,
     done: Mutex<Option<oneshot::Receiver<Result<()>>>>,
@@ -112,11 +114,13 @@ impl std::fmt::Debug for Node {
 impl Node {
     /// Starts a node, and returns when its role is known and, if it is a server, that serves.
     ///
-    /// It waits for a cluster that is there, or for enough nodes to found one, no longer than [`EmbedConfig::start_timeout`].
+    /// It waits for other nodes no longer than [`EmbedConfig::start_timeout`]: for a cluster that is there, or for enough of them to found
+    /// one; and, as a server that has lost its state, for the others'. Then it gives up, which includes what it had received of that state.
     ///
     /// # Errors
-    /// `Config`; `Founding` when there is no cluster in time, with the nodes that are missing: try again; `Removed` for a server that was
-    /// removed from its cluster; `Locked`, `Format` or `Corrupt` for the data directory; `Io`. After an error nothing is left running or open.
+    /// `Config`; `Founding` when there is no cluster in time, with the nodes that are missing, and `Unavailable` when no other server has
+    /// given its state: try again; `Removed` for a server that was removed from its cluster; `Locked`, `Format` or `Corrupt` for the data
+    /// directory; `Io`. After an error nothing is left running or open.
     pub async fn start(mut config: EmbedConfig) -> Result<Node> {
         config.validate()?;
         let stop = CancellationToken::new();
@@ -126,18 +130,36 @@ impl Node {
         let (finished, done) = oneshot::channel();
         let theirs = stop.clone();
         let thread = std::thread::Builder::new().name(format!("quorate-embed-{}", config.hostname)).spawn(move || {
-            let mut runtime = tokio::runtime::Builder::new_current_thread();
-            match runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).build() {
-                Ok(runtime) => runtime.block_on(run(config, started, finished, theirs)),
-                Err(err) => drop(started.send(Err(Error::io("making the runtime of", "the node", err)))),
+            let mut started = Some(started);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(LOOKUP_THREADS).build();
+            let ended = match runtime {
+                Ok(runtime) => {
+                    let ended = runtime.block_on(run(config, theirs, &mut started));
+                    // It is gone before the last word is said: who hears that waits for nothing but the end of a thread. A name that is
+                    // still looked up is not waited for: it holds nothing.
+                    runtime.shutdown_background();
+                    ended
+                }
+                Err(err) => Err(Error::io("making the runtime of", "the node", err)),
+            };
+            // Who started, or was to stop it, may have given up waiting.
+            match (started, ended) {
+                (Some(started), Err(err)) => drop(started.send(Err(err))),
+                (_, ended) => drop(finished.send(ended)),
             }
         });
         let thread = thread.map_err(|err| Error::io("starting the thread of", "the node", err))?;
-        let parts = wait.await.unwrap_or_else(|_| Err(Error::Failed("the node's thread ended before it had started".into())))?;
-        let Started { role, client, local, cluster, availability, endpoints } = parts;
+        let parts = match wait.await.unwrap_or_else(|_| Err(Error::Failed("the node's thread ended before it had started".into()))) {
+            Ok(parts) => parts,
+            Err(err) => {
+                join(thread);
+                return Err(err);
+            }
+        };
+        let Started { role, client, local, cluster, availability, endpoints, ended } = parts;
         let _ = guard.disarm();
         let (thread, done) = (Mutex::new(Some(thread)), Mutex::new(Some(done)));
-        Ok(Node { role, client, local, cluster, availability, endpoints, stop, thread, done })
+        Ok(Node { role, client, local, cluster, availability, endpoints, ended, stop, thread, done })
     }
 
     /// What this node is, for the life of its data directory.
@@ -170,6 +192,23 @@ impl Node {
         self.availability.clone()
     }
 
+    /// Returns when the node's server has stopped by itself, or the node was told to stop. A client node has no server that could.
+    ///
+    /// # Errors
+    /// Why it stopped by itself; [`Error::Removed`] among others. The node says so by its [availability](Self::availability), too, and is
+    /// of no use any more: call [`shutdown`](Self::shutdown), which releases what is left.
+    pub async fn stopped(&self) -> Result<()> {
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            biased;
+            ended = ended.wait_for(Option::is_some) => match ended.map(|why| why.clone()) {
+                Ok(Some(why)) => Err(why),
+                _ => Ok(()),
+            },
+            () = self.stop.cancelled() => Ok(()),
+        }
+    }
+
     /// Stops the node: hands over the lead, if it has it, and gives up ports, files, locks and threads.
     ///
     /// # Errors
@@ -182,12 +221,17 @@ impl Node {
             None => Ok(()),
         };
         // Its last word was said; what is left is the end of a thread.
-        if let Some(thread) = lock(&self.thread).take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the node's thread has panicked");
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            join(thread);
         }
         result
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("the node's thread has panicked");
     }
 }
 
@@ -205,24 +249,27 @@ struct Started {
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
     endpoints: watch::Receiver<Vec<String>>,
+    /// Why its server has stopped by itself.
+    ended: watch::Receiver<Option<Error>>,
 }
 
-/// The life of a node, on its own runtime.
-async fn run(
-    config: EmbedConfig,
-    started: oneshot::Sender<Result<Started>>,
-    finished: oneshot::Sender<Result<()>>,
-    stop: CancellationToken,
-) {
+/// The life of a node, on its own runtime. `started` is told, and taken, when it runs; an error before that is returned.
+async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Option<oneshot::Sender<Result<Started>>>) -> Result<()> {
+    // From here on it waits for no other node any more: it is told to stop, or the time is over. It is not dropped, for what it has
+    // begun has to be ended in order.
+    let late = stop.child_token();
+    let (timeout, timer) = (config.start_timeout, late.clone());
+    let timer = async move {
+        tokio::time::sleep(timeout).await;
+        timer.cancel();
+        std::future::pending().await
+    };
     let parts = tokio::select! {
         biased;
-        parts = Parts::start(&config) => parts,
-        () = stop.cancelled() => Err(Error::Stopped),
+        parts = Parts::start(&mut config, &late) => parts,
+        never = timer => never,
     };
-    let parts = match parts {
-        Ok(parts) => parts,
-        Err(err) => return drop(started.send(Err(err))),
-    };
+    let parts = parts?;
     let (tell, availability) = watch::channel(Availability::default());
     let (announce, endpoints) = watch::channel(parts.endpoints.clone());
     let client = match parts.local().map_or_else(|| remote(endpoints.clone()), Ok) {
@@ -230,9 +277,10 @@ async fn run(
         Ok(client) => client.namespaced(config.namespace.clone()),
         Err(err) => {
             let _ = parts.close().await;
-            return drop(started.send(Err(err)));
+            return Err(err);
         }
     };
+    let (tell_end, ended) = watch::channel(None);
     let handle = Started {
         role: parts.role,
         client,
@@ -240,8 +288,9 @@ async fn run(
         cluster: parts.known.as_ref().map(|known| known.decision.cluster),
         availability,
         endpoints: endpoints.clone(),
+        ended,
     };
-    if started.send(Ok(handle)).is_err() {
+    if started.take().is_none_or(|started| started.send(Ok(handle)).is_err()) {
         stop.cancel();
     }
     let store: Box<dyn Store> = match parts.local() {
@@ -262,10 +311,11 @@ async fn run(
         let reason = err.to_string();
         let since = std::time::SystemTime::now();
         tell.send_replace(Availability { access: Access::ReadOnly, reason, since, kv: false, kv_write: false });
+        tell_end.send_replace(Some(err.clone()));
         stop.cancelled().await;
     }
     let closed = parts.close().await;
-    let _ = finished.send(result.and(closed));
+    result.and(closed)
 }
 
 /// A client of servers elsewhere, as they change. What tells it of them ends with the node's runtime.
@@ -296,12 +346,12 @@ struct Parts {
 }
 
 impl Parts {
-    async fn start(config: &EmbedConfig) -> Result<Parts> {
+    async fn start(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
         let mut parts = match config.backend {
-            Backend::Etcd => return Parts::of_etcd(config),
-            Backend::Embedded => Parts::open(config)?,
+            Backend::Etcd => return Ok(Parts::of_etcd(config)),
+            Backend::Embedded => Parts::open(config, late).await?,
         };
-        match parts.come_up(config).await {
+        match parts.come_up(config, late).await {
             Ok(()) => Ok(parts),
             Err(err) => {
                 // What went wrong before is what counts.
@@ -311,23 +361,21 @@ impl Parts {
         }
     }
 
-    fn of_etcd(config: &EmbedConfig) -> Result<Parts> {
-        if let Some(url) = config.addr.iter().find(|url| url.is_tls()) {
-            return Err(Error::Config(format!("KV_ADDR has {url}; TLS to an external etcd is not built yet")));
-        }
+    fn of_etcd(config: &EmbedConfig) -> Parts {
         let endpoints = config.addr.iter().map(Url::to_string).collect();
-        Ok(Parts { role: Role::Client, endpoints, known: None, driver: None, server: None, serving: None, own_url: None, dir: None })
+        Parts { role: Role::Client, endpoints, known: None, driver: None, server: None, serving: None, own_url: None, dir: None }
     }
 
     /// Reads what the node remembers, and begins to look for the others.
-    fn open(config: &EmbedConfig) -> Result<Parts> {
-        let (peer_url, client_url) = (config.peer_url()?, config.client_url()?);
+    async fn open(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
         let (dir, state) = NodeDir::open(&config.data_dir)?;
         if let State::Removed { cluster } = &state {
             let cluster = format_args!("{cluster:032x}");
             tracing::warn!(%cluster, "this node was a server of the cluster, and was removed from it; it founds and joins none");
             return Err(Error::Removed);
         }
+        address::settle(config, &state, dir.node(), late).await?;
+        let (peer_url, client_url) = (config.peer_url()?, config.client_url()?);
         let list = List::new(config.join.clone(), config.founders());
         heed_changes(&state, &list);
         if !config.token.is_set() && !peer_url.listen_ip().is_some_and(|ip| ip.is_loopback()) {
@@ -336,26 +384,29 @@ impl Parts {
         let (peer, client) = (peer_url.to_string(), client_url.to_string());
         let me = Candidate { node: dir.node(), name: config.hostname.clone(), peer_url: peer, client_url: client };
         let dir = Arc::new(dir);
-        let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone());
+        let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone())?;
         let (driver, own_url, dir) = (Some(driver), Some(peer_url), Some(dir));
         Ok(Parts { role: Role::Client, endpoints: Vec::new(), known: None, driver, server: None, serving: None, own_url, dir })
     }
 
     /// Finds out what the node is, and becomes that.
-    async fn come_up(&mut self, config: &EmbedConfig) -> Result<()> {
+    async fn come_up(&mut self, config: &EmbedConfig, late: &CancellationToken) -> Result<()> {
         let (Some(driver), Some(dir), Some(peer_url)) = (&self.driver, &self.dir, &self.own_url) else { return Ok(()) };
         // Until the node is a server its peer port serves nothing but founding; then the server takes it over.
         if !matches!(*driver.progress().borrow(), Progress::Bound(Role::Server, _)) {
             self.serving = Some(serve_founding(peer_url, driver).await?);
         }
-        let (role, known) = bound(driver, config.start_timeout).await?;
+        let (role, known) = bound(driver, late).await?;
         if role == Role::Server {
             if let Some(serving) = self.serving.take() {
                 serving.stop(DRAIN).await;
             }
             let member = server_config(config, dir, &known, peer_url, &config.client_url()?)?;
-            match Server::start_with(member, Some(driver.say())).await {
+            match Server::start_with(member, Some(driver.say()), late.clone()).await {
                 Ok(server) => self.server = Some(server),
+                Err(Error::Stopped) if late.is_cancelled() => {
+                    return Err(Error::Unavailable(format!("no other server has given its state within {:?}", config.start_timeout)));
+                }
                 Err(err) => {
                     if matches!(err, Error::Removed) {
                         driver.removed().await;
@@ -395,11 +446,12 @@ impl Parts {
             }
             std::future::pending::<()>().await;
         };
+        let Some(own) = &self.own_url else { return std::future::pending().await };
         match &self.server {
             Some(server) => {
                 tokio::select! {
                     () = announced => Ok(()),
-                    () = self.follow_as_server(server, driver, known.clone()) => Ok(()),
+                    () = follow::as_server(server, driver, own, known.clone()) => Ok(()),
                     stopped = server.stopped() => {
                         if matches!(stopped, Err(Error::Removed)) {
                             driver.removed().await;
@@ -409,52 +461,10 @@ impl Parts {
                 }
             }
             None => {
+                let join: Vec<String> = config.join.iter().map(|entry| format!("http://{entry}")).collect();
                 tokio::select! {
                     () = announced => Ok(()),
-                    () = follow_as_client(config, driver) => Ok(()),
-                }
-            }
-        }
-    }
-
-    /// Takes changes of the membership to those who ask this node, and this node's new address to the membership.
-    async fn follow_as_server(&self, server: &Server, driver: &Driver, mut known: Known) {
-        let client = server.client();
-        let own = self.own_url.as_ref().map(Url::to_string).unwrap_or_default();
-        let mut ticks = tokio::time::interval(SERVER_LOOK);
-        loop {
-            ticks.tick().await;
-            let members = client.members();
-            let founder = |id: u64| known.decision.founders.iter().find(|founder| founder_id(&known.decision, founder) == Some(id));
-            let before = |id: u64| known.servers.iter().find(|server| server.node == NodeId(id.into())).or_else(|| founder(id));
-            let servers = members.iter().filter(|member| !member.is_learner).filter_map(|member| {
-                let before = before(member.id);
-                Some(Candidate {
-                    node: founder(member.id).map_or(NodeId(member.id.into()), |founder| founder.node),
-                    name: member.name.clone(),
-                    peer_url: member.peer_urls.first()?.clone(),
-                    client_url: member.client_urls.first().cloned().or_else(|| before.map(|before| before.client_url.clone()))?,
-                })
-            });
-            let mut servers: Vec<Candidate> = servers.collect();
-            servers.sort();
-            let unlike = |a: &[Candidate], b: &[Candidate]| {
-                a.len() != b.len()
-                    || a.iter().zip(b).any(|(a, b)| (a.node, &a.peer_url, &a.client_url) != (b.node, &b.peer_url, &b.client_url))
-            };
-            if !servers.is_empty() && unlike(&servers, &known.servers) {
-                known = Known { decision: known.decision.clone(), servers, as_of: server.applied().max(known.as_of + 1) };
-                driver.learn(known.clone()).await;
-            }
-            let moved = members.iter().find(|member| member.id == server.member_id() && !member.peer_urls.contains(&own));
-            if let Some(member) = moved {
-                match server.node().member_update(member.id, std::slice::from_ref(&own)).await {
-                    Ok(()) => {
-                        tracing::info!(before = ?member.peer_urls, now = %own, "this server has moved: the members know its new address")
-                    }
-                    Err(err) => {
-                        tracing::warn!(error = %err, before = ?member.peer_urls, now = %own, "this server has moved, and the members cannot be told yet")
-                    }
+                    () = follow::as_client(&join, &config.token, own, driver) => Ok(()),
                 }
             }
         }
@@ -497,52 +507,21 @@ async fn hand_over(server: &Server) {
     }
 }
 
-/// Asks one server after the other who the servers are; and those of the JOIN list, in case they have all moved.
-async fn follow_as_client(config: &EmbedConfig, driver: &Driver) {
-    let progress = driver.progress();
-    let mut turn = 0usize;
-    let mut caller: Option<Caller> = None;
-    loop {
-        tokio::time::sleep(CLIENT_LOOK).await;
-        let servers = match &*progress.borrow() {
-            Progress::Bound(_, known) => known.servers.iter().map(|server| server.peer_url.clone()).collect(),
-            _ => Vec::new(),
-        };
-        let own = config.peer_url().map(|url| url.to_string()).unwrap_or_default();
-        let urls: Vec<String> =
-            servers.into_iter().chain(config.join.iter().map(|entry| format!("http://{entry}"))).filter(|url| *url != own).collect();
-        let Some(url) = urls.get(turn % urls.len().max(1)) else { continue };
-        let mut asked = match caller.take() {
-            Some(caller) if caller.url() == url => caller,
-            _ => Caller::new(url.clone(), config.token.clone()),
-        };
-        match asked.ask(None, &Ask::Hello).await {
-            Ok(Answer::Bound { known, .. }) => {
-                driver.learn(known).await;
-                // It is asked again the next time; the others when it does not answer.
-                caller = Some(asked);
-            }
-            _ => turn = turn.wrapping_add(1),
-        }
-    }
-}
-
-/// Waits until the node belongs to a cluster.
-async fn bound(driver: &Driver, limit: Duration) -> Result<(Role, Known)> {
+/// Waits until the node belongs to a cluster, but not when it is late.
+async fn bound(driver: &Driver, late: &CancellationToken) -> Result<(Role, Known)> {
     let mut progress = driver.progress();
     let is_over = |progress: &Progress| !matches!(progress, Progress::Waiting(_));
-    let over = tokio::time::timeout(limit, progress.wait_for(is_over)).await.map(|over| over.map(|progress| progress.clone()));
+    let over = tokio::select! {
+        biased;
+        over = progress.wait_for(is_over) => over.map(|progress| progress.clone()),
+        () = late.cancelled() => Ok(driver.progress().borrow().clone()),
+    };
     match over {
-        Ok(Ok(Progress::Bound(role, known))) => Ok((role, known)),
-        Ok(Ok(Progress::Removed)) => Err(Error::Removed),
-        Ok(Ok(Progress::Failed(err))) => Err(err),
-        Ok(Ok(Progress::Waiting(_)) | Err(_)) => Err(Error::Stopped),
-        Err(_) => match &*driver.progress().borrow() {
-            Progress::Waiting(why) => Err(Error::Founding(why.clone())),
-            Progress::Bound(role, known) => Ok((*role, known.clone())),
-            Progress::Removed => Err(Error::Removed),
-            Progress::Failed(err) => Err(err.clone()),
-        },
+        Ok(Progress::Bound(role, known)) => Ok((role, known)),
+        Ok(Progress::Removed) => Err(Error::Removed),
+        Ok(Progress::Failed(err)) => Err(err),
+        Ok(Progress::Waiting(why)) => Err(Error::Founding(why)),
+        Err(_) => Err(Error::Stopped),
     }
 }
 
@@ -564,7 +543,7 @@ fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &
     let names = names(&known.decision);
     let own = names.iter().find(|(founder, _)| founder.node == dir.node());
     let (own, name) = own.ok_or_else(|| Error::Failed("the node is a server, and not among the founders".into()))?;
-    let mut member = config.server.clone();
+    let mut member = config.member();
     member.name.clone_from(name);
     member.data_dir = Some(dir.server());
     member.listen_client_urls = vec![client_url.clone()];

@@ -101,8 +101,8 @@ pub(super) fn check_log(dir: &DataDir, log: &LogState) -> Result<()> {
 /// Puts another state in the place of one that is damaged; it is to be opened then.
 ///
 /// # Errors
-/// The damage itself, when it cannot be mended here: it is not the state's, or the member is alone. `Removed`; `Stopped` when the start was
-/// given up.
+/// The damage itself, when it cannot be mended here: it is not the state's, or the member is alone. `Removed`; `Unavailable` or
+/// `Stopped` when the start was given up.
 pub(super) async fn rebuild(
     damage: Damage,
     had_state: bool,
@@ -169,7 +169,7 @@ async fn fetch(
         }
         // Also when the state was there: who has given up takes nothing over.
         if given_up() {
-            return Err(Error::Stopped);
+            return Err(Error::Unavailable(format!("no member has given its state: {}", tried.join("; "))));
         }
         tokio::time::sleep(RETRY).await;
     }

@@ -88,7 +88,7 @@ pub struct Known {
     pub decision: Decision,
     /// How each of them is reached. At first these are the founders.
     pub servers: Vec<Candidate>,
-    /// The log entry that brought this set of servers; a higher one is newer.
+    /// An entry of the log by which the servers were these, or 0 for the founders; of two sets the one with the higher entry is newer.
     pub as_of: u64,
 }
 

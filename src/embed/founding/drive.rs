@@ -4,10 +4,14 @@
 //! out and waits for the disk, and only then sends or answers. One task for each entry of the JOIN list has the connection to it. When the
 //! disk fails the driver ends, and says why: what it holds may be ahead of what is written, so it must not go on.
 //!
+//! The disk has a thread of its own, so that no name that is looked up for a connection, which can take long, stands in its way. Who
+//! [stops](Driver::stop) the driver waits for what is being written: then the directory is nobody's.
+//!
 //! The driver goes on when the node is bound: it tells everyone who asks of the cluster.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc as blocking};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -39,6 +43,9 @@ const INPUTS_MAX: usize = 64;
 
 /// Questions that wait for a node of the list. One beyond it is not asked; it is asked again later.
 const QUESTIONS_MAX: usize = 4;
+
+/// States that wait to be written. There is never more than one: what comes behind it waits for it.
+const SAVES_MAX: usize = 1;
 
 /// The largest message. Beyond it it is refused: a decision has some hundred bytes.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
@@ -73,11 +80,51 @@ pub(crate) struct Driver {
     token: Token,
     tasks: TaskTracker,
     stop: CancellationToken,
+    saver: Mutex<Option<Saver>>,
+}
+
+/// A state to be written, and who is to be told.
+type Save = (State, oneshot::Sender<Result<()>>);
+
+/// The thread that writes. It ends when nobody can send it anything any more.
+struct Saver {
+    thread: JoinHandle<()>,
+    /// Never says anything: it closes when the thread has let go of the directory.
+    ended: oneshot::Receiver<()>,
+}
+
+impl Saver {
+    fn start(dir: Arc<NodeDir>) -> Result<(Saver, blocking::SyncSender<Save>)> {
+        let (saves, queue) = blocking::sync_channel::<Save>(SAVES_MAX);
+        let (alive, ended) = oneshot::channel();
+        let write = move || {
+            while let Ok((state, done)) = queue.recv() {
+                // Who waited may have been stopped.
+                let _ = done.send(dir.save(&state));
+            }
+            drop(dir);
+            drop::<oneshot::Sender<()>>(alive);
+        };
+        let thread = std::thread::Builder::new().name("quorate-embed-save".into()).spawn(write);
+        let thread = thread.map_err(|err| Error::io("starting the thread of", "the node's memory", err))?;
+        Ok((Saver { thread, ended }, saves))
+    }
+
+    async fn end(self) {
+        let _ = self.ended.await;
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that writes what the node remembers has panicked");
+        }
+    }
 }
 
 impl Driver {
     /// Starts it, on the runtime it is called on.
-    pub fn start(dir: Arc<NodeDir>, agreement: Agreement, token: Token) -> Driver {
+    ///
+    /// # Errors
+    /// `Io` when there is no thread to be had.
+    pub fn start(dir: Arc<NodeDir>, agreement: Agreement, token: Token) -> Result<Driver> {
+        let (saver, saves) = Saver::start(dir)?;
         let (inputs, queue) = mpsc::channel(INPUTS_MAX);
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let first = match agreement.state() {
@@ -101,9 +148,14 @@ impl Driver {
             };
             spawn(&tasks, &stop, peer.run(theirs));
         }
-        let core = Core { agreement, dir, tell, peers, trouble, told: String::new(), told_at: None };
+        let core = Core { agreement, saves, tell, peers, trouble, told: String::new(), told_at: None };
         spawn(&tasks, &stop, core.run(queue));
-        Driver { inputs, progress, node, token, tasks, stop }
+        Ok(Driver { inputs, progress, node, token, tasks, stop, saver: Mutex::new(Some(saver)) })
+    }
+
+    /// Which node this is.
+    pub fn node(&self) -> NodeId {
+        self.node
     }
 
     /// Where the node stands, as it moves.
@@ -142,11 +194,16 @@ impl Driver {
         }
     }
 
-    /// Ends it, and returns when it has ended.
+    /// Ends it, and returns when it has ended, and what it was writing is written.
     pub async fn stop(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        // Whoever could send it anything is gone with the tasks.
+        let saver = lock(&self.saver).take();
+        if let Some(saver) = saver {
+            saver.end().await;
+        }
     }
 }
 
@@ -168,7 +225,7 @@ fn spawn(tasks: &TaskTracker, stop: &CancellationToken, task: impl Future<Output
 
 struct Core {
     agreement: Agreement,
-    dir: Arc<NodeDir>,
+    saves: blocking::SyncSender<Save>,
     tell: watch::Sender<Progress>,
     peers: Vec<mpsc::Sender<Ask>>,
     trouble: Arc<Mutex<BTreeMap<usize, String>>>,
@@ -274,9 +331,11 @@ impl Core {
             State::Bound { .. } => tracing::debug!("founding: saving the cluster"),
             State::Removed { .. } => tracing::info!("founding: saving that the node was removed from the cluster"),
         }
-        let dir = self.dir.clone();
-        let saved = tokio::task::spawn_blocking(move || dir.save(&state)).await;
-        saved.unwrap_or_else(|err| Err(Error::Failed(format!("the thread that saves has ended: {err}"))))
+        let gone = || Error::Failed("the thread that saves has ended".into());
+        let (done, saved) = oneshot::channel();
+        // It does not block: the one before was waited for.
+        self.saves.send((state, done)).map_err(|_| gone())?;
+        saved.await.unwrap_or_else(|_| Err(gone()))
     }
 
     fn announce(&self, state: &State) {
@@ -439,4 +498,37 @@ fn root_cause(err: &dyn std::error::Error) -> String {
         cause = inner;
     }
     cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::agree::{Candidate, List};
+    use super::*;
+
+    /// The driver is stopped at any moment, and when it has stopped the directory can be taken hold of again: what was being written is.
+    #[tokio::test]
+    async fn a_stopped_driver_has_let_go_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let (held, state) = NodeDir::open(dir.path()).unwrap();
+            let url = |port: u16| format!("http://127.0.0.1:{port}");
+            let me = Candidate { node: held.node(), name: "a".into(), peer_url: url(1), client_url: url(2) };
+            let held = Arc::new(held);
+            let list = List::new(vec!["127.0.0.1:1".into()], 1);
+            let driver = Driver::start(held.clone(), Agreement::new(me, list, state), Token::default()).unwrap();
+            let prepare = Ask::Prepare {
+                list: List::new(vec!["127.0.0.1:1".into()], 1).id,
+                ballot: super::super::agree::Ballot { round: round + 1, by: NodeId(7) },
+            };
+            let (answer, _wait) = oneshot::channel();
+            driver.inputs.try_send(Input::Asked(prepare, answer)).map_err(|_| "full").unwrap();
+            // Now and then before it has begun to write, now and then while it does.
+            for _ in 0..round {
+                tokio::task::yield_now().await;
+            }
+            driver.stop().await;
+            drop((driver, held));
+        }
+        NodeDir::open(dir.path()).unwrap();
+    }
 }

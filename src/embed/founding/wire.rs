@@ -27,8 +27,18 @@ const VERSION: u32 = 1;
 /// Servers that a message may name; a cluster has three, and may be told with some more while it changes. A message with more is refused.
 const SERVERS_MAX: usize = 32;
 
-/// Bytes of a name or a URL. A message with a longer one is refused.
+/// Bytes of a URL. A message with a longer one is refused.
 const TEXT_MAX: usize = 1024;
+
+/// Bytes of a node's name. A longer one is refused, in the configuration and in a message.
+const NAME_MAX: usize = 200;
+
+/// Whether a node may be called so. Founders are told to the server in a list, `name=url,name=url`, whose parts lose the blanks around them:
+/// one name that does not come out of it as it went in, and no founder could start its server.
+pub(crate) fn is_name(name: &str) -> bool {
+    let fits = |c: char| !c.is_control() && c != ',' && c != '=';
+    (1..=NAME_MAX).contains(&name.len()) && name.trim() == name && name.chars().all(fits)
+}
 
 /// The secret that all nodes of a platform share. Never shown.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -229,7 +239,7 @@ fn candidate_to(candidate: &Candidate) -> wire::Candidate {
 
 fn candidate_from(candidate: wire::Candidate) -> Option<Candidate> {
     let wire::Candidate { node, name, peer_url, client_url } = candidate;
-    let fits = [&name, &peer_url, &client_url].iter().all(|text| text.len() <= TEXT_MAX);
+    let fits = is_name(&name) && [&peer_url, &client_url].iter().all(|url| url.len() <= TEXT_MAX);
     let are_urls = [&peer_url, &client_url].iter().all(|url| url.parse::<crate::config::Url>().is_ok());
     (fits && are_urls).then_some(Candidate { node: NodeId(from_id(&node)?), name, peer_url, client_url })
 }
@@ -317,6 +327,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// One node with such a name would keep all founders from starting their servers.
+    #[test]
+    fn names_that_no_server_could_have_are_refused() {
+        let token = Token::default();
+        let envelope = question(&token, None, &Ask::Hello);
+        for (name, good) in [("a b", true), ("", false), (" a", false), ("a\t", false), ("a,b", false), ("a=b", false), ("a\u{a0}", false)]
+        {
+            let who = Candidate { name: name.into(), ..candidate(2) };
+            let reply = reply(&token, &envelope, &Answer::Unbound { who, list: 5, listed: 3, servers: 1 });
+            assert_eq!(open_reply(&token, &envelope, &reply).is_ok(), good, "{name:?}");
+        }
+        let long = "n".repeat(NAME_MAX);
+        assert!(is_name(&long) && !is_name(&format!("{long}n")));
     }
 
     #[test]
