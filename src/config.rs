@@ -36,8 +36,10 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
+pub(crate) mod backup;
 pub(crate) mod tls;
 
+pub use backup::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
 pub use tls::{CIPHER_SUITES, TlsVersion, TransportSecurity};
 
 /// The release of etcd whose behaviour and interfaces this crate claims.

@@ -43,13 +43,14 @@
 //! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
 //! | `tls/` | who may talk to whom, and the files that say so (feature `tls`) |
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
-//! | `snapshot` | the format of backups |
+//! | `snapshot` | the format of snapshots, and of backups |
 //! | `raft/` | openraft: its `log` on our segments, `apply`, the `network` |
 //! | `listing` | the log as lines of text, for people and for tests (feature `cli`) |
 //! | `background` | the thread that takes applied state to the storage and keeps it in shape |
 //! | `node` | requests in, outcomes out; everything that waits or happens by itself |
 //! | `api/` | the wire: etcd's services, HTTP, connections |
 //! | `client`, `server` | calls without a wire; a member, whole |
+//! | `backup/` | backups, on demand and on a schedule, and what becomes of them again |
 //! | `embed/` | the platform's mode: nodes that are told one list of addresses, and found or join one cluster |
 //! | `sim` | clusters whose time, chance, disks and network a seed decides; for tests (feature `simulation`) |
 //! | `cli` | etcd's flags, variables and configuration file; for the binary (feature `cli`) |
@@ -69,6 +70,7 @@
 
 mod api;
 mod background;
+pub mod backup;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod client;

@@ -31,7 +31,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeLabelSet, MetricEncoder, NoLabelSet};
@@ -40,8 +40,10 @@ use prometheus_client::registry::Registry;
 
 use crate::lock::lock;
 
+pub mod backups;
 pub mod peers;
 
+use backups::Backups;
 use peers::Peers;
 
 /// Upper bounds, in seconds, of etcd's histograms of the log's and the backend's syncs.
@@ -197,6 +199,7 @@ pub struct Counters {
     pub corruption_mismatches: Counter,
     /// Whether this start has set a damaged state aside and made a new one.
     pub state_rebuilds: Counter,
+    pub backups: Backups,
     /// Messages of gRPC clients, in bytes.
     pub grpc_received_bytes: Counter,
     pub grpc_sent_bytes: Counter,
@@ -239,6 +242,7 @@ impl Default for Counters {
             corruption_skipped: Counter::default(),
             corruption_mismatches: Counter::default(),
             state_rebuilds: Counter::default(),
+            backups: Backups::default(),
             grpc_received_bytes: Counter::default(),
             grpc_sent_bytes: Counter::default(),
             peers: Peers::default(),
@@ -761,6 +765,11 @@ impl Catalogue {
         let (name, help) = ("quorate_corruption_mismatches", "How often a comparison has found that states differ");
         page.counter(name, help, c.corruption_mismatches.get())?;
         page.counter("quorate_state_rebuilds", "Damaged states that this start has set aside and replaced", c.state_rebuilds.get())?;
+        page.counter("quorate_backups_made", "Backups made and verified", c.backups.made.get())?;
+        page.counter("quorate_backups_failed", "Backups that were tried and came to nothing", c.backups.failed.get())?;
+        page.gauge("quorate_backup_newest_timestamp_seconds", "When the newest backup was made; 0 if there is none", c.backups.newest())?;
+        let help = "How old the newest backup is; without one, how long backups have been wanted; 0 where they are not";
+        page.gauge("quorate_backup_newest_age_seconds", help, c.backups.age(SystemTime::now()))?;
 
         let mut methods = lock(&self.methods).clone();
         methods.sort_unstable_by_key(|method| (method.service, method.method));

@@ -59,8 +59,8 @@ use crate::storage::wal::{Wal, WalOptions};
 use crate::tls::{Acceptor, Connector, Tls};
 use crate::world;
 
-pub(crate) use founding::member_id;
-use founding::{check_not_founded, found, founders, join_cluster};
+use founding::{check_not_founded, join_cluster};
+pub(crate) use founding::{found, founders, member_id};
 
 mod founding;
 mod rebuild;

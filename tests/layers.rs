@@ -19,8 +19,9 @@ const LAYERS: &[&[&str]] = &[
     &["api"],
     &["client"],
     &["server"],
+    &["backup"],
     &["embed", "sim"],
-    &["lib", "main", "embedding", "logging", "internals"],
+    &["lib", "main", "backups", "embedding", "logging", "internals"],
 ];
 
 #[test]

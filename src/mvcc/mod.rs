@@ -71,7 +71,7 @@ const STEP_BYTES: usize = if cfg!(any(test, fuzzing)) { 100 } else { 1 << 20 };
 
 /// Name of the stored compaction mark: the revision that was asked for, as 8 bytes, big-endian. All that lies below it
 /// is out of reach at once, and goes physically when the background gets to it, also after a restart.
-const META_COMPACTED: &[u8] = b"mvcc/compacted";
+pub(crate) const META_COMPACTED: &[u8] = b"mvcc/compacted";
 
 /// An empty store is at this revision, as etcd's is.
 pub(crate) const FIRST_REVISION: i64 = 1;

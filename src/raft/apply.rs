@@ -59,11 +59,11 @@ use super::{
 };
 
 /// Names of what is stored beside the history. Frozen.
-const META_LEASE: &[u8] = b"lease/";
+pub(super) const META_LEASE: &[u8] = b"lease/";
 const META_ALARM: &[u8] = b"alarm/";
 const META_QUOTA: &[u8] = b"alarm-by-quota/";
-const META_MEMBERSHIP: &[u8] = b"raft/membership";
-const META_VERSION: &[u8] = b"cluster/version";
+pub(super) const META_MEMBERSHIP: &[u8] = b"raft/membership";
+pub(super) const META_VERSION: &[u8] = b"cluster/version";
 /// The entry up to which the state came as a snapshot; of this member alone, and of no snapshot.
 pub(super) const META_INSTALLED: &[u8] = b"raft/installed";
 

@@ -2,8 +2,8 @@
 //!
 //! This folder is the thin wrapper that keeps openraft's types from spreading: [`log`] puts its log into our segments,
 //! [`apply`] is the state machine, [`members`] what it knows of members, [`network`] carries its messages, [`outgoing`] and [`incoming`]
-//! turn a state into a snapshot and back. The layers above see [`Proposal`], [`Reply`] and
-//! `u64`s.
+//! turn a state into a snapshot and back, [`restored`] is what a cluster begins with that was made of a backup. The layers above see
+//! [`Proposal`], [`Reply`] and `u64`s.
 //!
 //! # One entry, many requests
 //! A log entry holds a *batch* of commands that arrived while the entry before was on its way to disk. It is appended,
@@ -39,6 +39,7 @@ pub(crate) mod log;
 pub(crate) mod members;
 pub(crate) mod network;
 pub(crate) mod outgoing;
+pub(crate) mod restored;
 pub(crate) mod wire;
 
 /// openraft's types, as we use them.

@@ -23,7 +23,7 @@ use crate::tls::Connector;
 
 /// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
 /// are told the same come to the same ids.
-pub(super) fn founders(config: &Config, peer_urls: &[Url]) -> Result<Vec<(u64, String, Vec<Url>)>> {
+pub(crate) fn founders(config: &Config, peer_urls: &[Url]) -> Result<Vec<(u64, String, Vec<Url>)>> {
     let mut members = config.initial_members()?;
     if members.is_empty() {
         members.push((config.name.clone(), peer_urls.to_vec()));
@@ -55,7 +55,7 @@ pub(super) fn others_told(config: &Config, identity: &Identity) -> Result<Vec<St
 }
 
 /// The identity of a new member. The cluster's id follows from those of its founders.
-pub(super) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
+pub(crate) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
     let founders = founders(config, peer_urls)?;
     let ours = founders.iter().find(|(_, name, _)| *name == config.name);
     let (member_id, ..) = ours.ok_or_else(|| Error::Config(format!("initial-cluster does not name this member, {:?}", config.name)))?;

@@ -298,7 +298,7 @@ fn make_dir(dir: &Path) -> Result<()> {
 }
 
 /// Makes what was created, renamed or removed in a directory durable.
-pub(super) fn sync_dir(path: &Path) -> Result<()> {
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(|err| Error::io("sync the directory", path, err))
 }
 

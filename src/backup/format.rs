@@ -1,0 +1,95 @@
+//! The one place of this room that knows what is in a backup: which bytes are one, whether they are sound, and what they restore.
+//!
+//! Today a backup is a [snapshot](crate::snapshot), as `Client::backup` and the Snapshot RPC give it. Whoever brings another format
+//! changes this file: the rest of the room sees bytes, [`Facts`] and items.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use crate::client::{self, Client};
+use crate::error::{Error, Result};
+use crate::snapshot::{Decoder, Summary};
+
+pub(super) use crate::snapshot::Item;
+
+/// What the file is read through.
+const READ_BYTES: usize = 256 << 10;
+
+/// What is known of a backup once all of it was read and found sound.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    /// The cluster that it was made of.
+    pub cluster_id: u64,
+    /// The revision that it shows.
+    pub revision: i64,
+    /// When it was made, by the clock of the member that made it.
+    pub created: SystemTime,
+    pub bytes: u64,
+    /// No two backups have the same.
+    pub digest: [u8; 32],
+}
+
+impl From<&Summary> for Facts {
+    fn from(summary: &Summary) -> Self {
+        let header = &summary.header;
+        let created = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(header.created_unix_s));
+        Facts {
+            cluster_id: header.cluster_id,
+            revision: header.revision,
+            created: created.unwrap_or(SystemTime::UNIX_EPOCH),
+            bytes: summary.size,
+            digest: summary.sha256,
+        }
+    }
+}
+
+/// Begins a backup of what is behind the client.
+///
+/// # Errors
+/// As a linearizable read.
+pub(super) async fn begin(client: &Client) -> Result<client::Backup> {
+    client.backup().await
+}
+
+/// Reads a whole file, and says what it holds.
+///
+/// # Errors
+/// `Format`, `Corrupt` and `Io` name the file.
+pub(super) fn verify(path: &Path) -> Result<Facts> {
+    crate::snapshot::verify(path).as_ref().map(Facts::from).map_err(Clone::clone)
+}
+
+/// The items of a backup, one by one: first what is kept beside the history, by name, then the history.
+pub(super) struct Reader {
+    path: PathBuf,
+    decoder: Decoder<BufReader<File>>,
+}
+
+impl Reader {
+    /// # Errors
+    /// As [`verify`].
+    pub fn open(path: &Path) -> Result<Reader> {
+        let file = File::open(path).map_err(|err| Error::io("open", path, err))?;
+        let decoder = Decoder::new(BufReader::with_capacity(READ_BYTES, file), path)?;
+        Ok(Reader { path: path.to_owned(), decoder })
+    }
+
+    /// The next one; none when all of it was read and found sound. What was taken before that means nothing until then.
+    ///
+    /// # Errors
+    /// As [`verify`].
+    pub fn next(&mut self) -> Result<Option<Item>> {
+        self.decoder.next_item()
+    }
+
+    /// What has been read, after its end.
+    ///
+    /// # Errors
+    /// `Failed` before.
+    pub fn facts(&self) -> Result<Facts> {
+        let summary = self.decoder.summary().map(Facts::from);
+        summary.ok_or_else(|| Error::Failed(format!("the backup {} was not read to its end", self.path.display())))
+    }
+}

@@ -1,0 +1,341 @@
+//! Backups: made on demand and on a schedule, verified, kept and forgotten, and made into a new cluster again.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+//! # let dir = tempfile::tempdir()?;
+//! # let at = |name: &str| dir.path().join(name);
+//! # let mut config = quorate::Config::default();
+//! # config.data_dir = Some(at("data"));
+//! # config.listen_client_urls.clear();
+//! # config.listen_peer_urls.clear();
+//! use quorate::backup::{BackupConfig, Backups, RestoreOptions, restore};
+//!
+//! let server = quorate::Server::start(config.clone()).await?;
+//! server.client().put("volumes/a", "3 replicas").await?;
+//!
+//! let mut wanted = BackupConfig::new(at("backups"));
+//! wanted.schedule = Some("0 */12 * * *".into());
+//! let backups = Backups::start(&server, wanted)?;
+//! let made = backups.back_up().await?; // and one at noon and at midnight
+//! assert_eq!((made.revision, backups.status().await?.backups), (2, vec![made.clone()]));
+//! backups.shutdown().await;
+//! server.shutdown().await?;
+//!
+//! // Offline, and without the cluster: what it held is kept aside.
+//! let restored = restore(&made.path, &RestoreOptions::new(at("data")))?;
+//! assert!(restored.aside.is_some());
+//! let server = quorate::Server::start(config).await?;
+//! assert!(server.client().get("volumes/a").await?.is_some());
+//! assert_eq!(server.client().revision(), 1_000_000_002);
+//! # server.shutdown().await?;
+//! # Ok(())
+//! # })
+//! # }
+//! ```
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `mod` | the tries, one at a time, and what came of them |
+//! | `schedule` | when the next one is due |
+//! | `store` | the directory: names, fsync, retention |
+//! | `format` | the seam: what is in a file |
+//! | `restore` | from a file to the data directory of a new cluster |
+//!
+//! # Invariants
+//! - One backup is made at a time. One that is asked for waits its turn; a scheduled one is left out instead.
+//! - What is listed was synced, read back and found sound when it was written. A try that fails, on a full disk above all, leaves nothing
+//!   behind, says why, and hinders none of those that follow.
+//! - Nothing is removed before a new backup is there. So there has to be room for one more than are kept.
+//!
+//! # Caveats
+//! - Only a local directory is built; another kind of place is another `Place` in `store.rs`.
+//! - A backup is what one member holds, and is no larger a promise than its disk's. Each member may make its own, in a directory of its own.
+//! - What the platform did after the backup is not in it: after a restore, what hangs on the store may have moved on.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::client::Client;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::metrics::Counters;
+use crate::server::Server;
+
+mod format;
+mod restore;
+mod schedule;
+mod store;
+
+pub use crate::config::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
+pub use restore::{Restored, restore};
+pub use store::{BackupInfo, LastTry, Soundness};
+
+use schedule::{Schedule, sleep_until};
+use store::{Directory, Place};
+
+/// Bytes that are handed to the disk in one go. Beyond it the rest of the backup waits until they are written.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// What is known of the backups of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Listing {
+    /// Those that are there, oldest first.
+    pub backups: Vec<BackupInfo>,
+    /// What came of the last try; none before the first.
+    pub last_try: Option<LastTry>,
+}
+
+/// Lists the backups of a directory, without reading them. Nobody need be making any.
+///
+/// # Errors
+/// `Io`.
+pub fn list(dir: impl AsRef<Path>) -> Result<Listing> {
+    let dir = dir.as_ref();
+    Ok(Listing { backups: store::list(dir)?, last_try: store::last_try(dir) })
+}
+
+/// As [`list`], and reads each of them from end to end. It blocks on the disk for as long as that takes.
+///
+/// # Errors
+/// `Io` for the directory. One that is damaged, or cannot be read, says so [itself](BackupInfo::soundness).
+pub fn list_verified(dir: impl AsRef<Path>) -> Result<Listing> {
+    let mut listing = list(dir)?;
+    for backup in &mut listing.backups {
+        backup.soundness = match format::verify(&backup.path) {
+            Ok(facts) if facts.revision == backup.revision => Soundness::Verified,
+            Ok(facts) => Soundness::Damaged(format!("it shows revision {}, not what its name says", facts.revision)),
+            Err(err) => Soundness::Damaged(err.to_string()),
+        };
+    }
+    Ok(listing)
+}
+
+/// What [`Backups`] are at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Status {
+    /// Those that are there, oldest first.
+    pub backups: Vec<BackupInfo>,
+    /// What came of the last try, of an earlier process, too; none before the first.
+    pub last_try: Option<LastTry>,
+    /// Whether one is being made.
+    pub is_running: bool,
+    /// When the next one is due by the schedule, its delay by chance included; none without a schedule.
+    pub next: Option<SystemTime>,
+}
+
+/// Backups of one store, as long as this is not dropped. See the [module](self).
+pub struct Backups {
+    shared: Arc<Shared>,
+    runtime: Handle,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+struct Shared {
+    client: Client,
+    config: BackupConfig,
+    place: Arc<dyn Place>,
+    counters: Option<Arc<Counters>>,
+    /// Held while one is being made.
+    turn: tokio::sync::Mutex<()>,
+    last_try: Mutex<Option<LastTry>>,
+    next: Mutex<Option<SystemTime>>,
+}
+
+impl std::fmt::Debug for Backups {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backups").field("config", &self.shared.config).finish_non_exhaustive()
+    }
+}
+
+impl Backups {
+    /// Takes hold of the directory, and begins to follow the schedule, if there is one. The server's metrics tell of it.
+    ///
+    /// Call it on a tokio runtime: that one then does the work, but for what the server does.
+    ///
+    /// # Errors
+    /// `Config`; `Locked` when somebody else makes backups in that directory; `Io`.
+    pub fn start(server: &Server, config: BackupConfig) -> Result<Backups> {
+        Backups::begin(server.client(), config, Some(server.metrics().counters.clone()))
+    }
+
+    /// As [`start`](Self::start), of whatever is behind a client: a member in this process or in another. It has to be quorate's; what an
+    /// etcd gives is not taken for a backup.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn of(client: Client, config: BackupConfig) -> Result<Backups> {
+        Backups::begin(client, config, None)
+    }
+
+    fn begin(client: Client, config: BackupConfig, counters: Option<Arc<Counters>>) -> Result<Backups> {
+        config.validate()?;
+        let schedule = config.cron()?.map(|cron| Schedule::new(cron, config.jitter));
+        let runtime = Handle::try_current().map_err(|_| Error::Config("backups need a tokio runtime to begin on".into()))?;
+        let place = Directory::open(&config.dir)?;
+        if let Some(counters) = &counters {
+            counters.backups.begin(SystemTime::now(), place.list()?.last().map(|newest| newest.created));
+        }
+        let last_try = Mutex::new(place.noted());
+        let place = Arc::new(place);
+        let shared = Shared { client, config, place, counters, turn: Default::default(), last_try, next: Mutex::default() };
+        let backups = Backups { shared: Arc::new(shared), runtime, tasks: TaskTracker::new(), stop: CancellationToken::new() };
+        if let Some(schedule) = schedule {
+            let (shared, stop) = (backups.shared.clone(), backups.stop.clone());
+            let follow = async move { stop.run_until_cancelled(shared.follow(schedule)).await };
+            backups.tasks.spawn_on(follow, &backups.runtime);
+        }
+        Ok(backups)
+    }
+
+    /// Makes a backup now, or when the one that is being made is done. It goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// As a linearizable read; `Io` for the directory: with the kind [`NoSpace`](crate::ErrorKind::NoSpace) its disk is full; `Corrupt` when
+    /// what was written does not read back; `Stopped` after [`shutdown`](Self::shutdown). Nothing is left of it then.
+    pub async fn back_up(&self) -> Result<BackupInfo> {
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let run = async move {
+            let make = async {
+                let _turn = shared.turn.lock().await;
+                shared.attempt().await
+            };
+            stop.run_until_cancelled(make).await.unwrap_or(Err(Error::Stopped))
+        };
+        self.tasks.spawn_on(run, &self.runtime).await.map_err(ended)?
+    }
+
+    /// What is there, and what is going on.
+    ///
+    /// # Errors
+    /// `Io` for the directory.
+    pub async fn status(&self) -> Result<Status> {
+        let place = self.shared.place.clone();
+        let backups = self.runtime.spawn_blocking(move || place.list()).await.map_err(ended)??;
+        let is_running = self.shared.turn.try_lock().is_err();
+        Ok(Status { backups, last_try: lock(&self.shared.last_try).clone(), is_running, next: *lock(&self.shared.next) })
+    }
+
+    /// Ends the schedule, gives up the backup that is being made, and lets go of the directory.
+    pub async fn shutdown(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+impl Drop for Backups {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Shared {
+    /// Makes backups when they are due.
+    async fn follow(self: Arc<Self>, schedule: Schedule) {
+        loop {
+            let Some(due) = schedule.next(SystemTime::now()) else {
+                tracing::warn!(schedule = self.config.schedule, "the schedule of backups has come to its end");
+                *lock(&self.next) = None;
+                return;
+            };
+            let due = due + schedule.delay();
+            *lock(&self.next) = Some(due);
+            sleep_until(due).await;
+            let Ok(_turn) = self.turn.try_lock() else {
+                tracing::warn!("a scheduled backup is left out, for another is being made");
+                continue;
+            };
+            if matches!(self.attempt().await, Err(Error::Stopped)) {
+                *lock(&self.next) = None;
+                return;
+            }
+        }
+    }
+
+    /// Makes one, and tells what came of it. Whoever calls has the turn.
+    async fn attempt(&self) -> Result<BackupInfo> {
+        let begun = SystemTime::now();
+        let made = self.make(begun).await;
+        match &made {
+            Ok(made) => {
+                tracing::info!(name = %made.name, revision = made.revision, bytes = made.bytes, took = ?begun.elapsed().ok(), "a backup was made");
+                self.retire(made).await;
+            }
+            Err(error) => tracing::error!(%error, dir = %self.config.dir.display(), "a backup has failed"),
+        }
+        if let Some(counters) = &self.counters {
+            match &made {
+                Ok(made) => {
+                    counters.backups.made.inc();
+                    counters.backups.note(made.created);
+                }
+                Err(_) => counters.backups.failed.inc(),
+            }
+        }
+        let last = LastTry::new(begun, made.as_ref().map(|made| made.name.clone()).map_err(Error::to_string));
+        *lock(&self.last_try) = Some(last.clone());
+        let place = self.place.clone();
+        if let Err(error) = blocking(move || place.note(&last)).await {
+            tracing::warn!(%error, "what came of the last backup could not be noted in its directory");
+        }
+        made
+    }
+
+    async fn make(&self, begun: SystemTime) -> Result<BackupInfo> {
+        let place = self.place.clone();
+        let mut part = blocking(move || place.begin()).await?;
+        let mut source = format::begin(&self.client).await?;
+        let mut more = true;
+        while more {
+            let (mut chunks, mut bytes) = (Vec::new(), 0);
+            while more && bytes < WRITE_BYTES {
+                match source.next().await? {
+                    Some(chunk) => {
+                        bytes += chunk.len();
+                        chunks.push(chunk);
+                    }
+                    None => more = false,
+                }
+            }
+            // When this is given up meanwhile the part is dropped over there, and its file goes with it.
+            part = blocking(move || chunks.iter().try_for_each(|chunk| part.write(chunk)).map(|()| part)).await?;
+        }
+        drop(source);
+        blocking(move || part.finish(begun)).await
+    }
+
+    /// Removes what need not be kept any more. What cannot be removed now is tried again after the next backup.
+    async fn retire(&self, newest: &BackupInfo) {
+        let (place, newest) = (self.place.clone(), newest.name.clone());
+        let (keep, keep_for) = (self.config.keep, self.config.keep_for);
+        let retired = blocking(move || {
+            let backups = place.list()?;
+            for backup in store::surplus(&backups, &newest, keep, keep_for, SystemTime::now()) {
+                place.remove(&backup.name)?;
+                tracing::info!(name = %backup.name, "an old backup was removed");
+            }
+            Ok(())
+        });
+        if let Err(error) = retired.await {
+            tracing::warn!(%error, "old backups could not be removed");
+        }
+    }
+}
+
+/// Runs work that blocks on the disk.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(ended)?
+}
+
+fn ended(err: tokio::task::JoinError) -> Error {
+    if err.is_cancelled() { Error::Stopped } else { Error::Failed(format!("a backup ended early: {err}")) }
+}

@@ -1,0 +1,424 @@
+//! Where backups are kept: [`Place`], and the one that there is, a local directory.
+//!
+//! ```text
+//! <dir>/
+//!   LOCK                                          held while a process makes backups here
+//!   quorate-20261123T044012.345Z-r900.backup      whole, synced, and read back: what has such a name has been all of that
+//!   unfinished                                    being written; removed by whoever comes next
+//!   last-try                                      when a backup was last tried, and what came of it
+//! ```
+//!
+//! # Invariants
+//! - A backup gets its name only after it was synced, read back from the file, and found sound. The rename is atomic, and synced.
+//! - Whatever goes wrong before, a full disk above all, the unfinished file is removed at once, and its space with it.
+//! - The newest sound backup is never removed, whatever [retention](surplus) says.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
+use rustix::fs::{Advice, fadvise};
+
+use super::format;
+use crate::error::{Error, Result};
+use crate::storage::dir;
+
+const UNFINISHED: &str = "unfinished";
+const LAST_TRY: &str = "last-try";
+const PREFIX: &str = "quorate-";
+const ENDING: &str = ".backup";
+
+/// How the time of a backup stands in its name. Ordered as the times are.
+const TIME: &str = "%Y%m%dT%H%M%S%.3fZ";
+
+/// Largest `last-try` that is read: its error is a line of text. A larger one is not ours.
+const LAST_TRY_BYTES_MAX: u64 = 64 << 10;
+
+/// Where backups are kept. All of it may block.
+pub(super) trait Place: Send + Sync + 'static {
+    /// The whole backups, oldest first, by what can be seen without reading them.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn list(&self) -> Result<Vec<BackupInfo>>;
+
+    /// Begins one. What was left of others that were not finished is removed. Only one is made at a time.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn begin(&self) -> Result<Box<dyn Part>>;
+
+    /// Removes one.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn remove(&self, name: &str) -> Result<()>;
+
+    /// Remembers what came of the last try.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn note(&self, last: &LastTry) -> Result<()>;
+
+    /// What was remembered; none also when it cannot be read.
+    fn noted(&self) -> Option<LastTry>;
+}
+
+/// A backup being written. Dropped before its end, it is removed.
+pub(super) trait Part: Send {
+    /// # Errors
+    /// `Io`.
+    fn write(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Makes it durable, reads it back, and gives it its name.
+    ///
+    /// # Errors
+    /// `Io`; `Corrupt` or `Format` when what is there is not what was to be written.
+    fn finish(self: Box<Self>, begun: SystemTime) -> Result<BackupInfo>;
+}
+
+/// A backup that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BackupInfo {
+    /// Its name in the directory.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// When it was begun, to the millisecond.
+    pub created: SystemTime,
+    /// The revision that it shows: what was written later is not in it.
+    pub revision: i64,
+    /// Its size.
+    pub bytes: u64,
+    /// Whether it is known to be sound.
+    pub soundness: Soundness,
+}
+
+/// What is known of a backup's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Soundness {
+    /// It was read back and found sound before it got its name, and has not been read since.
+    WhenWritten,
+    /// It was read just now, and is sound.
+    Verified,
+    /// It was read just now, and is not: this is what was found.
+    Damaged(String),
+}
+
+/// What came of the newest try to make a backup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LastTry {
+    /// When it was begun, to the second.
+    pub at: SystemTime,
+    /// The backup that it made, or the error that ended it.
+    pub outcome: std::result::Result<String, String>,
+}
+
+impl LastTry {
+    pub(super) fn new(at: SystemTime, outcome: std::result::Result<String, String>) -> Self {
+        LastTry { at, outcome }
+    }
+}
+
+/// The whole backups of a directory, oldest first.
+pub(super) fn list(dir: &Path) -> Result<Vec<BackupInfo>> {
+    let fault = |err| Error::io("listing", dir, err);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(fault)? {
+        let entry = entry.map_err(fault)?;
+        let name = entry.file_name();
+        let Some((name, (created, revision))) = name.to_str().and_then(|name| Some((name, parse_name(name)?))) else { continue };
+        let bytes = match entry.metadata() {
+            Ok(meta) => meta.len(),
+            // Removed meanwhile.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+            Err(err) => return Err(fault(err)),
+        };
+        let soundness = Soundness::WhenWritten;
+        found.push(BackupInfo { name: name.to_owned(), path: entry.path(), created, revision, bytes, soundness });
+    }
+    found.sort_by_key(|backup| (backup.created, backup.revision));
+    Ok(found)
+}
+
+/// What came of the last try in a directory.
+pub(super) fn last_try(dir: &Path) -> Option<LastTry> {
+    use std::io::Read;
+    let mut text = String::new();
+    File::open(dir.join(LAST_TRY)).ok()?.take(LAST_TRY_BYTES_MAX).read_to_string(&mut text).ok()?;
+    let fields: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let field = |name: &str| fields.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
+    let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(fields.get("at")?.as_u64()?))?;
+    Some(LastTry { at, outcome: field("made").map(Ok).or_else(|| field("error").map(Err))? })
+}
+
+/// Which backups go. They are given oldest first; `newest` is the one that is known to be sound, and stays.
+///
+/// ```text
+/// keep 2, of at most a week   9 days, 3 days, 2 days, new  ->  9 days, 3 days
+/// keep any number             9 days, 8 days (the newest)  ->  9 days
+/// ```
+pub(super) fn surplus<'a>(
+    backups: &'a [BackupInfo],
+    newest: &str,
+    keep: usize,
+    keep_for: Option<Duration>,
+    now: SystemTime,
+) -> Vec<&'a BackupInfo> {
+    let too_many = if keep == 0 { 0 } else { backups.len().saturating_sub(keep) };
+    let is_old = |backup: &BackupInfo| {
+        let age = now.duration_since(backup.created).unwrap_or_default();
+        keep_for.is_some_and(|most| age > most)
+    };
+    let going = backups.iter().enumerate().filter(|(at, backup)| *at < too_many || is_old(backup));
+    going.map(|(_, backup)| backup).filter(|backup| backup.name != newest).collect()
+}
+
+/// A local directory, held for this process.
+pub(super) struct Directory {
+    path: PathBuf,
+    _hold: dir::Hold,
+}
+
+impl Directory {
+    /// Makes it if it is missing, for this user alone.
+    ///
+    /// # Errors
+    /// `Locked` when another process, or another schedule in this one, makes backups there; `Io`.
+    pub fn open(path: &Path) -> Result<Directory> {
+        let hold = dir::hold(path)?;
+        let directory = Directory { path: path.to_owned(), _hold: hold };
+        directory.clear()?;
+        Ok(directory)
+    }
+
+    /// Removes what a process that ended had begun.
+    fn clear(&self) -> Result<()> {
+        let path = self.path.join(UNFINISHED);
+        match fs::remove_file(&path) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &path, err)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Place for Directory {
+    fn list(&self) -> Result<Vec<BackupInfo>> {
+        list(&self.path)
+    }
+
+    fn begin(&self) -> Result<Box<dyn Part>> {
+        self.clear()?;
+        let path = self.path.join(UNFINISHED);
+        // Read as well: what is in it is looked at through the same file.
+        let file = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(&path);
+        let file = file.map_err(|err| Error::io("making", &path, err))?;
+        Ok(Box::new(Unfinished { dir: self.path.clone(), path, file, is_named: false }))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        let path = self.path.join(name);
+        fs::remove_file(&path).map_err(|err| Error::io("removing", &path, err))?;
+        dir::sync_dir(&self.path)
+    }
+
+    fn note(&self, last: &LastTry) -> Result<()> {
+        let at = last.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let fields = match &last.outcome {
+            Ok(made) => serde_json::json!({ "at": at, "made": made }),
+            Err(error) => serde_json::json!({ "at": at, "error": error }),
+        };
+        dir::write_whole(&self.path, LAST_TRY, format!("{fields}\n").as_bytes())
+    }
+
+    fn noted(&self) -> Option<LastTry> {
+        last_try(&self.path)
+    }
+}
+
+/// A file being written.
+struct Unfinished {
+    dir: PathBuf,
+    path: PathBuf,
+    file: File,
+    is_named: bool,
+}
+
+impl Part for Unfinished {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|err| Error::io("writing", &self.path, err))
+    }
+
+    fn finish(mut self: Box<Self>, begun: SystemTime) -> Result<BackupInfo> {
+        self.file.sync_all().map_err(|err| Error::io("syncing", &self.path, err))?;
+        // What is read back is to come from the disk, not from what the system still remembers of it. Where that cannot be had it is
+        // read from there.
+        let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
+        let facts = format::verify(&self.path)?;
+        let mut created = begun;
+        let path = loop {
+            let path = self.dir.join(name(created, facts.revision));
+            if !path.exists() {
+                break path;
+            }
+            created += Duration::from_millis(1);
+        };
+        fs::rename(&self.path, &path).map_err(|err| Error::io("renaming", &self.path, err))?;
+        self.is_named = true;
+        dir::sync_dir(&self.dir)?;
+        let name = name(created, facts.revision);
+        let created = parse_name(&name).map_or(created, |(created, _)| created);
+        Ok(BackupInfo { name, path, created, revision: facts.revision, bytes: facts.bytes, soundness: Soundness::WhenWritten })
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.is_named
+            && let Err(err) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), error = %err, "could not remove an unfinished backup; the next one tries again");
+        }
+    }
+}
+
+fn name(created: SystemTime, revision: i64) -> String {
+    let created = DateTime::<Utc>::from(created).trunc_subsecs(3);
+    format!("{PREFIX}{}-r{revision}{ENDING}", created.format(TIME))
+}
+
+fn parse_name(name: &str) -> Option<(SystemTime, i64)> {
+    let (time, revision) = name.strip_prefix(PREFIX)?.strip_suffix(ENDING)?.split_once("-r")?;
+    let created = NaiveDateTime::parse_from_str(time, TIME).ok()?.and_utc();
+    Some((created.into(), revision.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{self, Header, Item};
+
+    fn bytes(revision: i64) -> Vec<u8> {
+        let header = Header { cluster_id: 7, revision, ..Header::default() };
+        let item = Item::Record { main: revision, sub: 0, tombstone: false, bytes: vec![b'v'; 3000].into() };
+        let mut out = Vec::new();
+        snapshot::write(&header, [Ok(item)], &mut out, Path::new("memory")).unwrap();
+        out
+    }
+
+    fn make(place: &Directory, bytes: &[u8]) -> Result<BackupInfo> {
+        let mut part = place.begin()?;
+        part.write(bytes)?;
+        part.finish(SystemTime::now())
+    }
+
+    fn files(dir: &Path) -> Vec<String> {
+        let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn names_are_read_back_and_ordered() {
+        let begun = SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_408_812_345);
+        let text = name(begun, 900);
+        assert_eq!(text, "quorate-20261123T044012.345Z-r900.backup");
+        assert_eq!(parse_name(&text), Some((begun, 900)));
+        for other in ["quorate-20261123T044012.345Z-r900", "quorate-2026-r1.backup", "quorate-20261323T044012.345Z-r9.backup", "LOCK"] {
+            assert_eq!(parse_name(other), None, "{other}");
+        }
+        assert!(name(begun, 900) < name(begun + Duration::from_millis(1), 7));
+    }
+
+    #[test]
+    fn what_has_a_name_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Directory::open(dir.path()).unwrap();
+        assert!(matches!(Directory::open(dir.path()), Err(Error::Locked { .. })));
+        let good = bytes(900);
+        let first = make(&place, &good).unwrap();
+        let second = make(&place, &bytes(901)).unwrap();
+        assert_eq!(place.list().unwrap(), [first.clone(), second]);
+        assert_eq!((first.revision, first.bytes), (900, good.len() as u64));
+        // Cut short, changed, given up, or left behind by a process that died: nothing is left of it.
+        let mut changed = good.clone();
+        changed[2000] ^= 1;
+        for bad in [&good[..good.len() - 1], &changed, b""] {
+            assert!(matches!(make(&place, bad), Err(Error::Corrupt { .. } | Error::Format { .. })));
+        }
+        drop(place.begin().unwrap());
+        assert_eq!(files(dir.path()).len(), 3);
+        fs::write(dir.path().join(UNFINISHED), &good).unwrap();
+        drop(place);
+        Directory::open(dir.path()).unwrap();
+        assert_eq!(files(dir.path()).len(), 3);
+    }
+
+    #[test]
+    fn two_of_the_same_moment_have_two_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Directory::open(dir.path()).unwrap();
+        let begun = SystemTime::now();
+        for count in 1..=3 {
+            let mut part = place.begin().unwrap();
+            part.write(&bytes(5)).unwrap();
+            part.finish(begun).unwrap();
+            assert_eq!(place.list().unwrap().len(), count);
+        }
+    }
+
+    #[test]
+    fn the_last_try_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Directory::open(dir.path()).unwrap();
+        assert_eq!(place.noted(), None);
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_408_812);
+        for outcome in [Ok("a name".to_owned()), Err("it said \"no\"\n".to_owned())] {
+            let last = LastTry { at, outcome };
+            place.note(&last).unwrap();
+            assert_eq!(place.noted(), Some(last));
+        }
+        for text in ["", "{}", "[]", "{\"at\":-1,\"made\":\"x\"}", "{\"at\":18446744073709551615,\"made\":\"x\"}"] {
+            fs::write(dir.path().join(LAST_TRY), text).unwrap();
+            assert_eq!(place.noted(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn retention_never_takes_the_newest() {
+        let now = SystemTime::now();
+        let day = Duration::from_secs(24 * 60 * 60);
+        let aged = |ages: &[u32]| -> Vec<BackupInfo> {
+            let one = |age: &u32| BackupInfo {
+                name: format!("{age}"),
+                path: PathBuf::new(),
+                created: now - day * *age,
+                revision: 1,
+                bytes: 1,
+                soundness: Soundness::WhenWritten,
+            };
+            ages.iter().map(one).collect()
+        };
+        for (ages, newest, keep, days, going) in [
+            (&[9, 3, 2, 0][..], "0", 2, Some(7), &["9", "3"][..]),
+            (&[9, 3, 2, 0], "0", 0, Some(7), &["9"]),
+            (&[9, 3, 2, 0], "0", 0, None, &[]),
+            (&[9, 3, 2, 0], "0", 1, None, &["9", "3", "2"]),
+            (&[9, 8], "8", 0, Some(7), &["9"]),
+            (&[8], "8", 1, Some(7), &[]),
+            // A clock that was set back: the one that was just made is not the last by name.
+            (&[3, 2, 1], "3", 1, None, &["2"]),
+            (&[], "0", 1, Some(1), &[]),
+        ] {
+            let backups = aged(ages);
+            let found = surplus(&backups, newest, keep, days.map(|days| day * days), now);
+            assert_eq!(found.iter().map(|backup| backup.name.as_str()).collect::<Vec<_>>(), going, "{ages:?}");
+        }
+    }
+}
