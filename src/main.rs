@@ -1,12 +1,13 @@
 //! The binary: flags, variables and file -> [`Config`](quorate::Config) -> [`Server`].
 //!
-//! `quorate log` prints a member's log instead, and touches nothing.
+//! `quorate log` prints a member's log instead, and touches nothing; `quorate backup` and `quorate restore` are in `backups.rs`.
 //!
 //! Exit codes: 0 after help, version, or a stop that was asked for by SIGTERM or SIGINT; 1 when the server did not start or stopped by
 //! itself; 2 when the configuration is wrong, before anything was touched. A second signal ends the process at once, with 128 plus its
 //! number: whatever was acknowledged is on disk already.
 #![forbid(unsafe_code)]
 
+mod backups;
 mod embedding;
 mod logging;
 
@@ -46,6 +47,8 @@ fn main() -> ExitCode {
         }
         Ok(Action::Run(run)) => serve(*run),
         Ok(Action::PrintLog(print)) => print_log(&print),
+        Ok(Action::Backup(command)) => backups::backup(command),
+        Ok(Action::Restore(command)) => backups::restore(&command),
         Err(error) => usage(&error, "quorate --help"),
     }
 }

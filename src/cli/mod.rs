@@ -31,6 +31,7 @@
 //!   lets everybody in. A CA for clients may come with plain URLs beside the `https` ones; the log then warns of them.
 //! - Flags for what is not built are refused, see the table in `flags.rs` for the rule.
 
+mod backup;
 mod flags;
 mod log;
 mod yaml;
@@ -44,6 +45,7 @@ use std::str::FromStr;
 
 use crate::config::{Config, ETCD_VERSION};
 use crate::error::{Error, Result};
+pub use backup::{BackupCommand, RestoreCommand};
 use flags::{Act, FLAGS, Flag, Kind};
 pub use log::PrintLog;
 pub(crate) use yaml::plain_entries;
@@ -60,6 +62,10 @@ pub enum Action {
     Run(Box<Run>),
     /// Print the requests in a member's log, and exit.
     PrintLog(PrintLog),
+    /// Make backups or list them, and exit.
+    Backup(BackupCommand),
+    /// Make a backup into a member of a new cluster, and exit.
+    Restore(Box<RestoreCommand>),
 }
 
 /// A server to run.
@@ -187,6 +193,13 @@ pub fn parse(
     let mut args = args.into_iter().peekable();
     if args.next_if(|arg| arg == "log").is_some() {
         return Ok(log::parse(args)?.map_or_else(|| Action::Print(log::HELP.into()), Action::PrintLog));
+    }
+    if args.next_if(|arg| arg == "backup").is_some() {
+        return Ok(backup::parse_backup(args)?.map_or_else(|| Action::Print(backup::BACKUP_HELP.into()), Action::Backup));
+    }
+    if args.next_if(|arg| arg == "restore").is_some() {
+        let restore = backup::parse_restore(args)?.map(|restore| Action::Restore(Box::new(restore)));
+        return Ok(restore.unwrap_or_else(|| Action::Print(backup::RESTORE_HELP.into())));
     }
     let line = match parse_args(args)? {
         Line::Help => return Ok(Action::Print(help())),
@@ -419,6 +432,8 @@ fn version() -> String {
 fn help() -> String {
     let mut text = String::from(
         "Usage:\n\n  quorate [flags]\n    Start a server.\n\n  quorate log --data-dir DIR\n    Print the requests in a member's log; `quorate log --help` says more.\n\n\
+         \x20 quorate backup save|list DIR\n    Make a backup of a running member, or list those that there are; `quorate backup --help` says more.\n\n\
+         \x20 quorate restore FILE --data-dir DIR\n    Make a backup into a new cluster; `quorate restore --help` says more.\n\n\
          A flag is written --flag value, --flag=value or -flag=value, and one of true or false also --flag alone.\n\
          Each can be given as a variable too: --data-dir is ETCD_DATA_DIR. A flag goes before its variable.\n",
     );
@@ -519,6 +534,8 @@ mod tests {
         let outcome = match parse(args, env, read) {
             Ok(Action::Print(text)) => format!("prints: {}", text.lines().next().unwrap_or_default()),
             Ok(Action::PrintLog(print)) => format!("{print:?}"),
+            Ok(Action::Backup(command)) => format!("{command:?}"),
+            Ok(Action::Restore(command)) => format!("{command:?}"),
             Ok(Action::Run(run)) => {
                 let mut lines = differences(&run.config, &Config::default());
                 lines.extend(differences(&run.log, &LogConfig::default()).into_iter().map(|line| format!("log {line}")));
