@@ -1,13 +1,20 @@
 //! The ways to the store. An enum and no trait object: in this process a read is little more than a function call, and stays that.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::{Arc, RwLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::in_process::InProcess;
 use super::remote::Remote;
 use super::{LeaseTime, Result};
+use crate::error::Error;
+use crate::lock::{read, write};
 use crate::proto::etcdserverpb::{
     AlarmRequest, AlarmResponse, CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, HashKvResponse,
     LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeRequest, LeaseRevokeResponse, Member, PutRequest, PutResponse, RangeRequest,
@@ -95,14 +102,11 @@ impl Backend {
     /// Waits.
     ///
     /// # Errors
-    /// `Stopped` when the member in this process has stopped.
+    /// `Stopped` when the member in this process has stopped, or the node that the client is of.
     pub async fn pause(&self, pause: Duration) -> Result<()> {
         match self {
             Backend::InProcess(member) => member.node.pause(pause).await,
-            Backend::Remote(remote) => {
-                remote.timers.sleep(pause).await;
-                Ok(())
-            }
+            Backend::Remote(remote) => remote.timers.sleep(pause).await,
         }
     }
 
@@ -138,32 +142,120 @@ impl Drop for Task {
     }
 }
 
-/// Timers of a runtime, for whoever polls, on whatever executor.
+/// The word that a runtime is about to end, for clients that outlive it. tokio's timers panic when they are polled after that.
+#[derive(Clone, Default)]
+pub(crate) struct RuntimeEnd {
+    near: CancellationToken,
+    /// Held shared while a timer is polled.
+    polling: Arc<RwLock<()>>,
+}
+
+impl RuntimeEnd {
+    /// Says so. When this returns, no timer of the clients is being polled, and none will be: the runtime may end.
+    pub fn announce(&self) {
+        self.near.cancel();
+        // Who has not seen it yet is about to poll, and is waited for.
+        drop(write(&self.polling));
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.near.is_cancelled() { Err(Error::Stopped) } else { Ok(()) }
+    }
+}
+
+/// Timers of a runtime, for whoever polls, on whatever executor. Once the runtime's end is near there are none, and what is waited for with
+/// them ends with `Stopped`.
 #[derive(Clone)]
-pub(super) struct Timers(Handle);
+pub(super) struct Timers {
+    runtime: Handle,
+    end: RuntimeEnd,
+}
 
 impl Timers {
-    pub fn new(runtime: Handle) -> Self {
-        Timers(runtime)
+    pub fn new(runtime: Handle, end: RuntimeEnd) -> Self {
+        Timers { runtime, end }
     }
 
     pub fn runtime(&self) -> &Handle {
-        &self.0
+        &self.runtime
     }
 
-    pub fn sleep(&self, pause: Duration) -> tokio::time::Sleep {
-        let _entered = self.0.enter();
-        tokio::time::sleep(pause)
+    /// # Errors
+    /// `Stopped`: the runtime's end is near.
+    pub fn check(&self) -> Result<()> {
+        self.end.check()
+    }
+
+    /// # Errors
+    /// `Stopped` when the runtime ends meanwhile, or has ended.
+    pub async fn sleep(&self, pause: Duration) -> Result<()> {
+        let timer = {
+            let _entered = self.runtime.enter();
+            tokio::time::sleep(pause)
+        };
+        let mut timer = pin!(timer);
+        let over = poll_fn(|cx| {
+            let _polling = read(&self.end.polling);
+            // The word may have come since it was asked for last; then it wakes us.
+            if self.end.near.is_cancelled() { Poll::Pending } else { timer.as_mut().poll(cx) }
+        });
+        tokio::select! {
+            biased;
+            () = self.end.near.cancelled() => Err(Error::Stopped),
+            () = over => Ok(()),
+        }
     }
 
     /// The outcome, if it comes within that time; `None` for as long as it takes.
-    pub async fn within<T>(&self, limit: Option<Duration>, what: impl Future<Output = T>) -> Option<T> {
-        let Some(limit) = limit else { return Some(what.await) };
-        let timer = self.sleep(limit);
+    ///
+    /// # Errors
+    /// `Timeout` when it does not; as [`sleep`](Self::sleep).
+    pub async fn within<T>(&self, limit: Option<Duration>, what: impl Future<Output = T>) -> Result<T> {
+        let timeout = async {
+            match limit {
+                Some(limit) => self.sleep(limit).await.err().unwrap_or(Error::Timeout),
+                None => {
+                    self.end.near.cancelled().await;
+                    Error::Stopped
+                }
+            }
+        };
         tokio::select! {
             biased;
-            value = what => Some(value),
-            () = timer => None,
+            value = what => Ok(value),
+            err = timeout => Err(err),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_timer_is_polled_after_its_runtime() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let end = RuntimeEnd::default();
+        let timers = Timers::new(runtime.handle().clone(), end.clone());
+        let long = Duration::from_secs(3600);
+        let host = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        host.block_on(async {
+            let mut waiting = Box::pin(timers.within(Some(long), std::future::pending::<()>()));
+            let mut unlimited = Box::pin(timers.within(None, std::future::pending::<()>()));
+            let mut sleeping = Box::pin(timers.sleep(long));
+            assert!(futures_util::poll!(waiting.as_mut()).is_pending());
+            assert!(futures_util::poll!(unlimited.as_mut()).is_pending());
+            assert!(futures_util::poll!(sleeping.as_mut()).is_pending());
+            timers.check().unwrap();
+            end.announce();
+            runtime.shutdown_background();
+            assert!(matches!(waiting.await, Err(Error::Stopped)));
+            assert!(matches!(unlimited.await, Err(Error::Stopped)));
+            assert!(matches!(sleeping.await, Err(Error::Stopped)));
+            assert!(matches!(timers.sleep(Duration::ZERO).await, Err(Error::Stopped)));
+            assert!(matches!(timers.check(), Err(Error::Stopped)));
+            // What needs no timer is done all the same.
+            assert!(matches!(timers.within(Some(long), std::future::ready(7)).await, Ok(7)));
+        });
     }
 }

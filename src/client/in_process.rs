@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval_at};
 
-use super::watch::{EventKind, WatchEvent, WatchMessage, decode};
+use super::watch::{EventKind, WatchEvent, WatchMessage, decode, ended};
 use super::{LeaseTime, Result};
 use crate::api::Api;
 use crate::api::maintenance::Backup;
@@ -198,7 +198,7 @@ impl InProcessWatch {
             if answer.compact_revision > 0 {
                 return Ok(Some(WatchMessage::Compacted { revision: answer.compact_revision }));
             }
-            return Err(Error::Config(answer.cancel_reason));
+            return Err(ended(answer.created, answer.cancel_reason));
         }
         if answer.created {
             self.start = Some(if self.asked_start == 0 { answer.revision + 1 } else { self.asked_start });

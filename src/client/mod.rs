@@ -73,6 +73,7 @@ mod watch;
 
 use backend::Backend;
 use in_process::{InProcess, InProcessWatch};
+pub(crate) use backend::RuntimeEnd;
 use namespace::Namespace;
 use watch::{Source, decode};
 
@@ -136,12 +137,18 @@ impl Client {
     /// A client of a cluster in other processes, quorate's or etcd's. It connects with its first call, to whichever of the endpoints takes
     /// it, and stays with that one until it fails.
     ///
-    /// Make it on a tokio runtime: that one then has its connections and timers. Its calls may be made from anywhere.
+    /// Make it on a tokio runtime: that one then has its connections and timers. Its calls may be made from anywhere, as long as that runtime
+    /// lives.
     ///
     /// # Errors
     /// `Config` when there is no runtime, or an option makes no sense. Endpoints that cannot be reached are told by the calls.
     pub fn remote(endpoints: impl Into<Endpoints>, options: RemoteOptions) -> Result<Client> {
-        let remote = remote::Remote::new(endpoints.into(), options)?;
+        Self::remote_until(endpoints, options, RuntimeEnd::default())
+    }
+
+    /// The same on a runtime of which the end is announced: calls then end with [`Error::Stopped`], as those in process do.
+    pub(crate) fn remote_until(endpoints: impl Into<Endpoints>, options: RemoteOptions, end: RuntimeEnd) -> Result<Client> {
+        let remote = remote::Remote::new(endpoints.into(), options, end)?;
         Ok(Client { backend: Backend::Remote(remote), space: None })
     }
 

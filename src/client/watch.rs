@@ -10,7 +10,7 @@
 use crate::client::in_process::InProcessWatch;
 use crate::client::namespace::Namespace;
 use crate::client::remote::watch::RemoteWatch;
-use crate::error::{Error, Result};
+use crate::error::{ApplyError, Error, Result};
 use crate::proto::{EncodedKv, KeyValue};
 
 /// What a key may have been deleted or put as; see [`WatchEvent`].
@@ -56,6 +56,18 @@ pub(super) fn decode(kv: &EncodedKv) -> Result<KeyValue> {
 
 /// A watch. It ends when it is dropped.
 pub struct Watcher {
+/// Why a server has ended a watch for another reason than a compaction: before it has begun because of the request, or afterwards.
+pub(super) fn ended(at_once: bool, reason: String) -> Error {
+    match ApplyError::of_text(&reason) {
+        Some(err) => err.into(),
+        None if at_once => Error::Config(reason),
+        None => Error::Refused { code: CANCELLED, message: if reason.is_empty() { "the watch was ended".into() } else { reason } },
+    }
+}
+
+/// gRPC's code for what the server has ended by itself, as its number on the wire.
+const CANCELLED: i32 = 1;
+
     source: Source,
     space: Option<Namespace>,
 }
@@ -94,15 +106,17 @@ impl Watcher {
         }
     }
 
-    /// Waits for the next message. After [`WatchMessage::Compacted`] there is none: `None`.
+    /// Waits for the next message. After [`WatchMessage::Compacted`], and after an error with which the watch has ended, there is none:
+    /// `None`.
     ///
     /// A remote watch waits as long as no member can be reached, however long that is.
     ///
     /// Cancel-safe: nothing is lost when the future is dropped.
     ///
     /// # Errors
-    /// `Config` when the request made no sense, and `Refused` when the server has ended it; `Stopped` when the member in this process has
-    /// stopped.
+    /// Each ends the watch. `Config` when the request made no sense; `Refused`, or one of etcd's outcomes as [`Error::Apply`], when the server has
+    /// ended it; `ResponseTooLarge` when the events of one revision are more than a remote client gathers (1 GiB); `Stopped`, again and again,
+    /// when the member in this process has stopped, or the node that the client is of.
     pub async fn next(&mut self) -> Result<Option<WatchMessage>> {
         let message = match &mut self.source {
             Source::InProcess(watch) => watch.next().await?,

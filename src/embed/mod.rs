@@ -70,7 +70,7 @@ use self::probe::{Local, Remote, Store, watch_store};
 use crate::api::peer::founding as founding_router;
 use crate::api::serve::{App, Listener, Serving};
 use crate::api::wire::{Limits, ServeOptions};
-use crate::client::{Client, RemoteOptions};
+use crate::client::{Client, RemoteOptions, RuntimeEnd};
 use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -272,7 +272,8 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
     let parts = parts?;
     let (tell, availability) = watch::channel(Availability::default());
     let (announce, endpoints) = watch::channel(parts.endpoints.clone());
-    let client = match parts.local().map_or_else(|| remote(endpoints.clone()), Ok) {
+    let end = RuntimeEnd::default();
+    let client = match parts.local().map_or_else(|| remote(endpoints.clone(), end.clone()), Ok) {
         Ok(client) if config.namespace.is_empty() => client,
         Ok(client) => client.namespaced(config.namespace.clone()),
         Err(err) => {
@@ -314,12 +315,13 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
         tell_end.send_replace(Some(err.clone()));
         stop.cancelled().await;
     }
+    end.announce();
     let closed = parts.close().await;
     result.and(closed)
 }
 
 /// A client of servers elsewhere, as they change. What tells it of them ends with the node's runtime.
-fn remote(mut endpoints: watch::Receiver<Vec<String>>) -> Result<Client> {
+fn remote(mut endpoints: watch::Receiver<Vec<String>>, end: RuntimeEnd) -> Result<Client> {
     let urls_of = |urls: &[String]| urls.iter().filter_map(|url| url.parse().ok()).collect::<Vec<Url>>();
     let (tell, urls) = watch::channel(urls_of(&endpoints.borrow_and_update()));
     tokio::spawn(async move {
@@ -328,7 +330,7 @@ fn remote(mut endpoints: watch::Receiver<Vec<String>>) -> Result<Client> {
             tell.send_replace(next);
         }
     });
-    Client::remote(urls, RemoteOptions::default())
+    Client::remote_until(urls, RemoteOptions::default(), end)
 }
 
 /// A node, put together.

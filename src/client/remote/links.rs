@@ -11,6 +11,15 @@ use crate::config::Url;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 
+/// What a member may send of one answer, or one watch, before it was taken: a large answer shall not wait for a round trip every 64 KiB. Beyond
+/// it the member waits; so much memory may each hold here that nobody reads.
+const STREAM_WINDOW: u32 = 1 << 20;
+
+/// The same for all of them together, which share the connection: some thousand times as much, so that a watcher that nobody reads takes
+/// nothing away from others. Beyond a thousand such watchers all would wait for them. hyper's adaptive windows are of no use for that reason:
+/// there both are of one size.
+const CONNECTION_WINDOW: u32 = 1 << 30;
+
 /// A connection to a member.
 #[derive(Clone)]
 pub(super) struct Link {
@@ -149,11 +158,13 @@ impl Links {
             .keep_alive_timeout(timeout)
             // An etcd takes offence at pings while nothing is under way.
             .keep_alive_while_idle(false)
-            // A large answer, or many at once, shall not wait for a round trip every 64 KiB.
-            .http2_adaptive_window(true);
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW);
         // The connection's task belongs to our runtime, whoever asks.
         let connecting = timers.runtime().spawn(async move { endpoint.connect().await });
-        let connected = timers.within(Some(self.connect_timeout), connecting).await.ok_or("no connection in time")?;
+        let connected = timers.within(Some(self.connect_timeout), connecting).await;
+        let connected =
+            connected.map_err(|err| if matches!(err, Error::Timeout) { "no connection in time".into() } else { err.to_string() })?;
         connected.map_err(|err| err.to_string())?.map_err(|err| chain(&err))
     }
 }

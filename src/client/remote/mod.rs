@@ -34,7 +34,7 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::LeaseTime;
-use super::backend::{Task, Timers};
+use super::backend::{RuntimeEnd, Task, Timers};
 use crate::config::Url;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -209,7 +209,7 @@ fn led<T>(message: T) -> Request<T> {
 }
 
 impl Remote {
-    pub fn new(endpoints: Endpoints, options: RemoteOptions) -> Result<Self> {
+    pub fn new(endpoints: Endpoints, options: RemoteOptions, end: RuntimeEnd) -> Result<Self> {
         let runtime = Handle::try_current().map_err(|err| Error::Config(format!("a remote client has to be made on a runtime: {err}")))?;
         for (name, value) in [("request_timeout", options.request_timeout), ("connect_timeout", options.connect_timeout)] {
             if value.is_zero() {
@@ -223,7 +223,7 @@ impl Remote {
             heard: Mutex::default(),
             follower: Mutex::default(),
         });
-        let remote = Remote { shared, timers: Timers::new(runtime) };
+        let remote = Remote { shared, timers: Timers::new(runtime, end) };
         if remote.shared.options.follow_members {
             let follow = follow(Arc::downgrade(&remote.shared), remote.timers.clone());
             *lock(&remote.shared.follower) = Some(Task::spawn(remote.timers.runtime(), follow));
@@ -255,16 +255,17 @@ impl Remote {
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let Shared { options, links, .. } = &*self.shared;
+        self.timers.check()?;
         let deadline = Instant::now() + options.request_timeout;
         let mut pauses = Pauses::new();
         let mut failures = 0;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let err = match self.timers.within(Some(left), links.link(&self.timers)).await {
-                None => Error::Unavailable("no connection in time".into()),
-                Some(Err(err @ Error::Unavailable(_))) => err,
-                Some(Err(err)) => return Err(err),
-                Some(Ok(link)) => {
+                Err(Error::Timeout) => Error::Unavailable("no connection in time".into()),
+                Ok(Err(err @ Error::Unavailable(_))) => err,
+                Ok(Err(err)) | Err(err) => return Err(err),
+                Ok(Ok(link)) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     let limit = match (terms.is_long, terms.patience, terms.is_read) {
                         (true, ..) => None,
@@ -273,13 +274,14 @@ impl Remote {
                         (_, None, false) => Some(left),
                     };
                     let (err, again) = match self.timers.within(limit, attempt(link.clone())).await {
-                        Some(Ok(answer)) => return Ok(answer.into_inner()),
-                        Some(Err(status)) => match verdict(&status) {
+                        Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                        Ok(Err(status)) => match verdict(&status) {
                             Verdict::Answer(err) => return Err(err),
                             Verdict::NotDone(err) => (err, true),
                             Verdict::Open(err) => (err, terms.is_read),
                         },
-                        None => (Error::Timeout, terms.is_read),
+                        Err(Error::Timeout) => (Error::Timeout, terms.is_read),
+                        Err(err) => return Err(err),
                     };
                     tracing::debug!(endpoint = %link.url, error = %err, again, "a call has failed");
                     links.leave(&link);
@@ -297,7 +299,7 @@ impl Remote {
             if Instant::now() + pause >= deadline {
                 return Err(err);
             }
-            self.timers.sleep(pause).await;
+            self.timers.sleep(pause).await?;
         }
     }
 
@@ -480,6 +482,8 @@ async fn follow(shared: Weak<Shared>, timers: Timers) {
                 }
             }
         };
-        timers.sleep(pause).await;
+        if timers.sleep(pause).await.is_err() {
+            return;
+        }
     }
 }

@@ -17,8 +17,9 @@ use tonic::{Status, Streaming};
 
 use super::{Pauses, Remote, led};
 use crate::client::backend::Task;
-use crate::client::watch::{EventKind, WatchEvent, WatchMessage, decode};
-use crate::error::{Error, Result};
+use crate::client::watch::{EventKind, WatchEvent, WatchMessage, decode, ended};
+use crate::error::{ApplyError, Error, Result};
+use crate::proto::KeyValue;
 use crate::proto::etcdserverpb::watch_client::WatchClient;
 use crate::proto::etcdserverpb::watch_request::RequestUnion;
 use crate::proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse};
@@ -31,11 +32,17 @@ use super::verdict::{Verdict, verdict};
 /// Messages that wait to be taken. Beyond it the stream is not read, and the member keeps what comes, as for any slow client.
 const MESSAGES_MAX: usize = 16;
 
+/// What the events of one revision may have, with the pairs before them. They are told in one message, so all of them are in memory at once: a
+/// DeleteRange of everything, for one who wants to see it all. A watch to which more is sent ends with `ResponseTooLarge`.
+const REVISION_BYTES_MAX: usize = 1 << 30;
+
 /// How long a member may take to open a watch before the next one is asked.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
 
 pub(in crate::client) struct RemoteWatch {
     messages: mpsc::Receiver<Result<WatchMessage>>,
+    /// The last message was taken.
+    ended: bool,
     /// A request for a bookmark; one more while one is on its way comes to the same.
     asks: mpsc::Sender<()>,
     started: watch::Receiver<Option<i64>>,
@@ -50,8 +57,8 @@ impl RemoteWatch {
         let (place, started) = watch::channel(None);
         let runtime = remote.timers.runtime().clone();
         let next = request.start_revision;
-        let follow = Follow { remote, request, next, tell, asked, place, wants_progress: false, parts: Vec::new() };
-        RemoteWatch { messages, asks, started, task: Task::spawn(&runtime, follow.run()) }
+        let follow = Follow { remote, request, next, tell, asked, place, wants_progress: false, parts: Vec::new(), parts_bytes: 0 };
+        RemoteWatch { messages, ended: false, asks, started, task: Task::spawn(&runtime, follow.run()) }
     }
 
     pub async fn started(&mut self) -> Result<i64> {
@@ -59,14 +66,24 @@ impl RemoteWatch {
             return start.ok_or(Error::Stopped);
         }
         // It ended before it began, and has said why.
-        match self.messages.recv().await {
-            Some(Err(err)) => Err(err),
-            _ => Err(Error::Stopped),
+        match self.next().await? {
+            Some(message) => Err(Error::Failed(format!("a watch began with {message:?}"))),
+            None => Err(Error::Stopped),
         }
     }
 
     pub async fn next(&mut self) -> Result<Option<WatchMessage>> {
-        self.messages.recv().await.transpose()
+        if self.ended {
+            return Ok(None);
+        }
+        match self.messages.recv().await {
+            Some(message) => {
+                self.ended = matches!(message, Err(_) | Ok(WatchMessage::Compacted { .. }));
+                message.map(Some)
+            }
+            // It has ended without a word: with the runtime that its task was on.
+            None => Err(Error::Stopped),
+        }
     }
 
     pub fn request_progress(&mut self) {
@@ -85,8 +102,17 @@ struct Follow {
     place: watch::Sender<Option<i64>>,
     /// A bookmark was asked for, and has not come.
     wants_progress: bool,
-    /// Events of a message of which the last fragment has not come. No more than a revision's, which fit in one request.
-    parts: Vec<Event>,
+    /// Events of a revision of which more may come: the last one's of a message whose last fragment has not come. Up to
+    /// [`REVISION_BYTES_MAX`].
+    parts: Vec<WatchEvent>,
+    /// The bytes of those.
+    parts_bytes: usize,
+}
+
+/// What an event takes up here.
+fn weight(event: &WatchEvent) -> usize {
+    let of = |kv: &KeyValue| kv.key.len() + kv.value.len();
+    size_of::<WatchEvent>() + of(&event.kv) + event.prev_kv.as_ref().map_or(0, of)
 }
 
 /// Why a stream is read no more.
@@ -120,7 +146,7 @@ impl Follow {
             tracing::debug!(error = %err, next = self.next, "a watch goes on elsewhere");
             let pause = self.remote.timers.sleep(pauses.next());
             tokio::select! {
-                () = pause => {}
+                paused = pause => if paused.is_err() { return },
                 () = self.tell.closed() => return,
             }
         }
@@ -129,12 +155,15 @@ impl Follow {
     /// Opens the watch with a member and tells what comes.
     async fn follow(&mut self, link: &Link) -> End {
         self.parts.clear();
+        self.parts_bytes = 0;
         let (requests, receiver) = mpsc::channel(2);
         let opening = self.remote.timers.within(Some(OPEN_LIMIT), self.open(link, &requests, receiver)).await;
         let mut answers = match opening {
-            Some(Ok(answers)) => answers,
-            Some(Err(status)) => return self.broken(&status).await,
-            None => return End::Broken(Error::Timeout),
+            Ok(Ok(answers)) => answers,
+            Ok(Err(status)) => return self.broken(&status).await,
+            Err(Error::Timeout) => return End::Broken(Error::Timeout),
+            // The runtime ends: without a last word, which is what it says.
+            Err(_) => return End::Over,
         };
         loop {
             tokio::select! {
@@ -189,7 +218,7 @@ impl Follow {
             return Some(if answer.compact_revision > 0 {
                 self.end(Ok(WatchMessage::Compacted { revision: answer.compact_revision })).await
             } else {
-                self.end(Err(Error::Config(answer.cancel_reason))).await
+                self.end(Err(ended(answer.created, answer.cancel_reason))).await
             });
         }
         if answer.created {
@@ -209,27 +238,41 @@ impl Follow {
             self.wants_progress = false;
             return self.tell(WatchMessage::Progress { revision }).await;
         }
-        self.parts.extend(answer.events);
-        if answer.fragment {
-            return None;
+        match self.gather(answer.events, answer.fragment) {
+            Ok(events) if events.is_empty() => {}
+            Ok(events) => {
+                if let Some(end) = self.tell(WatchMessage::Events(events)).await {
+                    return Some(end);
+                }
+            }
+            Err(err) => return Some(self.end(Err(err)).await),
         }
-        match self.events() {
-            Ok(events) if events.is_empty() => None,
-            Ok(events) => self.tell(WatchMessage::Events(events)).await,
-            Err(err) => Some(self.end(Err(err)).await),
-        }
+        None
     }
 
-    /// What was gathered, and not told before.
-    fn events(&mut self) -> Result<Vec<WatchEvent>> {
-        let mut events = Vec::with_capacity(self.parts.len());
-        for event in self.parts.drain(..) {
+    /// Takes events that were not told before, and gives those whose revisions are whole. If more of the message comes, that may be of the
+    /// last revision.
+    fn gather(&mut self, events: Vec<Event>, more: bool) -> Result<Vec<WatchEvent>> {
+        for event in events {
             let kv = event.kv.as_ref().ok_or_else(|| Error::Failed("an event came without its key".into()))?;
             let kv = decode(kv)?;
             if kv.mod_revision >= self.next {
                 let kind = if event.r#type == EventType::Delete as i32 { EventKind::Delete } else { EventKind::Put };
-                events.push(WatchEvent { kind, kv, prev_kv: event.prev_kv.as_ref().map(decode).transpose()? });
+                let event = WatchEvent { kind, kv, prev_kv: event.prev_kv.as_ref().map(decode).transpose()? };
+                self.parts_bytes += weight(&event);
+                self.parts.push(event);
             }
+        }
+        let whole = match self.parts.last().map(|last| last.kv.mod_revision) {
+            // They are in the order of their revisions.
+            Some(last) if more => self.parts.partition_point(|event| event.kv.mod_revision < last),
+            _ => self.parts.len(),
+        };
+        let rest = self.parts.split_off(whole);
+        let events = std::mem::replace(&mut self.parts, rest);
+        self.parts_bytes = self.parts_bytes.saturating_sub(events.iter().map(weight).sum());
+        if self.parts_bytes > REVISION_BYTES_MAX {
+            return Err(ApplyError::ResponseTooLarge.into());
         }
         if let Some(last) = events.last() {
             self.next = last.kv.mod_revision + 1;
@@ -245,4 +288,66 @@ impl Follow {
 fn ask_progress(requests: &mpsc::Sender<WatchRequest>) {
     // No room: requests are under way already.
     let _ = requests.try_send(WatchRequest { request_union: Some(RequestUnion::ProgressRequest(WatchProgressRequest {})) });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::backend::RuntimeEnd;
+    use crate::client::remote::RemoteOptions;
+    use crate::config::Url;
+    use crate::proto::EncodedKv;
+
+    fn event(revision: i64, key: &'static str) -> Event {
+        let kv = KeyValue { key: key.into(), mod_revision: revision, ..KeyValue::default() };
+        Event { kv: Some(EncodedKv::encode(&kv)), ..Event::default() }
+    }
+
+    fn follow(next: i64) -> (Follow, mpsc::Receiver<Result<WatchMessage>>) {
+        let remote = Remote::new(Vec::<Url>::new().into(), RemoteOptions::default(), RuntimeEnd::default()).unwrap();
+        let (tell, messages) = mpsc::channel(MESSAGES_MAX);
+        let ((_, asked), (place, _)) = (mpsc::channel(1), watch::channel(None));
+        let request = WatchCreateRequest::default();
+        (Follow { remote, request, next, tell, asked, place, wants_progress: false, parts: Vec::new(), parts_bytes: 0 }, messages)
+    }
+
+    #[tokio::test]
+    async fn fragments_are_told_revision_by_revision() {
+        let (mut follow, _messages) = follow(5);
+        let brief = |events: Vec<WatchEvent>| events.iter().map(|event| event.kv.mod_revision).collect::<Vec<_>>();
+        // One that was told before, and the beginning of one that is not whole.
+        let told = follow.gather(vec![event(4, "a"), event(5, "a"), event(6, "a"), event(7, "a")], true).unwrap();
+        assert_eq!((brief(told), follow.next, follow.parts.len()), (vec![5, 6], 7, 1));
+        let told = follow.gather(vec![event(7, "b")], true).unwrap();
+        assert_eq!((brief(told), follow.next, follow.parts.len()), (vec![], 7, 2));
+        let told = follow.gather(vec![event(7, "c"), event(8, "a")], true).unwrap();
+        assert_eq!((brief(told), follow.next, follow.parts.len()), (vec![7, 7, 7], 8, 1));
+        let told = follow.gather(vec![event(8, "b")], false).unwrap();
+        assert_eq!((brief(told), follow.next, follow.parts_bytes), (vec![8, 8], 9, 0));
+        // More than there may be of one revision.
+        assert!(follow.gather(vec![event(9, "a")], true).unwrap().is_empty());
+        follow.parts_bytes += REVISION_BYTES_MAX;
+        let refused = follow.gather(vec![event(9, "b")], true).unwrap_err();
+        assert!(matches!(refused, Error::Apply(ApplyError::ResponseTooLarge)), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_is_ended_says_by_whom() {
+        let cases = [
+            (true, "mvcc: watcher range is empty", "Config"),
+            (true, "etcdserver: permission denied", "Config"),
+            (true, "etcdserver: mvcc: required revision is a future revision", "Apply"),
+            (false, "etcdserver: corrupt cluster", "Apply"),
+            (false, "the server has had enough", "Refused"),
+            (false, "", "Refused"),
+        ];
+        for (created, reason, expected) in cases {
+            let (mut follow, mut messages) = follow(1);
+            let (requests, _receiver) = mpsc::channel(2);
+            let answer = WatchResponse { created, canceled: true, cancel_reason: reason.into(), ..WatchResponse::default() };
+            assert!(matches!(follow.take(answer, &requests).await, Some(End::Over)));
+            let said = format!("{:?}", messages.recv().await.unwrap().unwrap_err());
+            assert!(said.starts_with(expected), "{reason}: {said}");
+        }
+    }
 }
