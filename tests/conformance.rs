@@ -1,9 +1,10 @@
 //! One suite for every way to a store: in this process, over the network, and to a real etcd.
 //!
-//! The cases are in `conformance/cases.rs`, and know nothing of where their client leads. Each runs as a test of its own on each backend:
-//! `cargo test --test conformance in_process`, `... remote`, `... etcd`. The last needs the reference binaries; without them each test says so
-//! and passes, unless `CI` is `true`. What only several members show is in `failover.rs`, with a wire between client and members that can
-//! be cut; and `etcdctl.rs` has locks and elections shared with etcdctl.
+//! The cases are in `conformance/cases.rs` and `conformance/queues.rs`, and know nothing of where their client leads. Each runs as a test of
+//! its own on each backend: `cargo test --test conformance in_process`, `... remote`, `... etcd`. The last needs the reference binaries;
+//! without them each test says so and passes, unless `CI` is `true`. What only several members show, and what a client makes of its node's
+//! end, is in `failover.rs`, with a wire between client and members that can be cut; and `etcdctl.rs` has locks and elections shared with
+//! etcdctl.
 
 mod common;
 
@@ -15,6 +16,8 @@ mod etcdctl;
 mod failover;
 #[path = "conformance/gate.rs"]
 mod gate;
+#[path = "conformance/queues.rs"]
+mod queues;
 #[path = "common/three.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod three;
@@ -128,6 +131,11 @@ on_each_backend! {
         a_session_lasts_and_is_lost
         locks_exclude
         elections_are_won_one_after_the_other
+        a_dropped_lock_takes_no_other_with_it
+        a_session_holds_a_lock_once
+        a_lock_that_went_is_missed
+        an_observer_may_be_dropped
+        an_unread_watcher_stalls_nobody
         a_namespace_is_the_whole
         members_tell_of_themselves
         alarms_stop_writes

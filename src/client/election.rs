@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 
-use super::lock::{Place, head_of, queue_prefix};
+use super::lock::{Place, Queue, head_of, queue_prefix};
 use super::session::Session;
 use super::watch::Watcher;
 use super::{Client, Result, prefix_end};
@@ -27,7 +27,7 @@ impl Session {
 
 impl Election {
     /// Stands for election with a value, and waits to be the leader. Who gives up waiting (drops the future) leaves the queue, soon and if
-    /// possible.
+    /// possible. A session, with all its clones, stands once: who stands a second time waits until the first has resigned.
     ///
     /// # Errors
     /// As [`Session::lock`].
@@ -55,9 +55,11 @@ impl Election {
     /// ```
     pub async fn campaign(&self, value: impl Into<Bytes>) -> Result<Leadership> {
         let value = value.into();
-        let (place, first) = Place::take(&self.session, &self.name, value.clone()).await?;
+        let queue = Queue::of(&self.session, &self.name);
+        let turn = queue.turn().await?;
+        let (place, first) = queue.take(turn, value.clone()).await?;
         if place.value != value {
-            // The session stood already, with another value.
+            // The lease stood already, with another value.
             place.put(value).await?;
         }
         if !first {
@@ -120,7 +122,7 @@ impl Client {
 
     /// Tells the leaders of an election as they come, and what they say.
     pub fn observe(&self, election: impl Into<Bytes>) -> Observer {
-        Observer { client: self.clone(), name: election.into(), watcher: None, last: None }
+        Observer { client: self.clone(), name: election.into(), watcher: None, look: true, last: None }
     }
 }
 
@@ -131,6 +133,8 @@ pub struct Observer {
     name: Bytes,
     /// Tells that something has changed; none before the first look.
     watcher: Option<Watcher>,
+    /// Whether something may have changed since the last look: there was none, or the watcher has said so.
+    look: bool,
     /// What was told last: the revisions at which the leader came, and has spoken.
     last: Option<(i64, i64)>,
 }
@@ -145,11 +149,14 @@ impl Observer {
     /// As [`Client::get`] and [`Watcher::next`]; the next call goes on.
     pub async fn next(&mut self) -> Result<KeyValue> {
         loop {
-            if let Some(watcher) = &mut self.watcher
+            if !self.look
+                && let Some(watcher) = &mut self.watcher
                 && watcher.next().await?.is_none()
             {
                 self.watcher = None;
             }
+            // What the watcher has told it tells once; so this is remembered until the look has succeeded.
+            self.look = true;
             let (leader, revision) = head_of(&self.client, &self.name).await?;
             if self.watcher.is_none() {
                 let key = queue_prefix(&self.name);
@@ -157,6 +164,7 @@ impl Observer {
                 let request = WatchCreateRequest { key, range_end, start_revision: revision + 1, ..WatchCreateRequest::default() };
                 self.watcher = Some(self.client.watch(request)?);
             }
+            self.look = false;
             if let Some(leader) = leader {
                 let now = (leader.create_revision, leader.mod_revision);
                 if self.last != Some(now) {

@@ -8,15 +8,27 @@
 //! # Invariants
 //! - Each attempt is one Txn that does nothing the second time, so that it may be repeated when its answer was lost.
 //! - After the wait the own key is read once more: it may have gone with its lease meanwhile.
-//! - A place that is given up is left by deleting its key at that revision only.
+//! - A place that is given up is left by deleting its key at that revision only; and until that is known to be done, or the session is lost, the
+//!   session takes no other place in that queue ([`Turns`](super::turns) see to that).
+//! - A place is taken by a task of its own, and handed over. If nobody takes it from its hands any more, it is given up again: no key is left
+//!   behind of which nobody knows.
+//!
+//! # Caveat
+//! A request whose answer was lost is made again. If the lost one is carried out only after the place that came of the second was given up,
+//! the session has a place of which it does not know, until it takes that lock again, or ends. A member carries out what it has taken within
+//! its request timeout, so that takes a lock that is held for less.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::{BufMut, Bytes, BytesMut};
+use tokio::sync::oneshot;
 
 use super::session::Session;
 use super::swap::first_of;
+use super::turns::Turn;
 use super::watch::{EventKind, WatchMessage, decode};
 use super::{Client, Result, prefix_end};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::proto::KeyValue;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::proto::etcdserverpb::request_op::Request;
@@ -28,6 +40,8 @@ pub struct Lock(Place);
 
 impl Session {
     /// Takes a lock, waiting for its turn. Who gives up waiting (drops the future) leaves the queue, soon and if possible.
+    ///
+    /// A session, with all its clones, holds a lock once: who asks for it a second time waits until it was given up.
     ///
     /// # Errors
     /// `SessionLost` when the lease cannot be relied on any more; else as [`Client::txn`].
@@ -61,19 +75,23 @@ impl Session {
     /// # }
     /// ```
     pub async fn lock(&self, name: impl AsRef<[u8]>) -> Result<Lock> {
-        let (place, first) = Place::take(self, name.as_ref(), Bytes::new()).await?;
+        let queue = Queue::of(self, name.as_ref());
+        let turn = queue.turn().await?;
+        let (place, first) = queue.take(turn, Bytes::new()).await?;
         if !first {
             place.wait().await?;
         }
         Ok(Lock(place))
     }
 
-    /// Takes a lock if nobody has it; `None` if somebody does.
+    /// Takes a lock if nobody has it, nor waits for it; `None` if somebody does, and be it another task with a clone of this session.
     ///
     /// # Errors
     /// As [`lock`](Self::lock).
     pub async fn try_lock(&self, name: impl AsRef<[u8]>) -> Result<Option<Lock>> {
-        let (place, first) = Place::take(self, name.as_ref(), Bytes::new()).await?;
+        let queue = Queue::of(self, name.as_ref());
+        let Some(turn) = queue.turn_now().await? else { return Ok(None) };
+        let (place, first) = queue.take(turn, Bytes::new()).await?;
         if !first {
             place.leave().await?;
             return Ok(None);
@@ -107,10 +125,19 @@ impl Lock {
     /// Gives it up.
     ///
     /// # Errors
-    /// `SessionLost` when it went before; else as [`Client::txn`].
+    /// `SessionLost` when it went before: others may have had the lock meanwhile. Else as [`Client::txn`].
     pub async fn unlock(self) -> Result<()> {
         self.0.leave().await
     }
+}
+
+/// A queue, as a session stands in it.
+pub(super) struct Queue {
+    session: Session,
+    /// What its keys begin with.
+    prefix: Bytes,
+    /// The session's.
+    key: Bytes,
 }
 
 /// A place in a queue: a key on the session's lease. Dropped, it is given up, soon and if possible.
@@ -121,9 +148,10 @@ pub(super) struct Place {
     prefix: Bytes,
     pub key: Bytes,
     pub revision: i64,
-    /// The value that it was found with; another than asked for when the session had a place before.
+    /// The value that it was found with; another than asked for when the key was there before.
     pub value: Bytes,
-    left: bool,
+    /// None once it was given up.
+    turn: Option<Turn>,
 }
 
 /// What the keys of a queue begin with.
@@ -150,13 +178,43 @@ fn op(request: Request) -> RequestOp {
     RequestOp { request: Some(request) }
 }
 
-impl Place {
-    /// Takes a place at the end, or the one that the session has already; and says whether it is the first.
-    pub async fn take(session: &Session, name: &[u8], value: Bytes) -> Result<(Place, bool)> {
+impl Queue {
+    pub fn of(session: &Session, name: &[u8]) -> Queue {
         let prefix = queue_prefix(name);
         let mut key = BytesMut::from(&prefix[..]);
         key.extend_from_slice(format!("{:x}", session.lease()).as_bytes());
-        let key = key.freeze();
+        Queue { session: session.clone(), prefix, key: key.freeze() }
+    }
+
+    /// The turn of who asks, among those who share the session.
+    ///
+    /// # Errors
+    /// `SessionLost`.
+    pub async fn turn(&self) -> Result<Turn> {
+        self.session.unless_lost(self.session.turns().wait(&self.key)).await?.ok_or(Error::SessionLost)
+    }
+
+    /// The same, if nobody else of them has to do with the queue.
+    async fn turn_now(&self) -> Result<Option<Turn>> {
+        self.session.unless_lost(self.session.turns().try_now(&self.key)).await
+    }
+
+    /// Takes a place at the end, or the one that the lease has already; and says whether it is the first.
+    pub async fn take(self, turn: Turn, value: Bytes) -> Result<(Place, bool)> {
+        let (hand_over, taken) = oneshot::channel();
+        let session = self.session.clone();
+        // By a task, which goes on if nobody waits for it any more: the Txn may have been sent, and its key then has to be deleted.
+        let taking = async move {
+            // Not taken from its hands, the place is dropped, and so given up.
+            let _ = hand_over.send(self.place(turn, value).await);
+        };
+        session.client().backend.spawn(taking).detach();
+        // If the task ends without a word, so has the runtime that it ran on.
+        taken.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    async fn place(self, turn: Turn, value: Bytes) -> Result<(Place, bool)> {
+        let Queue { session, prefix, key } = self;
         let put = PutRequest { key: key.clone(), value: value.clone(), lease: session.lease(), ..PutRequest::default() };
         let own = RangeRequest { key: key.clone(), ..RangeRequest::default() };
         let txn = TxnRequest {
@@ -164,7 +222,6 @@ impl Place {
             success: vec![op(Request::RequestPut(put)), op(Request::RequestRange(first_in(&prefix)))],
             failure: vec![op(Request::RequestRange(own)), op(Request::RequestRange(first_in(&prefix)))],
         };
-        // If this future is dropped while the Txn is under way, its key may stay behind until the session ends; the next attempt finds it.
         let answer = session.insist(|| session.client().txn(txn.clone())).await?;
         let (revision, value) = if answer.succeeded {
             (answer.header.as_ref().map_or(0, |header| header.revision), value)
@@ -173,11 +230,13 @@ impl Place {
             (own.create_revision, own.value)
         };
         let first = first_of(&answer, 1)?;
-        let place = Place { session: session.clone(), prefix, key, revision, value, left: false };
+        let place = Place { session, prefix, key, revision, value, turn: Some(turn) };
         let is_first = first.is_none_or(|first| first.create_revision >= revision);
         Ok((place, is_first))
     }
+}
 
+impl Place {
     pub fn is_held(&self) -> Compare {
         Compare::create_revision_is(self.key.clone(), self.revision)
     }
@@ -220,35 +279,58 @@ impl Place {
         if answer.succeeded { Ok(answer.header.map_or(0, |header| header.revision)) } else { Err(Error::SessionLost) }
     }
 
-    fn leaving(&self) -> TxnRequest {
-        let delete = DeleteRangeRequest { key: self.key.clone(), ..DeleteRangeRequest::default() };
-        TxnRequest { compare: vec![self.is_held()], success: vec![op(Request::RequestDeleteRange(delete))], failure: Vec::new() }
-    }
-
     /// Gives the place up.
+    ///
+    /// # Errors
+    /// `SessionLost` when the key was gone before.
     pub async fn leave(mut self) -> Result<()> {
-        let txn = self.leaving();
-        // Deleted twice is deleted.
-        self.session.insist(|| self.session.client().txn(txn.clone())).await?;
-        self.left = true;
-        Ok(())
+        if let Some(turn) = &self.turn {
+            turn.leaving();
+        }
+        // Once there is an answer there is nothing left to do, whatever it says.
+        let outcome = delete(&self.session, self.is_held()).await;
+        self.turn = None;
+        outcome
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.left || self.session.is_lost() {
+        let Some(turn) = self.turn.take() else { return };
+        if self.session.is_lost() {
             return;
         }
-        let (client, txn) = (self.session.client().clone(), self.leaving());
+        turn.leaving();
+        let (session, held) = (self.session.clone(), self.is_held());
         let leave = async move {
-            if let Err(err) = client.txn(txn).await {
+            if let Err(err) = delete(&session, held).await {
                 tracing::debug!(error = %err, "a place in a queue is left to its lease");
             }
+            drop(turn);
         };
-        // One request, with a time limit of its own. If it comes to nothing, the key goes with the lease.
+        // It tries as long as the session lasts, and keeps it for that long; then the key goes with the lease.
         self.session.client().backend.spawn(leave).detach();
     }
+}
+
+/// Deletes a key, if it is still the one that was meant.
+///
+/// # Errors
+/// `SessionLost` when it was not; else as [`Client::txn`].
+async fn delete(session: &Session, held: Compare) -> Result<()> {
+    let delete = DeleteRangeRequest { key: held.key.clone(), ..DeleteRangeRequest::default() };
+    let txn = TxnRequest { compare: vec![held], success: vec![op(Request::RequestDeleteRange(delete))], failure: Vec::new() };
+    // Whether an attempt may have been carried out of which no answer came: then it may have been this that has deleted it.
+    let open = AtomicBool::new(false);
+    let attempt = async || {
+        let outcome = session.client().txn(txn.clone()).await;
+        if outcome.as_ref().is_err_and(|err| err.kind() == ErrorKind::OutcomeUnknown) {
+            open.store(true, Ordering::Relaxed);
+        }
+        outcome
+    };
+    let answer = session.insist(attempt).await?;
+    if answer.succeeded || open.load(Ordering::Relaxed) { Ok(()) } else { Err(Error::SessionLost) }
 }
 
 /// Waits for a key to be deleted after a revision.

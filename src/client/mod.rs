@@ -69,6 +69,7 @@ mod namespace;
 mod remote;
 mod session;
 mod swap;
+mod turns;
 mod watch;
 
 use backend::Backend;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::backend::Task;
+use super::turns::Turns;
 use super::{Client, Result};
 use crate::error::{ApplyError, Error, ErrorKind};
 
@@ -44,6 +45,7 @@ struct Inner {
     client: Client,
     lease: i64,
     life: Arc<Life>,
+    turns: Arc<Turns>,
     /// Keeps it alive.
     #[allow(dead_code, reason = "it ends when this is dropped")]
     keeper: Task,
@@ -105,7 +107,7 @@ impl Session {
         let ttl = seconds(ttl);
         life.extend(sent + ttl - margin(ttl).min(ttl));
         let keeper = client.backend.spawn(keep_alive(client.clone(), lease, ttl, sent, life.clone()));
-        Session(Arc::new(Inner { client, lease, life, keeper }))
+        Session(Arc::new(Inner { client, lease, life, turns: Arc::default(), keeper }))
     }
 
     /// The lease's id, for [`PutRequest::lease`](crate::proto::etcdserverpb::PutRequest).
@@ -141,6 +143,23 @@ impl Session {
         }
     }
 
+    /// Who of those that share the session has to do with which queue.
+    pub(super) fn turns(&self) -> &Arc<Turns> {
+        &self.0.turns
+    }
+
+    /// What comes of it, unless the session is lost before.
+    ///
+    /// # Errors
+    /// `SessionLost`.
+    pub(super) async fn unless_lost<T>(&self, what: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.lost() => Err(Error::SessionLost),
+            outcome = what => Ok(outcome),
+        }
+    }
+
     /// Tries until there is an answer, or the session is lost. Only for what may be done twice.
     ///
     /// # Errors
@@ -159,16 +178,15 @@ impl Session {
                 }
             }
         };
-        tokio::select! {
-            biased;
-            () = self.lost() => Err(Error::SessionLost),
-            outcome = trying => outcome,
-        }
+        self.unless_lost(trying).await?
     }
 }
 
+/// The longest TTL there is: etcd's, some 285 years. What a server says beyond it counts as this, so that no moment in time overflows.
+const TTL_MAX_SECS: u64 = 9_000_000_000;
+
 fn seconds(ttl: i64) -> Duration {
-    Duration::from_secs(u64::try_from(ttl).unwrap_or(0))
+    Duration::from_secs(u64::try_from(ttl).unwrap_or(0).min(TTL_MAX_SECS))
 }
 
 /// Renews a lease again and again. When it ends, whyever, the lease is lost.
@@ -217,6 +235,13 @@ async fn keep_alive(client: Client, lease: i64, mut ttl: Duration, mut confirmed
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_ttl_is_too_long_for_the_clock() {
+        for ttl in [i64::MIN, -1, 0, 1, 9_000_000_000, i64::MAX] {
+            assert!(Instant::now().checked_add(seconds(ttl)).is_some(), "{ttl} s");
+        }
+    }
 
     #[test]
     fn the_margin_is_a_quarter_within_bounds() {

@@ -13,6 +13,7 @@ use quorate::proto::{EncodedKv, KeyValue};
 use quorate::{ApplyError, Client, Error, ErrorKind};
 
 use crate::Store;
+pub use crate::queues::*;
 
 fn key_of(kv: &EncodedKv) -> String {
     String::from_utf8(kv.decode().unwrap().key.to_vec()).unwrap()

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use quorate::client::{ListUpdate, RemoteOptions, WatchMessage, prefix_end};
+use quorate::embed::{EmbedConfig, Node};
 use quorate::proto::etcdserverpb::{PutRequest, RangeRequest, WatchCreateRequest};
 use quorate::{Client, Error, ErrorKind, Server, Url};
 use tempfile::TempDir;
@@ -316,4 +317,82 @@ async fn without_a_leader_only_serializable_reads_are_served() {
     tokio::time::timeout(PATIENCE, session.lost()).await.expect("the session is lost");
     assert!(session.is_lost());
     last.shutdown().await.unwrap();
+}
+
+/// The answer to the Txn that takes a lock is lost, and then nobody waits for it any more: the place is given up all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_was_given_up_in_the_making_is_free() {
+    let (server, _dir) = one_member().await;
+    let mut gate = Gate::new(server.client_addrs()[0]).await;
+    let (client, direct) = (remote_client(&[gate.url()]), server.client());
+    // Longer than the test: it is not the lease that frees it.
+    let session = client.session(600).await.unwrap();
+    let other = direct.session(600).await.unwrap();
+    gate.mute();
+    let locking = tokio::spawn({
+        let session = session.clone();
+        async move { session.lock("l").await.map(drop) }
+    });
+    until("the key is there", async || direct.list("l/").await.unwrap().kvs.len() == 1).await;
+    locking.abort();
+    assert!(locking.await.unwrap_err().is_cancelled());
+    gate.cut().await;
+    gate.mend().await;
+    let lock = tokio::time::timeout(PATIENCE, other.lock("l")).await.expect("it is free").unwrap();
+    assert!(!session.is_lost() && !other.is_lost());
+    // And the session may have it again.
+    let (again, ()) = futures_util::join!(session.lock("l"), async { lock.unlock().await.unwrap() });
+    again.unwrap().unlock().await.unwrap();
+    server.shutdown().await.unwrap();
+}
+
+/// A client that a host keeps when its node has stopped: whatever is called, or was under way, ends with a word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_outlives_its_node() {
+    let (server, _dir) = one_member().await;
+    let gate = Gate::new(server.client_addrs()[0]).await;
+    let address = gate.url().trim_start_matches("http://").to_owned();
+    let vars = [("KV_BACKEND".to_owned(), "etcd".to_owned()), ("KV_ADDR".to_owned(), address)];
+    let node = Node::start(EmbedConfig::from_vars(vars).unwrap()).await.unwrap();
+    let client = node.client().clone();
+    client.put("a", "1").await.unwrap();
+    let session = client.session(600).await.unwrap();
+    let lock = session.lock("l").await.unwrap();
+    let mut watcher = client.watch(watch("a", 1)).unwrap();
+    assert!(matches!(watcher.next().await.unwrap(), Some(WatchMessage::Events(_))));
+    let mut updates = client.list_then_watch("a");
+    assert!(matches!(updates.next().await.unwrap(), ListUpdate::Snapshot(_)));
+    // Answers do not come any more; so what is asked now is still under way when the node stops.
+    gate.mute();
+    let reads: Vec<_> = (0..32)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move { client.get("a").await })
+        })
+        .collect();
+    let write = tokio::spawn({
+        let client = client.clone();
+        async move { client.put("b", "1").await }
+    });
+    until("it is under way", async || server.client().get("b").await.unwrap().is_some()).await;
+    node.shutdown().await.unwrap();
+    for read in reads {
+        read.await.expect("no panic").unwrap_err();
+    }
+    assert_eq!(write.await.expect("no panic").unwrap_err().kind(), ErrorKind::OutcomeUnknown);
+    for _ in 0..3 {
+        assert!(matches!(client.get("a").await, Err(Error::Stopped)));
+        assert!(matches!(client.put("a", "2").await, Err(Error::Stopped)));
+        assert!(matches!(client.backup().await, Err(Error::Stopped)));
+        assert!(matches!(watcher.next().await, Err(Error::Stopped)));
+        assert!(updates.next().await.is_err());
+    }
+    let mut late = client.watch(watch("a", 1)).unwrap();
+    assert!(matches!(late.started().await, Err(Error::Stopped)));
+    assert!(matches!(late.next().await, Err(Error::Stopped)));
+    session.lost().await;
+    assert!(matches!(lock.unlock().await, Err(Error::SessionLost)));
+    assert!(matches!(session.lock("l").await, Err(Error::SessionLost)));
+    assert!(matches!(session.close().await, Err(Error::Stopped)));
+    server.shutdown().await.unwrap();
 }
