@@ -57,7 +57,7 @@ async fn any_member_takes_every_request() {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }
-    let leaders: Vec<u64> = clients.iter().map(|client| client.status().leader).collect();
+    let leaders: Vec<u64> = clients.iter().map(|client| client.last_status().leader).collect();
     assert!(leaders.iter().all(|leader| *leader == leaders[0] && *leader != 0), "{leaders:x?}");
     stop_all(servers).await;
 }
@@ -178,7 +178,7 @@ async fn a_quota_that_is_used_up_at_a_follower_heals() {
     };
     let servers = start_all(small).await;
     put(&servers[0].client(), "first", "0").await;
-    let leader = servers[0].client().status().leader;
+    let leader = servers[0].client().last_status().leader;
     let follower = servers.iter().find(|server| server.member_id() != leader).unwrap().client();
     let mut written = 0;
     loop {
@@ -190,14 +190,14 @@ async fn a_quota_that_is_used_up_at_a_follower_heals() {
         }
         assert!(written < 100, "the quota has no effect");
     }
-    assert!(!follower.alarms().is_empty());
+    assert!(!follower.last_alarms().is_empty());
     for key in 0..written {
         insist("a delete", || follower.delete(format!("large {key}"))).await;
     }
     let revision =
         insist("a read", || follower.range(RangeRequest { key: "first".into(), ..Default::default() })).await.header.unwrap().revision;
     insist("a compaction", || follower.compact(revision)).await;
-    three::until("the alarm is taken back", || follower.alarms().is_empty()).await;
+    three::until("the alarm is taken back", || follower.last_alarms().is_empty()).await;
     for server in &servers {
         put(&server.client(), "again", "1").await;
     }

@@ -203,12 +203,12 @@ async fn a_damaged_state_is_made_from_the_log_if_that_is_whole() {
     let mut servers = start_all(keeping).await;
     let client = servers[0].client();
     write(&client, "k", 10).await;
-    let term = client.status().raft_term;
+    let term = client.last_status().raft_term;
     let gone = servers.pop().unwrap();
     gone.shutdown().await.unwrap();
     flip(&state_file(dir.path(), 2), (100..).step_by(1000));
     let back = Server::start(keeping(2)).await.unwrap();
-    assert!(back.client().status().raft_term >= term);
+    assert!(back.client().last_status().raft_term >= term);
     are_equal(&[&back, &servers[0], &servers[1]]).await;
     servers.push(back);
     stop_all(servers).await;
@@ -356,7 +356,7 @@ async fn a_difference_is_found(found: Found, leads: bool) {
     let mut watch = wrong.client().watch(WatchCreateRequest { key: "w".into(), ..Default::default() }).unwrap();
     if leads {
         for _ in 0..600 {
-            let leader = servers.iter().chain([&wrong]).find(|server| server.member_id() == server.client().status().leader);
+            let leader = servers.iter().chain([&wrong]).find(|server| server.member_id() == server.client().last_status().leader);
             match leader {
                 Some(leader) if leader.member_id() == id => break,
                 Some(leader) => drop(MaintenanceClient::new(channel(leader)).move_leader(MoveLeaderRequest { target_id: id }).await),
@@ -373,7 +373,7 @@ async fn a_difference_is_found(found: Found, leads: bool) {
     let expected = [AlarmMember { member_id: id, alarm: AlarmType::Corrupt as i32 }];
     let clients = BTreeMap::from([("a", servers[0].client()), ("b", servers[1].client()), ("c", wrong.client())]);
     for (name, client) in &clients {
-        until(&format!("{name} knows of the alarm"), || client.alarms() == expected).await;
+        until(&format!("{name} knows of the alarm"), || client.last_alarms() == expected).await;
     }
     let mismatches: u64 = servers.iter().chain([&wrong]).map(|server| metric(server, "quorate_corruption_mismatches_total")).sum();
     assert!(mismatches >= 1);
@@ -386,7 +386,7 @@ async fn a_difference_is_found(found: Found, leads: bool) {
     refused(wrong.client().put("x", "z").await.unwrap_err());
     refused(wrong.client().backup().await.map(drop).unwrap_err());
     // The others go on, led by one of them.
-    until("another leads", || client.status().leader != id && client.status().leader != 0).await;
+    until("another leads", || client.last_status().leader != id && client.last_status().leader != 0).await;
     insist("a put", || client.put("w", "on")).await;
     refused(watch.next().await.unwrap_err());
     assert!(insist("a get", || client.get("w")).await.is_some());
@@ -420,7 +420,7 @@ async fn a_member_without_its_data_is_refused_by_the_others() {
     write(&servers[0].client(), "k", 10).await;
     let (id, clients) = (servers[2].member_id(), servers.iter().map(Server::client).collect::<Vec<_>>());
     for client in &clients {
-        until("all are published", || client.members().iter().filter(|member| !member.client_urls.is_empty()).count() == 3).await;
+        until("all are published", || client.last_members().iter().filter(|member| !member.client_urls.is_empty()).count() == 3).await;
     }
     drop(clients);
     stop_all(servers).await;

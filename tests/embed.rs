@@ -273,7 +273,7 @@ async fn a_removed_server_leaves_a_tombstone() {
     for node in &nodes {
         until(node, Access::ReadWrite).await;
     }
-    let members = nodes[0].local().unwrap().members();
+    let members = nodes[0].local().unwrap().last_members();
     let gone = members.iter().find(|member| member.name == "node-2").unwrap();
     let client_url = format!("http://127.0.0.1:{}", places[0].1);
     let mut cluster = ClusterClient::new(tonic::transport::Endpoint::from_shared(client_url).unwrap().connect().await.unwrap());
@@ -295,7 +295,7 @@ async fn a_removed_server_leaves_a_tombstone() {
     nodes.pop().unwrap().shutdown().await.unwrap();
     let mut child = Process(binary.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     until(&nodes[0], Access::ReadWrite).await;
-    let members = nodes[0].local().unwrap().members();
+    let members = nodes[0].local().unwrap().last_members();
     let gone = members.iter().find(|member| member.name == "node-1").unwrap().id;
     remove(&mut cluster, gone).await;
     let began = Instant::now();

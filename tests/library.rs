@@ -405,10 +405,10 @@ async fn a_member_is_looked_after() {
     assert!(matches!(client.hash_kv(5).await, Err(Error::Apply(ApplyError::FutureRevision))));
     assert!(matches!(client.compact(3).await, Err(Error::Apply(ApplyError::Compacted))));
 
-    let status = client.status();
+    let status = client.last_status();
     assert_eq!((status.leader, status.header.unwrap().revision), (server.member_id(), 4));
     assert!(status.raft_applied_index > 0 && status.raft_applied_index <= status.raft_index && status.errors.is_empty());
-    let members = client.members();
+    let members = client.last_members();
     assert_eq!((members.len(), members[0].id, members[0].client_urls.len()), (1, server.member_id(), 1));
 
     let member_id = server.member_id();
@@ -416,7 +416,7 @@ async fn a_member_is_looked_after() {
     for alarm in [AlarmType::Nospace, AlarmType::Corrupt] {
         client.alarm(raise(alarm)).await.unwrap();
     }
-    assert_eq!((client.alarms().len(), client.status().errors.len()), (2, 2));
+    assert_eq!((client.last_alarms().len(), client.last_status().errors.len()), (2, 2));
     assert!(matches!(client.put("a", "4").await, Err(Error::Apply(ApplyError::Corrupt))));
     let corrupt = AlarmMember { member_id, alarm: AlarmType::Corrupt as i32 };
     assert_eq!(client.alarm_disarm(corrupt).await.unwrap(), [corrupt]);

@@ -129,8 +129,9 @@ async fn three(dir: &Path) -> Vec<One> {
 /// Waits until each of these members knows each other's client URLs.
 async fn published(members: &[One]) {
     for member in members {
-        let all =
-            || async { member.client().members().iter().filter(|other| !other.client_urls.is_empty() && !other.name.is_empty()).count() };
+        let all = || async {
+            member.client().last_members().iter().filter(|other| !other.client_urls.is_empty() && !other.name.is_empty()).count()
+        };
         until("the members are published", async || all().await >= members.len()).await;
     }
 }
@@ -182,11 +183,11 @@ macro_rules! assert_refused {
 /// The leader's place, agreed on by all.
 async fn leader(members: &[One]) -> usize {
     let agreed = || {
-        let first = members[0].client().status().leader;
-        members.iter().all(|member| member.client().status().leader == first).then_some(first)
+        let first = members[0].client().last_status().leader;
+        members.iter().all(|member| member.client().last_status().leader == first).then_some(first)
     };
     until("all agree on a leader", async || agreed().is_some_and(|id| members.iter().any(|member| member.id() == id))).await;
-    let id = agreed().unwrap_or_else(|| members[0].client().status().leader);
+    let id = agreed().unwrap_or_else(|| members[0].client().last_status().leader);
     members.iter().position(|member| member.id() == id).unwrap()
 }
 
@@ -233,7 +234,7 @@ async fn each_member_tells_all() {
         assert_eq!(told.name, member.name);
         assert_eq!(told.peer_urls, [url(member.port)]);
         assert_eq!(told.client_urls, [format!("http://{}", member.server.client_addrs()[0])]);
-        assert!(!told.is_learner && !member.client().status().is_learner);
+        assert!(!told.is_learner && !member.client().last_status().is_learner);
     }
     stop(members).await;
 }
@@ -357,7 +358,7 @@ async fn a_learner_joins_and_becomes_a_voter() {
 
     let learner = join(&dir.path().join("d"), "d", port, &members).await.unwrap();
     assert_eq!((learner.id(), learner.server.cluster_id()), (id, members[0].server.cluster_id()));
-    until("it knows that it is a learner", async || learner.client().status().is_learner).await;
+    until("it knows that it is a learner", async || learner.client().last_status().is_learner).await;
     // What a learner serves, and what it does not.
     let own = || RangeRequest { key: "before".into(), serializable: true, ..Default::default() };
     until("it has the log", async || learner.client().range(own()).await.unwrap().count == 1).await;
@@ -378,7 +379,7 @@ async fn a_learner_joins_and_becomes_a_voter() {
     let listed = settled("promoting", async || members[2].promote(id).await).await;
     assert!(listed.iter().any(|told| told.id == id && !told.is_learner));
     members.push(learner);
-    until("it knows that it votes", async || !members[3].client().status().is_learner).await;
+    until("it knows that it votes", async || !members[3].client().last_status().is_learner).await;
     published(&members).await;
     put(&members[3].client(), "from", "d").await;
     assert_eq!(value(&members[0].client(), "from").await.as_deref(), Some("d"));
@@ -524,7 +525,7 @@ async fn all_members_are_replaced_under_load() {
         settled("promoting", async || members[0].promote(id).await).await;
         members.push(joined);
         published(&members).await;
-        until("it votes", async || !members[2].client().status().is_learner).await;
+        until("it votes", async || !members[2].client().last_status().is_learner).await;
         put(&members[2].client(), "round", &round.to_string()).await;
         done.store(true, Ordering::Relaxed);
         for writer in writers {

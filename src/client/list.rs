@@ -17,6 +17,7 @@ const LIST_TRIES: u32 = 5;
 
 /// Keys at one revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Listing {
     /// The revision. A watch from the next one on misses nothing.
     pub revision: i64,
@@ -152,6 +153,7 @@ impl Client {
 
 /// What a [`ListWatch`] tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ListUpdate {
     /// All keys, as they are at a revision. What was known before is to be forgotten: keys that are not here are gone.
     Snapshot(Listing),
@@ -196,7 +198,7 @@ pub enum ListUpdate {
 ///                 };
 ///             }
 ///         }
-///         ListUpdate::Progress { .. } => {}
+///         _ => {} // bookmarks
 ///     }
 /// }
 /// # server.shutdown().await?;

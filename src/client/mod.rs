@@ -73,8 +73,8 @@ mod turns;
 mod watch;
 
 use backend::Backend;
-use in_process::{InProcess, InProcessWatch};
 pub(crate) use backend::RuntimeEnd;
+use in_process::{InProcess, InProcessWatch};
 use namespace::Namespace;
 use watch::{Source, decode};
 
@@ -387,9 +387,11 @@ impl Client {
         self.backend.member_status().await
     }
 
+    // What is known without asking. In process that is live; a remote client knows what it was told last, and before that nothing.
+
     /// The alarms that are raised, without asking anyone: as far as this member has applied the log. A remote client gives what
-    /// [`alarm_list`](Self::alarm_list) told it last.
-    pub fn alarms(&self) -> Vec<AlarmMember> {
+    /// [`alarm_list`](Self::alarm_list) told it last, and none before that.
+    pub fn last_alarms(&self) -> Vec<AlarmMember> {
         match &self.backend {
             Backend::InProcess(member) => member.node.alarms(),
             Backend::Remote(remote) => remote.heard().alarms,
@@ -397,27 +399,29 @@ impl Client {
     }
 
     /// The members of the cluster in the order of their ids, without asking anyone: as far as this member has applied the log. A remote
-    /// client gives what [`member_list`](Self::member_list) told it last.
-    pub fn members(&self) -> Vec<Member> {
+    /// client gives what [`member_list`](Self::member_list) told it last, and none before that.
+    pub fn last_members(&self) -> Vec<Member> {
         match &self.backend {
             Backend::InProcess(member) => member.api.members(),
             Backend::Remote(remote) => remote.heard().members,
         }
     }
 
-    /// The newest revision that this member has applied; for a remote client, the newest that an answer has told.
+    /// How this member is, without asking anyone. A remote client gives what [`member_status`](Self::member_status) told it last, and an
+    /// empty one before that.
+    pub fn last_status(&self) -> StatusResponse {
+        match &self.backend {
+            Backend::InProcess(member) => member.api.status_now(),
+            Backend::Remote(remote) => remote.heard().status,
+        }
+    }
+
+    /// The newest revision that this client knows of, without asking anyone: that this member has applied; for a remote client, the newest
+    /// that an answer has told, and 0 before the first.
     pub fn revision(&self) -> i64 {
         match &self.backend {
             Backend::InProcess(member) => member.node.store().revision(),
             Backend::Remote(remote) => remote.revision(),
-        }
-    }
-
-    /// How this member is, without asking anyone. A remote client gives what [`member_status`](Self::member_status) told it last.
-    pub fn status(&self) -> StatusResponse {
-        match &self.backend {
-            Backend::InProcess(member) => member.api.status_now(),
-            Backend::Remote(remote) => remote.heard().status,
         }
     }
 
@@ -499,6 +503,7 @@ impl Backup {
 
 /// What is left of a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LeaseTime {
     /// The TTL that was granted, in seconds.
     pub granted: i64,

@@ -24,6 +24,7 @@ pub enum EventKind {
 
 /// One change of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WatchEvent {
     /// What happened.
     pub kind: EventKind,
@@ -35,6 +36,7 @@ pub struct WatchEvent {
 
 /// Something that a [`Watcher`] was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WatchMessage {
     /// Changes, in order; all of a revision are in one message.
     Events(Vec<WatchEvent>),
@@ -54,8 +56,6 @@ pub(super) fn decode(kv: &EncodedKv) -> Result<KeyValue> {
     kv.decode().map_err(|err| Error::Failed(format!("a stored pair cannot be read: {err}")))
 }
 
-/// A watch. It ends when it is dropped.
-pub struct Watcher {
 /// Why a server has ended a watch for another reason than a compaction: before it has begun because of the request, or afterwards.
 pub(super) fn ended(at_once: bool, reason: String) -> Error {
     match ApplyError::of_text(&reason) {
@@ -68,6 +68,8 @@ pub(super) fn ended(at_once: bool, reason: String) -> Error {
 /// gRPC's code for what the server has ended by itself, as its number on the wire.
 const CANCELLED: i32 = 1;
 
+/// A watch. It ends when it is dropped.
+pub struct Watcher {
     source: Source,
     space: Option<Namespace>,
 }

@@ -39,7 +39,7 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
         ticks.tick().await;
         // First, so that what is told of it is not newer than the members are.
         let applied = server.applied();
-        let members = client.members();
+        let members = client.last_members();
         let founder = |id: u64| known.decision.founders.iter().find(|founder| founder_id(&known.decision, founder) == Some(id));
         let before = |id: u64| known.servers.iter().find(|server| server.node == NodeId(id.into())).or_else(|| founder(id));
         let servers = members.iter().filter(|member| !member.is_learner).filter_map(|member| {

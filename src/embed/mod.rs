@@ -499,7 +499,7 @@ async fn hand_over(server: &Server) {
     if !node.is_leader() {
         return;
     }
-    let others = server.client().members().into_iter().filter(|member| !member.is_learner && member.id != server.member_id());
+    let others = server.client().last_members().into_iter().filter(|member| !member.is_learner && member.id != server.member_id());
     for member in others {
         match tokio::time::timeout(HAND_OVER, node.move_leader(member.id)).await {
             Ok(Ok(())) => return,

@@ -119,7 +119,7 @@ impl Store for Local {
             let limit = PROBE_TIMEOUT.mul_f32(0.8);
             let began = Instant::now();
             let probe = match tokio::time::timeout(limit, self.0.range(request(false))).await {
-                Ok(Ok(_)) => refused(&self.0.alarms()).unwrap_or(Probe::Good),
+                Ok(Ok(_)) => refused(&self.0.last_alarms()).unwrap_or(Probe::Good),
                 Ok(Err(err)) => Probe::Bad(err.to_string()),
                 Err(_) => Probe::Bad(format!("no quorum has answered within {limit:?}")),
             };

@@ -148,7 +148,7 @@ pub async fn changes(record: Arc<Record>, config: Config, mut rng: StdRng, until
 
 /// The members as one of them knows them, by id and place.
 pub async fn members(record: &Record, at: usize) -> Vec<(u64, usize, bool)> {
-    let listed = record.ask(at, PATIENCE, |client| async move { client.members() }).await.unwrap_or_default();
+    let listed = record.ask(at, PATIENCE, |client| async move { client.last_members() }).await.unwrap_or_default();
     let place = |urls: &[String]| (0..=record.cluster.places()).find(|place| urls.contains(&Cluster::peer_url(*place)));
     listed.iter().filter_map(|member| Some((member.id, place(&member.peer_urls)?, member.is_learner))).collect()
 }
