@@ -309,7 +309,7 @@ async fn a_full_disk_costs_a_backup_and_no_more() {
     assert_eq!(err.kind(), ErrorKind::NoSpace, "{err}");
     assert!(err.to_string().contains("unfinished"), "{err}");
     let status = backups.status().await.unwrap();
-    assert_eq!(status.backups, [first.clone()]);
+    assert_eq!(status.backups, std::slice::from_ref(&first));
     assert_eq!(status.last_try.unwrap().outcome, Err(err.to_string()));
     assert!(!files(&dir).contains(&"unfinished".to_owned()));
     backups.shutdown().await;

@@ -12,7 +12,10 @@
 //! # Invariants
 //! - Who was a member before, and has lost what it had, is not taken in again under the same id: it would break its word.
 
+use std::time::Duration;
+
 use sha2::{Digest, Sha256};
+use tokio::time::Instant;
 
 use crate::config::{Config, Url};
 use crate::error::{Error, Result};
@@ -20,6 +23,11 @@ use crate::proto::peer::MembersResponse;
 use crate::raft::network;
 use crate::storage::dir::Identity;
 use crate::tls::Connector;
+
+/// Election timeouts for which a member that is to join waits for its cluster to have a leader, and how long it waits between two looks. Beyond
+/// it its start fails, and can be tried again.
+const JOIN_ELECTIONS: u32 = 20;
+const JOIN_RETRY: Duration = Duration::from_millis(200);
 
 /// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
 /// are told the same come to the same ids.
@@ -77,13 +85,33 @@ pub(crate) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
 /// # Errors
 /// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which.
 pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>) -> Result<Identity> {
+    // A cluster that is there, and has no leader at this moment, is about to have one.
+    let patience = Duration::from_millis(config.election_timeout_ms) * JOIN_ELECTIONS;
+    let began = Instant::now();
+    loop {
+        let mut no_leader = false;
+        match try_to_join(config, tls, &mut no_leader).await {
+            Err(err) if no_leader && began.elapsed() < patience => {
+                tracing::debug!(error = %err, "the cluster to join has no leader yet");
+                tokio::time::sleep(JOIN_RETRY).await;
+            }
+            tried => return tried,
+        }
+    }
+}
+
+/// Asks each of the members once. Notes whether one of them is there and knows of no leader.
+async fn try_to_join(config: &Config, tls: &Option<Connector>, no_leader: &mut bool) -> Result<Identity> {
     let told = config.initial_members()?;
     let others = told.iter().filter(|(name, _)| *name != config.name).flat_map(|(_, urls)| urls);
     let (mut tried, mut unlike) = (Vec::new(), None);
     for url in others {
         match network::members_at(&url.to_string(), tls).await {
             // What it knows may be from before this member was added, or was up.
-            Ok(there) if !there.newest => tried.push(format!("{url}: it does not know of a leader")),
+            Ok(there) if !there.newest => {
+                *no_leader = true;
+                tried.push(format!("{url}: it does not know of a leader"));
+            }
             // One that lags may not know of this member yet.
             Ok(there) => match place(config, &told, &there) {
                 Ok(identity) => return Ok(identity),
@@ -93,6 +121,7 @@ pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>) -> Re
         }
     }
     if let Some(err) = unlike {
+        *no_leader = false;
         return Err(err);
     }
     let what = "could not retrieve cluster information from the given URLs";

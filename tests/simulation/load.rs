@@ -368,6 +368,7 @@ pub async fn witness(record: Arc<Record>, witness: usize, mut rng: StdRng) {
                     }
                     Some(WatchMessage::Progress { revision }) => Told::Progress(revision),
                     Some(WatchMessage::Compacted { revision }) => return Err(Error::Failed(format!("compacted at {revision}"))),
+                    Some(other) => return Err(Error::Failed(format!("a witness cannot judge {other:?}"))),
                     None => return Ok(()),
                 };
                 if tell.send(one).await.is_err() {
