@@ -27,7 +27,7 @@ const VERSION: u32 = 1;
 /// Servers that a message may name; a cluster has three, and may be told with some more while it changes. A message with more is refused.
 const SERVERS_MAX: usize = 32;
 
-/// Bytes of a URL. A message with a longer one is refused.
+/// Bytes of a URL, or of a server's name. A message with a longer one is refused.
 const TEXT_MAX: usize = 1024;
 
 /// Bytes of a node's name. A longer one is refused, in the configuration and in a message.
@@ -237,17 +237,23 @@ fn candidate_to(candidate: &Candidate) -> wire::Candidate {
     wire::Candidate { node: id(node.0), name, peer_url, client_url }
 }
 
+/// One that founds, or may.
 fn candidate_from(candidate: wire::Candidate) -> Option<Candidate> {
+    server_from(candidate).filter(|candidate| is_name(&candidate.name))
+}
+
+/// A server as the membership has it, whatever it is called there: it may have come by another way than founding.
+fn server_from(candidate: wire::Candidate) -> Option<Candidate> {
     let wire::Candidate { node, name, peer_url, client_url } = candidate;
-    let fits = is_name(&name) && [&peer_url, &client_url].iter().all(|url| url.len() <= TEXT_MAX);
+    let fits = [&name, &peer_url, &client_url].iter().all(|text| text.len() <= TEXT_MAX);
     let are_urls = [&peer_url, &client_url].iter().all(|url| url.parse::<crate::config::Url>().is_ok());
     (fits && are_urls).then_some(Candidate { node: NodeId(from_id(&node)?), name, peer_url, client_url })
 }
 
-fn candidates_from(candidates: Vec<wire::Candidate>) -> Option<Vec<Candidate>> {
+fn all_from(candidates: Vec<wire::Candidate>, one_from: fn(wire::Candidate) -> Option<Candidate>) -> Option<Vec<Candidate>> {
     let some = (1..=SERVERS_MAX.min(JOIN_MAX)).contains(&candidates.len());
     some.then_some(())?;
-    candidates.into_iter().map(candidate_from).collect()
+    candidates.into_iter().map(one_from).collect()
 }
 
 fn decision_to(decision: &Decision) -> wire::Decision {
@@ -255,7 +261,7 @@ fn decision_to(decision: &Decision) -> wire::Decision {
 }
 
 fn decision_from(decision: wire::Decision) -> Option<Decision> {
-    Some(Decision { cluster: from_id(&decision.cluster)?, founders: candidates_from(decision.founders)? })
+    Some(Decision { cluster: from_id(&decision.cluster)?, founders: all_from(decision.founders, candidate_from)? })
 }
 
 fn proposal_to(ballot: &Ballot, decision: &Decision) -> wire::Proposal {
@@ -275,7 +281,7 @@ fn known_to(known: &Known) -> wire::Known {
 }
 
 fn known_from(known: wire::Known) -> Option<Known> {
-    Some(Known { decision: decision_from(known.decision?)?, servers: candidates_from(known.servers)?, as_of: known.as_of })
+    Some(Known { decision: decision_from(known.decision?)?, servers: all_from(known.servers, server_from)?, as_of: known.as_of })
 }
 
 #[cfg(test)]
@@ -339,6 +345,13 @@ mod tests {
             let who = Candidate { name: name.into(), ..candidate(2) };
             let reply = reply(&token, &envelope, &Answer::Unbound { who, list: 5, listed: 3, servers: 1 });
             assert_eq!(open_reply(&token, &envelope, &reply).is_ok(), good, "{name:?}");
+        }
+        // A server is called as it is: it may have been added by hand, or have a part of its id behind a long name.
+        for (name, good) in [("a,b", true), (&*"n".repeat(NAME_MAX + 9), true), (&*"n".repeat(TEXT_MAX + 1), false)] {
+            let servers = vec![Candidate { name: name.into(), ..candidate(4) }];
+            let known = Known { decision: decision(), servers, as_of: 12 };
+            let reply = reply(&token, &envelope, &Answer::Bound { who: NodeId(2), known });
+            assert_eq!(open_reply(&token, &envelope, &reply).is_ok(), good);
         }
         let long = "n".repeat(NAME_MAX);
         assert!(is_name(&long) && !is_name(&format!("{long}n")));
