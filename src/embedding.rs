@@ -2,8 +2,9 @@
 //!
 //! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL` and `LOG_FORMAT`), and does what a host
 //! program does: it starts the node, tries again for as long as there is no cluster, and says in its log what role it has and whether the
-//! store can be written. It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
+//! store can be written, and since when. It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::time::Duration;
 
@@ -54,6 +55,26 @@ pub fn log_config() -> Result<LogConfig, Error> {
     Ok(log)
 }
 
+/// Tells the log of the node's health, now and whenever it changes.
+async fn tell_health(node: &Node) -> Infallible {
+    let mut availability = node.availability();
+    let mut told = None;
+    loop {
+        let now = {
+            let now = availability.borrow_and_update();
+            (now.access, now.kv, now.kv_write)
+        };
+        if told != Some(now) {
+            tracing::info!(health = %node.health_json(), "health");
+            told = Some(now);
+        }
+        if availability.changed().await.is_err() {
+            // The node has stopped, which is heard elsewhere.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 /// Runs until asked to stop.
 ///
 /// # Errors
@@ -96,6 +117,7 @@ pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>)
             return stopped.and(closed);
         }
         signal = asked => tracing::info!(signal, "received signal, shutting down"),
+        never = tell_health(&node) => match never {},
     }
     node.shutdown().await?;
     tracing::info!("node stopped");

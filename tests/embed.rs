@@ -115,6 +115,10 @@ async fn five_nodes_have_one_cluster() {
             .unwrap()
             .unwrap();
     }
+    let health = nodes[clients[0]].as_ref().unwrap().health_json();
+    let status = |part: &str| health["submodules"][part]["status"].as_str().unwrap().to_owned();
+    assert_eq!((status("kv"), status("kv_write")), ("alive".into(), "unavailable".into()), "{health}");
+    assert_eq!((health["role"].as_str(), health["cluster"].as_str()), (Some("client"), cluster.as_deref()), "{health}");
     let read = RangeRequest { key: "volumes/b".into(), serializable: true, ..RangeRequest::default() };
     assert_eq!(local(&nodes, servers[0]).range(read).await.unwrap().count, 1);
 

@@ -80,14 +80,65 @@ pub struct Availability {
     pub since: SystemTime,
     /// Whether the last probe could read, at least what one server has.
     pub kv: bool,
+    /// Since when `kv` is what it is.
+    pub kv_since: SystemTime,
     /// Whether the last probe says that a write would succeed.
     pub kv_write: bool,
+    /// Since when `kv_write` is what it is.
+    pub kv_write_since: SystemTime,
 }
 
 impl Default for Availability {
     fn default() -> Self {
         let since = SystemTime::now();
-        Availability { access: Access::Starting, reason: "nothing was tried yet".into(), since, kv: false, kv_write: false }
+        let (access, reason) = (Access::Starting, "nothing was tried yet".into());
+        Availability { access, reason, since, kv: false, kv_since: since, kv_write: false, kv_write_since: since }
+    }
+}
+
+impl Availability {
+    /// Takes what is the case from `now` on, and says whether that is anything new.
+    pub(crate) fn set(&mut self, now: SystemTime, access: Access, reason: &str, kv: bool, kv_write: bool) -> bool {
+        if (self.access, self.reason.as_str(), self.kv, self.kv_write) == (access, reason, kv, kv_write) {
+            return false;
+        }
+        if self.access != access {
+            self.since = now;
+        }
+        if self.kv != kv {
+            self.kv_since = now;
+        }
+        if self.kv_write != kv_write {
+            self.kv_write_since = now;
+        }
+        (self.access, self.kv, self.kv_write) = (access, kv, kv_write);
+        reason.clone_into(&mut self.reason);
+        true
+    }
+
+    /// The same as JSON, as for a health page. Times are milliseconds since 1970.
+    ///
+    /// ```
+    /// let health = quorate::embed::Availability::default().to_json();
+    /// assert_eq!(health["access"], "starting");
+    /// assert_eq!(health["submodules"]["kv_write"]["status"], "unavailable"); // or "alive"
+    /// assert!(health["submodules"]["kv_write"]["changedAt"].as_u64() > Some(1_700_000_000_000));
+    /// ```
+    pub fn to_json(&self) -> serde_json::Value {
+        let at = |time: SystemTime| {
+            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        };
+        let part = |good: bool, since: SystemTime| {
+            let (status, message) = if good { ("alive", "") } else { ("unavailable", self.reason.as_str()) };
+            serde_json::json!({ "status": status, "message": message, "changedAt": at(since) })
+        };
+        serde_json::json!({
+            "access": self.access.to_string(),
+            "reason": self.reason,
+            "changedAt": at(self.since),
+            "submodules": { "kv": part(self.kv, self.kv_since), "kv_write": part(self.kv_write, self.kv_write_since) },
+        })
     }
 }
 
@@ -263,6 +314,24 @@ mod tests {
         let full = Probe::Refused("no space".into());
         assert_eq!(run(&mut tracker, &mut now, [Probe::Good, full]), [Access::ReadWrite, Access::ReadOnly]);
         assert_eq!(tracker.reason(), "no space");
+    }
+
+    /// Each part keeps the time of its own change.
+    #[test]
+    fn health_says_since_when() {
+        let at = |seconds: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut now = Availability::default();
+        assert!(now.set(at(1), Access::ReadWrite, "", true, true));
+        assert!(!now.set(at(2), Access::ReadWrite, "", true, true));
+        assert!(now.set(at(3), Access::Degraded, "no leader", true, false));
+        assert!(now.set(at(4), Access::Degraded, "still none", true, false));
+        assert!(now.set(at(8), Access::ReadOnly, "still none", true, false));
+        assert_eq!((now.since, now.kv_since, now.kv_write_since), (at(8), at(1), at(3)));
+        let json = now.to_json();
+        assert_eq!((json["access"].as_str(), json["changedAt"].as_u64()), (Some("read-only"), Some(8000)));
+        let part = |name: &str| json["submodules"][name].to_string();
+        assert_eq!(part("kv"), r#"{"changedAt":1000,"message":"","status":"alive"}"#);
+        assert_eq!(part("kv_write"), r#"{"changedAt":3000,"message":"still none","status":"unavailable"}"#);
     }
 
     #[test]

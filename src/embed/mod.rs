@@ -192,6 +192,17 @@ impl Node {
         self.availability.clone()
     }
 
+    /// The [availability](Self::availability) as it is now, as JSON for a health page, with the node's role and cluster: see
+    /// [`Availability::to_json`].
+    pub fn health_json(&self) -> serde_json::Value {
+        let mut health = self.availability.borrow().to_json();
+        if let Some(health) = health.as_object_mut() {
+            health.insert("role".into(), self.role.to_string().into());
+            health.insert("cluster".into(), self.cluster_id().into());
+        }
+        health
+    }
+
     /// Returns when the node's server has stopped by itself, or the node was told to stop. A client node has no server that could.
     ///
     /// # Errors
@@ -309,9 +320,7 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
     if let Err(err) = &result {
         // The host goes on; it is told, and nothing here tries to be a server any more.
         tracing::error!(error = %err, "this node's server has stopped");
-        let reason = err.to_string();
-        let since = std::time::SystemTime::now();
-        tell.send_replace(Availability { access: Access::ReadOnly, reason, since, kv: false, kv_write: false });
+        tell.send_if_modified(|now| now.set(std::time::SystemTime::now(), Access::ReadOnly, &err.to_string(), false, false));
         tell_end.send_replace(Some(err.clone()));
         stop.cancelled().await;
     }

@@ -87,13 +87,8 @@ fn publish(tell: &watch::Sender<Availability>, tracker: &Tracker, kv: bool, kv_w
                 Access::ReadWrite => tracing::info!(%access, before = %now.access, "the store's availability has changed"),
                 _ => tracing::warn!(%access, before = %now.access, reason, "the store's availability has changed"),
             }
-            now.since = SystemTime::now();
-        } else if now.reason == reason && (now.kv, now.kv_write) == (kv, kv_write) {
-            return false;
         }
-        (now.access, now.kv, now.kv_write) = (access, kv, kv_write);
-        reason.clone_into(&mut now.reason);
-        true
+        now.set(SystemTime::now(), access, reason, kv, kv_write)
     });
 }
 
