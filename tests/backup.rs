@@ -311,7 +311,9 @@ async fn a_full_disk_costs_a_backup_and_no_more() {
     let status = backups.status().await.unwrap();
     assert_eq!(status.backups, std::slice::from_ref(&first));
     assert_eq!(status.last_try.unwrap().outcome, Err(err.to_string()));
-    assert!(!files(&dir).contains(&"unfinished".to_owned()));
+    assert_eq!(files(&dir), ["LOCK".to_owned(), "last-try".to_owned(), first.name.clone()]);
+    // Also on disk, for whoever asks the binary.
+    assert_eq!(backup::list(&dir).unwrap().last_try.unwrap().outcome, Err(err.to_string()));
     backups.shutdown().await;
 
     // On a schedule: tried again and again, until there is space.

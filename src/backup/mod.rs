@@ -54,6 +54,7 @@
 //! - What the platform did after the backup is not in it: after a restore, what hangs on the store may have moved on.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -144,8 +145,9 @@ struct Shared {
     config: BackupConfig,
     place: Arc<dyn Place>,
     counters: Option<Arc<Counters>>,
-    /// Held while one is being made.
+    /// Held while one is being made. It is never tried but by who would make one: a scheduled backup is left out when it is held.
     turn: tokio::sync::Mutex<()>,
+    is_running: AtomicBool,
     last_try: Mutex<Option<LastTry>>,
     next: Mutex<Option<SystemTime>>,
 }
@@ -186,7 +188,8 @@ impl Backups {
         }
         let last_try = Mutex::new(place.noted());
         let place = Arc::new(place);
-        let shared = Shared { client, config, place, counters, turn: Default::default(), last_try, next: Mutex::default() };
+        let (turn, is_running, next) = Default::default();
+        let shared = Shared { client, config, place, counters, turn, is_running, last_try, next };
         let backups = Backups { shared: Arc::new(shared), runtime, tasks: TaskTracker::new(), stop: CancellationToken::new() };
         if let Some(schedule) = schedule {
             let (shared, stop) = (backups.shared.clone(), backups.stop.clone());
@@ -220,7 +223,7 @@ impl Backups {
     pub async fn status(&self) -> Result<Status> {
         let place = self.shared.place.clone();
         let backups = self.runtime.spawn_blocking(move || place.list()).await.map_err(ended)??;
-        let is_running = self.shared.turn.try_lock().is_err();
+        let is_running = self.shared.is_running.load(Ordering::Relaxed);
         Ok(Status { backups, last_try: lock(&self.shared.last_try).clone(), is_running, next: *lock(&self.shared.next) })
     }
 
@@ -264,6 +267,9 @@ impl Shared {
     /// Makes one, and tells what came of it. Whoever calls has the turn.
     async fn attempt(&self) -> Result<BackupInfo> {
         let begun = SystemTime::now();
+        self.is_running.store(true, Ordering::Relaxed);
+        // Also when this is given up halfway.
+        let _running = Running(&self.is_running);
         let made = self.make(begun).await;
         match &made {
             Ok(made) => {
@@ -328,6 +334,15 @@ impl Shared {
         if let Err(error) = retired.await {
             tracing::warn!(%error, "old backups could not be removed");
         }
+    }
+}
+
+/// Notes at its end that nothing is being made any more.
+struct Running<'a>(&'a AtomicBool);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
     }
 }
 

@@ -4,7 +4,7 @@
 //! <dir>/
 //!   LOCK                                          held while a process makes backups here
 //!   quorate-20261123T044012.345Z-r900.backup      whole, synced, and read back: what has such a name has been all of that
-//!   unfinished                                    being written; removed by whoever comes next
+//!   unfinished-6a1f00c2d3b4e597                   being written; removed by whoever comes next
 //!   last-try                                      when a backup was last tried, and what came of it
 //! ```
 //!
@@ -25,7 +25,10 @@ use rustix::fs::{Advice, fadvise};
 use super::format;
 use crate::error::{Error, Result};
 use crate::storage::dir;
+use crate::world;
 
+/// How the name begins of what is being written. A number drawn by chance follows: one that was given up may take a moment to go, and
+/// must not take the next one along.
 const UNFINISHED: &str = "unfinished";
 const LAST_TRY: &str = "last-try";
 const PREFIX: &str = "quorate-";
@@ -34,8 +37,12 @@ const ENDING: &str = ".backup";
 /// How the time of a backup stands in its name. Ordered as the times are.
 const TIME: &str = "%Y%m%dT%H%M%S%.3fZ";
 
-/// Largest `last-try` that is read: its error is a line of text. A larger one is not ours.
-const LAST_TRY_BYTES_MAX: u64 = 64 << 10;
+/// The size of `last-try`, whatever it says: so it can be written over in place when there is no room for another. A text that does not fit
+/// is cut.
+const LAST_TRY_BYTES: usize = 4096;
+
+/// Bytes of an error that are remembered; in JSON each may take six.
+const ERROR_BYTES: usize = 600;
 
 /// Where backups are kept. All of it may block.
 pub(super) trait Place: Send + Sync + 'static {
@@ -151,7 +158,7 @@ pub(super) fn list(dir: &Path) -> Result<Vec<BackupInfo>> {
 pub(super) fn last_try(dir: &Path) -> Option<LastTry> {
     use std::io::Read;
     let mut text = String::new();
-    File::open(dir.join(LAST_TRY)).ok()?.take(LAST_TRY_BYTES_MAX).read_to_string(&mut text).ok()?;
+    File::open(dir.join(LAST_TRY)).ok()?.take(LAST_TRY_BYTES as u64).read_to_string(&mut text).ok()?;
     let fields: serde_json::Value = serde_json::from_str(&text).ok()?;
     let field = |name: &str| fields.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
     let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(fields.get("at")?.as_u64()?))?;
@@ -195,16 +202,24 @@ impl Directory {
         let hold = dir::hold(path)?;
         let directory = Directory { path: path.to_owned(), _hold: hold };
         directory.clear()?;
+        if !path.join(LAST_TRY).exists()
+            && let Err(error) = dir::write_whole(path, LAST_TRY, &[b' '; LAST_TRY_BYTES])
+        {
+            tracing::warn!(%error, "what comes of backups may not be noted in their directory");
+        }
         Ok(directory)
     }
 
-    /// Removes what a process that ended had begun.
+    /// Removes what was begun and not finished, by a process that has ended above all.
     fn clear(&self) -> Result<()> {
-        let path = self.path.join(UNFINISHED);
-        match fs::remove_file(&path) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &path, err)),
-            _ => Ok(()),
+        let fault = |err| Error::io("listing", &self.path, err);
+        for entry in fs::read_dir(&self.path).map_err(fault)? {
+            let entry = entry.map_err(fault)?;
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with(UNFINISHED)) {
+                remove(&entry.path())?;
+            }
         }
+        Ok(())
     }
 }
 
@@ -215,7 +230,7 @@ impl Place for Directory {
 
     fn begin(&self) -> Result<Box<dyn Part>> {
         self.clear()?;
-        let path = self.path.join(UNFINISHED);
+        let path = self.path.join(format!("{UNFINISHED}-{:016x}", world::random()));
         // Read as well: what is in it is looked at through the same file.
         let file = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(&path);
         let file = file.map_err(|err| Error::io("making", &path, err))?;
@@ -232,9 +247,24 @@ impl Place for Directory {
         let at = last.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let fields = match &last.outcome {
             Ok(made) => serde_json::json!({ "at": at, "made": made }),
-            Err(error) => serde_json::json!({ "at": at, "error": error }),
+            Err(error) => serde_json::json!({ "at": at, "error": error.get(..error.floor_char_boundary(ERROR_BYTES)) }),
         };
-        dir::write_whole(&self.path, LAST_TRY, format!("{fields}\n").as_bytes())
+        let mut text = fields.to_string();
+        text.push_str(&" ".repeat(LAST_TRY_BYTES.saturating_sub(text.len() + 1)));
+        text.push('\n');
+        match dir::write_whole(&self.path, LAST_TRY, text.as_bytes()) {
+            Err(err) if err.is_disk_full() => {
+                remove(&self.path.join(LAST_TRY).with_extension("new"))?;
+                let path = self.path.join(LAST_TRY);
+                let write = || -> io::Result<()> {
+                    let mut file = OpenOptions::new().write(true).open(&path)?;
+                    file.write_all(text.as_bytes())?;
+                    file.sync_all()
+                };
+                write().map_err(|err| Error::io("writing", &path, err))
+            }
+            done => done,
+        }
     }
 
     fn noted(&self) -> Option<LastTry> {
@@ -281,10 +311,18 @@ impl Part for Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if !self.is_named
-            && let Err(err) = fs::remove_file(&self.path)
+            && let Err(error) = remove(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), error = %err, "could not remove an unfinished backup; the next one tries again");
+            tracing::warn!(%error, "could not remove an unfinished backup; the next one tries again");
         }
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", path, err)),
+        _ => Ok(()),
     }
 }
 
@@ -352,12 +390,16 @@ mod tests {
         for bad in [&good[..good.len() - 1], &changed, b""] {
             assert!(matches!(make(&place, bad), Err(Error::Corrupt { .. } | Error::Format { .. })));
         }
-        drop(place.begin().unwrap());
-        assert_eq!(files(dir.path()).len(), 3);
+        let given_up = place.begin().unwrap();
+        let next = place.begin().unwrap();
+        drop(given_up);
+        assert_eq!(files(dir.path()).len(), 5, "what was given up takes nothing along");
+        drop(next);
+        assert_eq!(files(dir.path()).len(), 4);
         fs::write(dir.path().join(UNFINISHED), &good).unwrap();
         drop(place);
         Directory::open(dir.path()).unwrap();
-        assert_eq!(files(dir.path()).len(), 3);
+        assert_eq!(files(dir.path()).len(), 4);
     }
 
     #[test]
@@ -384,6 +426,12 @@ mod tests {
             place.note(&last).unwrap();
             assert_eq!(place.noted(), Some(last));
         }
+        let last = LastTry { at, outcome: Err("\u{fc}\u{1}".repeat(1000)) };
+        place.note(&last).unwrap();
+        assert!(
+            matches!(place.noted().unwrap().outcome, Err(text) if text.starts_with("\u{fc}\u{1}\u{fc}") && text.len() > ERROR_BYTES - 4)
+        );
+        assert_eq!(fs::metadata(dir.path().join(LAST_TRY)).unwrap().len(), LAST_TRY_BYTES as u64);
         for text in ["", "{}", "[]", "{\"at\":-1,\"made\":\"x\"}", "{\"at\":18446744073709551615,\"made\":\"x\"}"] {
             fs::write(dir.path().join(LAST_TRY), text).unwrap();
             assert_eq!(place.noted(), None, "{text}");
