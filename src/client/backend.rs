@@ -66,9 +66,15 @@ impl Backend {
         either!(self, lease_revoke(request))
     }
 
-    /// Renews a lease; 0 when there is none. `patience` is how long one member is given, if not as long as usual.
-    pub async fn lease_renew(&self, id: i64, patience: Option<Duration>) -> Result<i64> {
-        either!(self, lease_renew(id, patience))
+    /// Renews a lease; 0 when there is none.
+    pub async fn lease_renew(&self, id: i64) -> Result<i64> {
+        either!(self, lease_renew(id))
+    }
+
+    /// The same, of which the time is short: one member is waited for no longer than `patience`, before all others are asked, too; and if it
+    /// is late, none is asked alone.
+    pub async fn lease_renew_soon(&self, id: i64, patience: Duration, is_late: bool) -> Result<i64> {
+        either!(self, lease_renew_soon(id, patience, is_late))
     }
 
     pub async fn lease_time_to_live(&self, id: i64) -> Result<Option<LeaseTime>> {

@@ -55,7 +55,12 @@ impl InProcess {
         self.written(self.node.lease_revoke(request)).await
     }
 
-    pub async fn lease_renew(&self, id: i64, _: Option<Duration>) -> Result<i64> {
+    pub async fn lease_renew(&self, id: i64) -> Result<i64> {
+        self.node.lease_renew(id).await
+    }
+
+    /// The member finds the leader by itself, and tries every few milliseconds while there is none.
+    pub async fn lease_renew_soon(&self, id: i64, _: Duration, _: bool) -> Result<i64> {
         self.node.lease_renew(id).await
     }
 

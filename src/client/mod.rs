@@ -312,7 +312,7 @@ impl Client {
     /// # Errors
     /// [`ApplyError::LeaseNotFound`] when there is none.
     pub async fn lease_keep_alive(&self, id: i64) -> Result<i64> {
-        match self.backend.lease_renew(id, None).await? {
+        match self.backend.lease_renew(id).await? {
             0 => Err(ApplyError::LeaseNotFound.into()),
             ttl => Ok(ttl),
         }

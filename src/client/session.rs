@@ -6,6 +6,12 @@
 //! before that, if no renewal has succeeded: a quarter of the TTL, from half a second to five seconds. That is the time in which to stop what
 //! relied on it. Time is the monotonic clock's.
 //!
+//! # Elections
+//! A third of the TTL after the last renewal was sent the next one is tried, and then again and again, at all members at once if need be
+//! ([`renew`](super::remote) says how). So a session outlives an election, or any other trouble, after which some member answers while there is more
+//! left than the margin, a tenth of a second and the way there and back. With a TTL of 15 s that is trouble of 6 s whenever it begins, and
+//! of 11 s if it begins with a renewal. Who wants a session to outlive more wants a longer TTL.
+//!
 //! # Caveat
 //! A process that stands still (suspended, swapped out, stopped) hears nothing in time. Whoever must be sure gives the
 //! [fencing revision](super::Lock::revision) to what it writes to, or writes with the [lock's condition](super::Lock::is_held) in a Txn.
@@ -106,7 +112,12 @@ impl Session {
         // Set before anybody can ask.
         let ttl = seconds(ttl);
         life.extend(sent + ttl - margin(ttl).min(ttl));
-        let keeper = client.backend.spawn(keep_alive(client.clone(), lease, ttl, sent, life.clone()));
+        let backend = client.backend.clone();
+        let renew = move |patience, is_late| {
+            let backend = backend.clone();
+            async move { backend.lease_renew_soon(lease, patience, is_late).await }
+        };
+        let keeper = client.backend.spawn(keep_alive(renew, lease, ttl, sent, life.clone()));
         Session(Arc::new(Inner { client, lease, life, turns: Arc::default(), keeper }))
     }
 
@@ -189,8 +200,15 @@ fn seconds(ttl: i64) -> Duration {
     Duration::from_secs(u64::try_from(ttl).unwrap_or(0).min(TTL_MAX_SECS))
 }
 
-/// Renews a lease again and again. When it ends, whyever, the lease is lost.
-async fn keep_alive(client: Client, lease: i64, mut ttl: Duration, mut confirmed: Instant, life: Arc<Life>) {
+/// Renews a lease again and again. When it ends, whyever, the lease is lost. `renew` is given the time after which to ask other
+/// members, and whether it has failed before.
+async fn keep_alive<F: Future<Output = Result<i64>>>(
+    renew: impl Fn(Duration, bool) -> F,
+    lease: i64,
+    mut ttl: Duration,
+    mut confirmed: Instant,
+    life: Arc<Life>,
+) {
     let lost = life.lost.clone();
     let _lost_in_the_end = lost.clone().drop_guard();
     loop {
@@ -200,6 +218,7 @@ async fn keep_alive(client: Client, lease: i64, mut ttl: Duration, mut confirmed
             () = lost.cancelled() => return,
             () = tokio::time::sleep_until((confirmed + ttl / RENEWALS).min(until)) => {}
         }
+        let mut is_late = false;
         loop {
             let sent = Instant::now();
             if sent >= until {
@@ -207,7 +226,8 @@ async fn keep_alive(client: Client, lease: i64, mut ttl: Duration, mut confirmed
                 return;
             }
             // A member that is silent is not waited for until it is too late to ask another.
-            let renewing = client.backend.lease_renew(lease, Some(ttl / RENEWALS / 2));
+            let renewing = renew(ttl / RENEWALS / 2, is_late);
+            is_late = true;
             let outcome = tokio::select! {
                 () = lost.cancelled() => return,
                 outcome = tokio::time::timeout_at(until, renewing) => outcome,
@@ -235,6 +255,55 @@ async fn keep_alive(client: Client, lease: i64, mut ttl: Duration, mut confirmed
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::backend::{RuntimeEnd, Timers};
+    use crate::client::remote::renew::{RETRY, soon};
+
+    /// With a member that is silent, one that is gone, and one that answers as soon as the cluster is back: whenever that is before the last
+    /// moment, the session lasts; and if it never is, the session is lost at that moment.
+    #[tokio::test(start_paused = true)]
+    async fn a_session_outlives_an_election() {
+        const WAY: Duration = Duration::from_millis(10);
+        #[derive(Clone)]
+        enum Member {
+            Silent,
+            Gone,
+            Back(Instant),
+        }
+        let timers = Timers::new(tokio::runtime::Handle::current(), RuntimeEnd::default());
+        for secs in [2u32, 5, 15, 60] {
+            let ttl = Duration::from_secs(secs.into());
+            let reliable = ttl - margin(ttl);
+            let steps = 97;
+            for step in 0..=steps + 1 {
+                let began = Instant::now();
+                let in_time = step <= steps;
+                // The last moment, at the latest; or never.
+                let trouble = if in_time { (reliable - RETRY - 3 * WAY) * step / steps } else { 10 * ttl };
+                let back = began + trouble;
+                let life = Arc::new(Life { began, until_ms: AtomicU64::new(0), lost: CancellationToken::new() });
+                let ask = |member: Member| async move {
+                    tokio::time::sleep(WAY).await;
+                    match member {
+                        Member::Silent => std::future::pending().await,
+                        Member::Back(back) if Instant::now() >= back => Ok(i64::from(secs)),
+                        Member::Gone | Member::Back(_) => Err(Error::Unavailable("for the test".into())),
+                    }
+                };
+                let renew = |patience, is_late: bool| {
+                    let (timers, first) = (&timers, (!is_late).then_some(Member::Silent));
+                    let all = move || vec![Member::Silent, Member::Gone, Member::Back(back)];
+                    async move { soon(timers, patience, first, all, ask).await }
+                };
+                let keeping = keep_alive(renew, 7, ttl, began, life.clone());
+                let kept = tokio::time::timeout(3 * ttl, keeping).await.is_err();
+                assert_eq!(kept, in_time, "TTL {secs} s, trouble for {trouble:?}");
+                if !in_time {
+                    let lost = began.elapsed();
+                    assert!((reliable..=reliable + WAY).contains(&lost), "TTL {secs} s: lost after {lost:?}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn no_ttl_is_too_long_for_the_clock() {

@@ -44,6 +44,8 @@ struct State {
     /// What the members have told of each other.
     learned: Vec<Url>,
     current: Option<Link>,
+    /// Connections beside it, one to an endpoint at most, while members are asked all at once.
+    spares: Vec<Link>,
     /// The endpoint that failed last; the one behind it is next.
     failed: Option<Url>,
     serial: u64,
@@ -61,7 +63,7 @@ impl Links {
     }
 
     /// All endpoints, those given first.
-    fn all(&self) -> Vec<Url> {
+    pub fn all(&self) -> Vec<Url> {
         let mut all = self.given.borrow().clone();
         for url in &lock(&self.state).learned {
             if !all.contains(url) {
@@ -98,10 +100,44 @@ impl Links {
     /// Goes elsewhere, unless that was done already.
     pub fn leave(&self, link: &Link) {
         let mut state = lock(&self.state);
+        state.spares.retain(|spare| spare.serial != link.serial);
         if state.current.as_ref().is_some_and(|current| current.serial == link.serial) {
             state.current = None;
             state.failed = Some(link.url.clone());
         }
+    }
+
+    /// A connection to that endpoint beside the one in use: it is made with its first call.
+    ///
+    /// # Errors
+    /// `Unavailable` when there can be none.
+    pub fn spare(&self, url: &Url, timers: &Timers) -> Result<Link> {
+        let mut state = lock(&self.state);
+        if let Some(spare) = state.spares.iter().find(|spare| spare.url == *url) {
+            return Ok(spare.clone());
+        }
+        let channel = {
+            let _entered = timers.runtime().enter();
+            self.endpoint(url).map_err(|err| Error::Unavailable(format!("{url}: {err}")))?.connect_lazy()
+        };
+        state.serial += 1;
+        let spare = Link { url: url.clone(), channel, serial: state.serial };
+        state.spares.push(spare.clone());
+        Ok(spare)
+    }
+
+    /// Takes a connection that has just served into use, if there is none, and lets go of those beside it.
+    pub fn adopt(&self, link: Link) {
+        let mut state = lock(&self.state);
+        state.spares.clear();
+        if state.current.is_none() {
+            state.current = Some(link);
+        }
+    }
+
+    /// Lets go of the connections beside the one in use: the next time they are made anew.
+    pub fn leave_spares(&self) {
+        lock(&self.state).spares.clear();
     }
 
     /// The connection in use, or a new one to the next endpoint that takes it.
@@ -144,14 +180,14 @@ impl Links {
         Err(Error::Unavailable(failures.join("; ")))
     }
 
-    /// Makes a connection. Where one in TLS is made, it is here.
-    async fn connect(&self, url: &Url, timers: &Timers) -> Result<Channel, String> {
+    /// How a connection is made. Where one in TLS is made, it is here.
+    fn endpoint(&self, url: &Url) -> Result<Endpoint, String> {
         if url.is_tls() {
             return Err("TLS is not built".into());
         }
         let (interval, timeout) = self.keep_alive;
         let endpoint = Endpoint::from_shared(url.to_string()).map_err(|err| err.to_string())?;
-        let endpoint = endpoint
+        Ok(endpoint
             .connect_timeout(self.connect_timeout)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(interval)
@@ -159,7 +195,11 @@ impl Links {
             // An etcd takes offence at pings while nothing is under way.
             .keep_alive_while_idle(false)
             .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW);
+            .initial_connection_window_size(CONNECTION_WINDOW))
+    }
+
+    async fn connect(&self, url: &Url, timers: &Timers) -> Result<Channel, String> {
+        let endpoint = self.endpoint(url)?;
         // The connection's task belongs to our runtime, whoever asks.
         let connecting = timers.runtime().spawn(async move { endpoint.connect().await });
         let connected = timers.within(Some(self.connect_timeout), connecting).await;

@@ -14,7 +14,8 @@
 //! - A read is tried again until it is answered, or its time is up. A member that is silent is given half of that time.
 //! - Each call but a serializable read, a status and a backup carries `hasleader: true`: a member that has lost its leader refuses it at
 //!   once, and the next is asked.
-//! - All calls of a client share one connection. It is replaced when it fails, for all of them.
+//! - All calls of a client share one connection. It is replaced when it fails, for all of them. Only renewals of sessions that the member in use
+//!   does not answer in time go to all members at once (`renew.rs`).
 //!
 //! # Caveats
 //! - Name resolution is the system's, within the connect timeout. TLS is not built: `https` endpoints are refused by name.
@@ -45,15 +46,16 @@ use crate::proto::etcdserverpb::lease_client::LeaseClient;
 use crate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
 use crate::proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, CompactionRequest, CompactionResponse, DefragmentRequest, DeleteRangeRequest,
-    DeleteRangeResponse, HashKvRequest, HashKvResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseLeasesRequest,
-    LeaseRevokeRequest, LeaseRevokeResponse, LeaseTimeToLiveRequest, Member, MemberListRequest, PutRequest, PutResponse, RangeRequest,
-    RangeResponse, ResponseHeader, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse, TxnRequest, TxnResponse,
-    WatchCreateRequest, alarm_request::AlarmAction,
+    DeleteRangeResponse, HashKvRequest, HashKvResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest,
+    LeaseKeepAliveResponse, LeaseLeasesRequest, LeaseRevokeRequest, LeaseRevokeResponse, LeaseTimeToLiveRequest, Member, MemberListRequest,
+    PutRequest, PutResponse, RangeRequest, RangeResponse, ResponseHeader, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
+    TxnRequest, TxnResponse, WatchCreateRequest, alarm_request::AlarmAction,
 };
 use links::{Link, Links};
 use verdict::{Verdict, verdict};
 
 mod links;
+pub(super) mod renew;
 mod verdict;
 pub(super) mod watch;
 
@@ -167,15 +169,13 @@ pub(super) struct Heard {
 struct Terms {
     /// It changes nothing, or comes to the same when it is done twice.
     is_read: bool,
-    /// How long one attempt may take; without: as long as the whole call.
-    patience: Option<Duration>,
     /// It may take as long as it takes.
     is_long: bool,
 }
 
 impl Terms {
-    const WRITE: Terms = Terms { is_read: false, patience: None, is_long: false };
-    const READ: Terms = Terms { is_read: true, patience: None, is_long: false };
+    const WRITE: Terms = Terms { is_read: false, is_long: false };
+    const READ: Terms = Terms { is_read: true, is_long: false };
 
     fn long(self) -> Terms {
         Terms { is_long: true, ..self }
@@ -267,11 +267,10 @@ impl Remote {
                 Ok(Err(err)) | Err(err) => return Err(err),
                 Ok(Ok(link)) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    let limit = match (terms.is_long, terms.patience, terms.is_read) {
-                        (true, ..) => None,
-                        (_, Some(patience), _) => Some(patience.min(left)),
-                        (_, None, true) => Some((options.request_timeout / 2).min(left)),
-                        (_, None, false) => Some(left),
+                    let limit = match (terms.is_long, terms.is_read) {
+                        (true, _) => None,
+                        (false, true) => Some((options.request_timeout / 2).min(left)),
+                        (false, false) => Some(left),
                     };
                     let (err, again) = match self.timers.within(limit, attempt(link.clone())).await {
                         Ok(Ok(answer)) => return Ok(answer.into_inner()),
@@ -367,15 +366,50 @@ impl Remote {
         Ok(answer)
     }
 
-    pub async fn lease_renew(&self, id: i64, patience: Option<Duration>) -> Result<i64> {
-        let terms = Terms { patience, ..Terms::READ };
-        let answer = self.call(terms, |link| async move {
-            let request = led(stream::iter([LeaseKeepAliveRequest { id }]));
-            let mut answers = leases(link).lease_keep_alive(request).await?.into_inner();
-            let answer = answers.message().await?.ok_or_else(|| Status::unavailable("a keep-alive has ended without an answer"))?;
-            Ok(Response::new(answer))
-        });
+    pub async fn lease_renew(&self, id: i64) -> Result<i64> {
+        let answer = self.call(Terms::READ, |link| keep_alive(link, id));
         Ok(answer.await?.ttl.max(0))
+    }
+
+    /// As [`renew`] has it.
+    pub async fn lease_renew_soon(&self, id: i64, patience: Duration, is_late: bool) -> Result<i64> {
+        #[derive(Clone)]
+        enum Way {
+            InUse(Link),
+            To(Url),
+        }
+        self.timers.check()?;
+        let links = &self.shared.links;
+        // Late, it may be another call that has gone back to a silent one.
+        let in_use = links.current().filter(|_| !is_late);
+        let all = || {
+            if let Some(link) = &in_use {
+                links.leave(link);
+            }
+            links.all().into_iter().map(Way::To).collect()
+        };
+        let ask = |way: Way| async move {
+            let link = match way {
+                Way::InUse(link) => link,
+                Way::To(url) => links.spare(&url, &self.timers)?,
+            };
+            match keep_alive(link.clone(), id).await {
+                Ok(answer) => {
+                    links.adopt(link);
+                    Ok(answer.into_inner().ttl.max(0))
+                }
+                // A connection that has failed is made anew with the next call on it.
+                Err(status) => {
+                    let (Verdict::Answer(err) | Verdict::NotDone(err) | Verdict::Open(err)) = verdict(&status);
+                    Err(err)
+                }
+            }
+        };
+        let renewed = renew::soon(&self.timers, patience, in_use.clone().map(Way::InUse), all, ask).await;
+        if renewed.is_err() {
+            links.leave_spares();
+        }
+        renewed
     }
 
     pub async fn lease_time_to_live(&self, id: i64) -> Result<Option<LeaseTime>> {
@@ -445,6 +479,14 @@ fn kv(link: Link) -> KvClient<tonic::transport::Channel> {
 
 fn leases(link: Link) -> LeaseClient<tonic::transport::Channel> {
     LeaseClient::new(link.channel).max_decoding_message_size(usize::MAX)
+}
+
+/// Asks a member to renew a lease.
+async fn keep_alive(link: Link, id: i64) -> Result<Response<LeaseKeepAliveResponse>, Status> {
+    let request = led(stream::iter([LeaseKeepAliveRequest { id }]));
+    let mut answers = leases(link).lease_keep_alive(request).await?.into_inner();
+    let answer = answers.message().await?.ok_or_else(|| Status::unavailable("a keep-alive has ended without an answer"))?;
+    Ok(Response::new(answer))
 }
 
 fn maintenance(link: Link) -> MaintenanceClient<tonic::transport::Channel> {
