@@ -243,6 +243,8 @@ async fn a_start_does_not_wait_for_ever() {
             while let Err(err) = nodes[0].client().put(format!("key {key}"), vec![b'v'; 300]).await {
                 assert!(began.elapsed() < PATIENCE, "{err}");
             }
+            // In all longer than it takes until the state is synced: only then is the log cut off.
+            tokio::time::sleep(Duration::from_millis(70)).await;
         }
         for node in nodes {
             node.shutdown().await.unwrap();
@@ -319,4 +321,31 @@ async fn a_removed_server_leaves_a_tombstone() {
     for node in nodes {
         node.shutdown().await.unwrap();
     }
+}
+
+/// The table of requirements names tests: each is there.
+#[test]
+fn the_requirements_name_tests_that_there_are() {
+    fn sources(dir: &Path, text: &mut String) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                sources(&path, text);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                *text += &std::fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut code = String::new();
+    for dir in ["src", "tests"] {
+        sources(&root.join(dir), &mut code);
+    }
+    let table = std::fs::read_to_string(root.join("tests/embed/REQUIREMENTS.md")).unwrap();
+    let shown = table.lines().filter(|line| line.starts_with("| ")).filter_map(|line| line.rsplit('|').nth(1));
+    let is_name = |text: &&str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    let named: Vec<&str> = shown.flat_map(|cell| cell.split('`').skip(1).step_by(2)).filter(is_name).collect();
+    assert!(named.len() > 40, "{named:?}");
+    let missing: Vec<_> = named.iter().filter(|name| !code.contains(&format!("fn {name}("))).collect();
+    assert!(missing.is_empty(), "no such tests: {missing:?}");
 }
