@@ -597,6 +597,11 @@ impl Node {
                     if clear_checkpoint {
                         let checkpoint = LeaseCheckpoint { id, remaining_ttl: 0 };
                         self.propose(Op::LeaseCheckpoint(checkpoint)).await?;
+                        // Another may lead by now, and have counted from what was left when it began: the lease is renewed where it counts.
+                        if Instant::now() >= deadline {
+                            return Err(Error::Timeout);
+                        }
+                        continue;
                     }
                     // Nobody waits for less time because of it: who rings for the old expiry finds the new one.
                     self.counters().leases_renewed.inc();

@@ -332,14 +332,14 @@ pub(crate) struct Member {
 
 impl Member {
     /// Opens everything below the wire. It may have to wait for other members; when `given_up` says so, it ends.
-    async fn open(config: &Config, given_up: &dyn Fn() -> bool) -> Result<Member> {
+    async fn open(config: &Config, given_up: &(dyn Fn() -> bool + Sync)) -> Result<Member> {
         // First, for nothing has been touched yet.
         let tls = Tls::open(config)?;
         let path = config.effective_data_dir();
         let mut dir = DataDir::open(&path, config.wal_dir.as_deref())?;
         let fresh = dir.identity().is_none();
         if fresh {
-            dir.set_identity(Self::identify(config, &tls.connector).await?)?;
+            dir.set_identity(Self::identify(config, &tls.connector, given_up).await?)?;
         }
         let mut identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.incarnation == 0 {
@@ -394,10 +394,10 @@ impl Member {
     ///
     /// # Errors
     /// `Config`.
-    pub async fn identify(config: &Config, tls: &Option<Connector>) -> Result<Identity> {
+    pub async fn identify(config: &Config, tls: &Option<Connector>, given_up: &(dyn Fn() -> bool + Sync)) -> Result<Identity> {
         config.validate_bootstrap()?;
         if config.initial_cluster_state == ClusterState::Existing {
-            return join_cluster(config, tls).await;
+            return join_cluster(config, tls, given_up).await;
         }
         let identity = found(config, &config.advertised_peer_urls(&config.listen_peer_urls))?;
         check_not_founded(config, &identity, tls).await?;

@@ -6,7 +6,9 @@
 //! ```text
 //! ADVERTISE_IP, or towards an address in JOIN     no name is looked up
 //! else towards a name in JOIN                     the first that is not this machine itself, tried until the start's time is over
-//! else, with data on disk                         the address that the node had, or that by which it reaches the world
+//! else, with data on disk                         the address that the node had
+//! else, when all names are of this machine        loopback, for nodes of one machine
+//! else, with data on disk                         the address by which it reaches the world
 //! ```
 //!
 //! # Invariants
@@ -48,7 +50,7 @@ pub(super) async fn settle(config: &mut EmbedConfig, state: &State, node: NodeId
         Ok(ip) => ip,
         Err(_) => tokio::select! {
             biased;
-            ip = look(&config.join, remembered(state, node)) => ip,
+            ip = look(&config.join, remembered(state, node), matches!(state, State::Bound { .. })) => ip,
             () = late.cancelled() => {
                 return Err(Error::Founding("ADVERTISE_IP is not set, and no name in JOIN leads anywhere yet".into()));
             }
@@ -59,21 +61,23 @@ pub(super) async fn settle(config: &mut EmbedConfig, state: &State, node: NodeId
     Ok(())
 }
 
-/// Where a node with data was, or may be.
+/// Where a server was.
 fn remembered(state: &State, node: NodeId) -> Option<IpAddr> {
     let State::Bound { known, .. } = state else { return None };
     let own = known.servers.iter().chain(&known.decision.founders).find(|server| server.node == node);
-    own.and_then(|own| own.peer_url.parse::<Url>().ok()?.listen_ip()).or_else(|| towards(WORLD))
+    own.and_then(|own| own.peer_url.parse::<Url>().ok()?.listen_ip())
 }
 
-async fn look(names: &[String], remembered: Option<IpAddr>) -> IpAddr {
+async fn look(names: &[String], remembered: Option<IpAddr>, has_data: bool) -> IpAddr {
     let mut told = false;
     loop {
-        let mut loopback = None;
+        let (mut loopback, mut all) = (None, true);
         for name in names {
             let addresses = tokio::time::timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host(name.as_str())).await;
-            let addresses = addresses.ok().and_then(|found| found.ok()).into_iter().flatten();
-            for own in addresses.filter_map(towards) {
+            let addresses: Vec<SocketAddr> = addresses.ok().and_then(|found| found.ok()).into_iter().flatten().collect();
+            // Others' names may only not be known yet.
+            all &= !addresses.is_empty();
+            for own in addresses.into_iter().filter_map(towards) {
                 // Many machines have their own name on loopback: another node's tells more.
                 if !own.is_loopback() {
                     return own;
@@ -81,7 +85,8 @@ async fn look(names: &[String], remembered: Option<IpAddr>) -> IpAddr {
                 loopback = Some(own);
             }
         }
-        if let Some(own) = loopback.or(remembered) {
+        let world = || if has_data { towards(WORLD) } else { None };
+        if let Some(own) = remembered.or(loopback.filter(|_| all)).or_else(world) {
             return own;
         }
         if !told {
@@ -106,9 +111,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_leads_to_an_address() {
-        let found = look(&[NONE.into(), "localhost:1".into()], Some(WORLD.ip())).await;
-        assert!(found.is_loopback(), "{found}");
-        assert_eq!(look(&[NONE.into()], Some(WORLD.ip())).await, WORLD.ip());
+        let (all, some) = (["localhost:1".to_owned()], [NONE.to_owned(), "localhost:1".to_owned()]);
+        assert!(look(&all, None, false).await.is_loopback());
+        assert_eq!(look(&some, Some(WORLD.ip()), true).await, WORLD.ip());
+        assert_eq!(look(&all, Some(WORLD.ip()), true).await, WORLD.ip());
+        // While other names are not known, a new node does not take itself for the only machine.
+        let waited = tokio::time::timeout(Duration::from_millis(100), look(&some, None, false)).await;
+        assert!(waited.is_err(), "{waited:?}");
     }
 
     #[tokio::test]

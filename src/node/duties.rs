@@ -127,19 +127,26 @@ impl Node {
                 tokio::time::sleep(WATCHDOG_INTERVAL).await;
                 continue;
             }
-            let (expired, checkpoints, term) = {
+            let (expired, noted, term) = {
                 let mut lessor = lock(&self.machine.lessor);
-                let now = self.machine.now();
-                (lessor.expired(now, REVOKE_MAX), lessor.checkpoints_due(now), self.lease_term.load(Ordering::Relaxed))
-            };
-            if !checkpoints.is_empty() {
-                let checkpoints = checkpoints.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl }).collect();
-                let op = Some(Op::LeaseCheckpoints(LeaseCheckpoints { term, checkpoints }));
-                match self.propose_here(internal::Command { id: 0, op }).await {
-                    Ok(_) | Err(Error::Apply(ApplyError::NotLeader)) => {}
-                    // They are offered again after another interval.
-                    Err(err) => tracing::warn!(error = %err, "noting what leases have left"),
+                let (now, term) = (self.machine.now(), self.lease_term.load(Ordering::Relaxed));
+                let expired = lessor.expired(now, REVOKE_MAX);
+                let checkpoints = lessor.checkpoints_due(now);
+                let mut noted = None;
+                if !checkpoints.is_empty() {
+                    let checkpoints = checkpoints.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl }).collect();
+                    let op = Some(Op::LeaseCheckpoints(LeaseCheckpoints { term, checkpoints }));
+                    // In the queue before anybody can renew one of these leases, whose renewal undoes this. What finds no room there is offered
+                    // again after another interval.
+                    noted = self.enqueue_at_once(internal::Command { id: 0, op });
                 }
+                (expired, noted, term)
+            };
+            if let Some(noted) = noted
+                && let Err(err) = self.outcome_of(noted, self.request_timeout()).await
+                && !matches!(err, Error::Apply(ApplyError::NotLeader))
+            {
+                tracing::warn!(error = %err, "noting what leases have left");
             }
             // Together, so that they become one entry, and thus one sync.
             // By this member in this term, or not at all: who leads by the time that a cut-off leader is heard again may have renewed them,

@@ -277,6 +277,10 @@ impl Node {
         if request.ids.is_empty() {
             return Ok(RenewResponse { ttl: self.lease_renew(request.id).await?, ..RenewResponse::default() });
         }
+        if !self.leads_surely() {
+            // All of them would have to wait here, each by itself.
+            return Ok(RenewResponse { not_leader: true, ..RenewResponse::default() });
+        }
         let ttls = request.ids.iter().map(|id| self.renew_at_once(*id).unwrap_or(ALONE)).collect();
         Ok(RenewResponse { ttls, ..RenewResponse::default() })
     }

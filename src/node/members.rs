@@ -420,7 +420,7 @@ impl Node {
         }
     }
 
-    /// The members as this leader sees them. None while a change is under way.
+    /// The members as this leader sees them. None while a change is under way, or once this member does not vote.
     fn view(&self) -> Option<View> {
         let metrics = self.raft.metrics();
         let now = metrics.borrow_watched();
@@ -429,6 +429,10 @@ impl Node {
         }
         let membership = now.membership_config.membership().clone();
         let voters: Vec<u64> = membership.voter_ids().collect();
+        if !voters.contains(&self.identity.member_id) {
+            // It has removed itself, and leads until another does: the next change is for that one.
+            return None;
+        }
         let members = membership.nodes().map(|(&id, member)| {
             let ours = id == self.identity.member_id;
             let published = lock(&self.machine.members).attributes(id).is_some();
@@ -597,8 +601,10 @@ impl Node {
             let membership = self.raft.metrics().borrow_watched().membership_config.membership().clone();
             let others = || membership.nodes().filter(|(id, _)| **id != self.identity.member_id);
             let Some((&id, member)) = others().find(|(id, _)| **id > last).or_else(|| others().next()) else {
-                // One that was added, and removed before it was sent anything, knows only whom it was told to join.
+                // One that was added, and removed before it was sent anything, knows only whom it was told to join. Not the last of its
+                // cluster, whoever is found at an address of one that was removed.
                 if self.identity.joined
+                    && membership.get_node(&self.identity.member_id).is_none()
                     && let Some(url) = told.next()
                     && self.is_removed_at(url).await
                 {

@@ -46,11 +46,25 @@ impl Node {
     /// That there is no room for it; nothing was proposed then.
     pub(super) async fn enqueue(&self, command: internal::Command) -> Result<oneshot::Receiver<Outcome>> {
         let bytes = command.encoded_len();
-        let free = if self.is_behind() { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() };
-        let room = match free {
+        let room = match self.room_at_once(bytes) {
             Some(room) => room,
             None => self.wait_for_room(bytes).await?,
         };
+        self.put_into_queue(command, bytes, room)
+    }
+
+    /// As [`enqueue`](Self::enqueue), if there is room now.
+    pub(super) fn enqueue_at_once(&self, command: internal::Command) -> Option<oneshot::Receiver<Outcome>> {
+        let bytes = command.encoded_len();
+        let room = self.room_at_once(bytes)?;
+        self.put_into_queue(command, bytes, room).ok()
+    }
+
+    fn room_at_once(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        if self.is_behind() { None } else { self.queue_room.clone().try_acquire_many_owned(bytes as u32).ok() }
+    }
+
+    fn put_into_queue(&self, command: internal::Command, bytes: usize, room: OwnedSemaphorePermit) -> Result<oneshot::Receiver<Outcome>> {
         let (answer, wait) = oneshot::channel();
         let wake = {
             let mut queue = lock(&self.queue);
@@ -101,13 +115,22 @@ impl Node {
     /// Waits until the queue has room for a request, and the storage has kept up.
     ///
     /// # Errors
-    /// `too many requests` when it does not come to that in time.
+    /// `too many requests` when it does not come to that in time; `NotLeader` when another leads meanwhile.
     pub(super) async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
         let waited = self.within(self.request_timeout(), async {
-            while self.is_behind() {
-                self.pause(BEHIND_RETRY).await?;
+            loop {
+                while self.is_behind() {
+                    if !self.is_leader() {
+                        return Err(ApplyError::NotLeader.into());
+                    }
+                    self.pause(BEHIND_RETRY).await?;
+                }
+                let room = self.queue_room.clone().acquire_many_owned(bytes as u32).await.map_err(|_| Error::Stopped)?;
+                // It may have fallen behind while others were before this one.
+                if !self.is_behind() {
+                    return Ok(room);
+                }
             }
-            self.queue_room.clone().acquire_many_owned(bytes as u32).await.map_err(|_| Error::Stopped)
         });
         match waited.await {
             Err(Error::Timeout) => Err(ApplyError::TooManyRequests.into()),
@@ -141,6 +164,12 @@ impl Node {
             self.queued.notified().await;
             loop {
                 let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+                // Commits need not wait for this member's disk, and would fill its log's queue, which is the end of a member.
+                while self.is_leader() && self.wal.queued_bytes() > LOG_QUEUED_BYTES {
+                    if self.pause(BEHIND_RETRY).await.is_err() {
+                        return;
+                    }
+                }
                 let (batch, bytes) = self.take_batch();
                 if batch.is_empty() {
                     break;

@@ -480,14 +480,19 @@ impl Machine {
             // There is no alarm of no type; etcd takes the request and does nothing.
             AlarmAction::Activate | AlarmAction::Deactivate if alarm == AlarmType::None => Vec::new(),
             AlarmAction::Activate => {
-                lock(&self.alarms).insert(entry);
+                let is_new = lock(&self.alarms).insert(entry);
                 self.store().history().put_meta(&name, Some(member.encode_to_vec().into()));
-                if by_quota {
+                if by_quota && is_new {
                     lock(&self.by_quota).insert(request.member_id);
                     self.store().history().put_meta(&quota_name(request.member_id), Some(Bytes::new()));
+                } else if !by_quota && alarm == AlarmType::Nospace && lock(&self.by_quota).remove(&request.member_id) {
+                    // Whoever wants it raised takes it back, too.
+                    self.store().history().put_meta(&quota_name(request.member_id), None);
                 }
                 vec![member]
             }
+            // A client has taken it back meanwhile, and perhaps raised it for itself.
+            AlarmAction::Deactivate if by_quota && !lock(&self.by_quota).contains(&request.member_id) => Vec::new(),
             AlarmAction::Deactivate => {
                 if lock(&self.alarms).remove(&entry) {
                     self.store().history().put_meta(&name, None);

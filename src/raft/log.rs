@@ -37,8 +37,9 @@ const RECENT_ENTRIES: usize = 64;
 /// Bytes of their payloads. Beyond it the oldest are forgotten, too; the newest is always kept.
 const RECENT_BYTES: usize = 16 << 20;
 
-/// Bytes of payload that another member is sent in one go; an entry that is larger goes alone.
-const READ_BYTES: usize = 4 << 20;
+/// Bytes of payload that another member is sent in one go; an entry that is larger goes alone. A slow line carries this much in the time that
+/// an append has.
+const READ_BYTES: usize = 512 << 10;
 
 /// The newest entries, one after another, each with the bytes of its payload.
 #[derive(Default)]

@@ -83,14 +83,16 @@ pub(crate) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
 /// The identity of a member that joins: as the members of the cluster know it, which has to know it before.
 ///
 /// # Errors
-/// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which.
-pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>) -> Result<Identity> {
+/// `Config`, when none of them answers, or their members are not those of `initial-cluster`; the text says which. `Stopped` when the start was
+/// given up.
+pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>, given_up: &(dyn Fn() -> bool + Sync)) -> Result<Identity> {
     // A cluster that is there, and has no leader at this moment, is about to have one.
     let patience = Duration::from_millis(config.election_timeout_ms) * JOIN_ELECTIONS;
     let began = Instant::now();
     loop {
         let mut no_leader = false;
         match try_to_join(config, tls, &mut no_leader).await {
+            Err(_) if given_up() => return Err(Error::Stopped),
             Err(err) if no_leader && began.elapsed() < patience => {
                 tracing::debug!(error = %err, "the cluster to join has no leader yet");
                 tokio::time::sleep(JOIN_RETRY).await;

@@ -110,7 +110,7 @@ pub(super) async fn rebuild(
     identity: &Identity,
     others: &[String],
     opener: &Opener<'_>,
-    given_up: &dyn Fn() -> bool,
+    given_up: &(dyn Fn() -> bool + Sync),
 ) -> Result<()> {
     let err = match damage {
         Damage::State(err) if !others.is_empty() => err,
@@ -145,7 +145,7 @@ async fn fetch(
     others: &[String],
     opener: &Opener<'_>,
     purged: u64,
-    given_up: &dyn Fn() -> bool,
+    given_up: &(dyn Fn() -> bool + Sync),
 ) -> Result<()> {
     let network = Network::new(identity.clone(), opener.counters.clone(), None, opener.tls.clone());
     let mut told: Option<Instant> = None;
@@ -214,7 +214,7 @@ async fn fetch_from(
     identity: &Identity,
     opener: &Opener<'_>,
     purged: u64,
-    given_up: &dyn Fn() -> bool,
+    given_up: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), Failed> {
     let id = rand::random::<u64>();
     let path = dir::incoming(dir.member(), id);
@@ -257,7 +257,7 @@ async fn receive(
     path: &Path,
     opener: &Opener<'_>,
     purged: u64,
-    given_up: &dyn Fn() -> bool,
+    given_up: &(dyn Fn() -> bool + Sync),
 ) -> Result<LogId, Failed> {
     let mut options = OpenOptions::new();
     let opened = options.create(true).truncate(true).write(true).mode(0o600).open(path);

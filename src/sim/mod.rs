@@ -522,7 +522,7 @@ async fn open(cluster: Arc<Cluster>, member: usize) -> Result<Up> {
     };
     let identity = match identity {
         Some(identity) => identity,
-        None => Identity { incarnation: world::random().max(1), ..Member::identify(&config, &None).await? },
+        None => Identity { incarnation: world::random().max(1), ..Member::identify(&config, &None, &|| false).await? },
     };
     let options = WalOptions { segment_bytes: SEGMENT_BYTES, ..WalOptions::default() };
     let (wal, recovered, stepper) = stepped::open(disk, options)?;

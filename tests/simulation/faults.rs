@@ -31,7 +31,7 @@ pub fn weather(rng: &mut StdRng) -> Weather {
     match rng.random_range(0..4) {
         0 => Weather::default(),
         // So slow a line that entries take longer than the leader's next heartbeat.
-        1 => Weather { delay_ms: (1, 20), late: 20, late_ms: 200, broken: 2, bytes_per_ms: 10 },
+        1 => Weather { delay_ms: (1, 20), late: 20, late_ms: 200, broken: 2, bytes_per_ms: 100 },
         2 => Weather { delay_ms: (0, 60), late: 50, late_ms: 1500, broken: 20, ..Weather::default() },
         _ => Weather { delay_ms: (0, 5), late: 10, late_ms: 4000, broken: 60, ..Weather::default() },
     }
