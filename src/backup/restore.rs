@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! quorate-...-r900.backup  ->  <data-dir>/restoring/member/    identity, log, state: written, synced, read back
-//!                              <data-dir>/old-20261123T050000Z/   the same, renamed ...
-//!                              <data-dir>/member/              ... and changed places with what was there, at once
+//!                              <data-dir>/changing-20261123T050000Z/   the same, renamed ...
+//!                              <data-dir>/member/              ... changed places with what was there, at once ...
+//!                              <data-dir>/old-20261123T050000Z/   ... which has this name then
 //! ```
 //!
 //! The new cluster has another id, also when it has the members, the URLs and the token of the one that the backup was made of: who
@@ -18,11 +19,13 @@
 //! - The file is read from end to end, and found sound, before anything is written.
 //! - Until the new state is whole and on disk, what was there is untouched; then it is moved aside, and never removed. Where the file system
 //!   exchanges two names at once, which ext4, XFS, Btrfs and tmpfs do, there is always the one or the other.
-//! - A directory in use is refused.
+//! - A directory in use is refused, by a server or by another restore; who is refused removes nothing.
+//! - What has the name `old-` is what was there. What has the name `changing-` was left by a process that died in between: the one or the
+//!   other, told apart by the cluster id in its `member/identity`. Nothing here removes it.
 //!
 //! # Caveats
 //! - Several members restored from different files would be one cluster of different states, if they could talk: they cannot, for
-//!   their cluster ids differ. The same file restored twice to the same list needs another token.
+//!   their cluster ids differ. The same file restored twice to the same list needs another token; over the first one it is refused without.
 //! - Leases have their whole time again once the cluster has a leader. Alarms are not restored; those that still have a cause are raised anew.
 //! - A log elsewhere than in the data directory (`--wal-dir`) is not restored to; the member is to be started without it.
 //! - Only what is a member's is replaced. What a node of the embedded mode remembers beside it is not.
@@ -44,7 +47,7 @@ use crate::config::{Config, RestoreOptions, Url};
 use crate::error::{Error, Result};
 use crate::mvcc::{META_COMPACTED, Store};
 use crate::proto::internal;
-use crate::raft::restored::{Beginning, is_kept};
+use crate::raft::restored::{Beginning, is_kept, renewed};
 use crate::server::{found, founders};
 use crate::storage::dir::{self, DataDir};
 use crate::storage::history::{History, HistoryOptions, META_BYTES_MAX, META_NAME_BYTES_MAX};
@@ -86,7 +89,8 @@ pub struct Restored {
 ///
 /// # Errors
 /// `Config`; `Format` or `Corrupt` for a file that is not a backup, or a damaged one; `Locked` when the directory is in use; `Io`. The
-/// directory is as it was then.
+/// directory is as it was then. Otherwise it is `Failed`, and the text says where what was there is: when the restored member is in place
+/// but may not be after a power cut, and when the file system let two directories be renamed halfway only.
 pub fn restore(file: impl AsRef<Path>, options: &RestoreOptions) -> Result<Restored> {
     let file = file.as_ref();
     let mut config = options.founding()?;
@@ -108,16 +112,27 @@ pub fn restore(file: impl AsRef<Path>, options: &RestoreOptions) -> Result<Resto
 
     let data_dir = &options.data_dir;
     let member = data_dir.join(MEMBER);
+    // One restore at a time, whatever it makes and removes.
+    let _alone = dir::hold_itself(data_dir)?;
     // Held to the end, whoever it was.
     let _old = if member.exists() { Some(dir::hold(&member)?) } else { None };
+    // A damaged identity hinders nobody from restoring in its place.
+    if let Ok(Some(old)) = dir::identity_in(&member)
+        && old.cluster_id == identity.cluster_id
+    {
+        let what = "the member in this directory belongs to the very cluster that this restore would make, and its revisions would come to \
+                    stand for something else: give another --initial-cluster-token, the same to all members";
+        return Err(Error::Config(what.into()));
+    }
     let working = data_dir.join(RESTORING);
     if working.exists() {
-        // Of a restore that was cut off; or of one that goes on.
-        drop(dir::hold(&working.join(MEMBER))?);
+        // Of a restore that was cut off.
+        let _left = dir::hold(&working.join(MEMBER))?;
         fs::remove_dir_all(&working).map_err(|err| Error::io("removing", &working, err))?;
     }
-    let made = DataDir::open(&working, None).and_then(|mut dir| {
-        dir.set_identity(identity.clone())?;
+    // Ours from here on, and to the end: who is refused it leaves it alone.
+    let mut dir = DataDir::open(&working, None)?;
+    let made = dir.set_identity(identity.clone()).and_then(|()| {
         let keys = write_state(&dir.state(), file, &facts, revision, &beginning)?;
         write_log(dir.wal(), &beginning)?;
         dir::sync_dir(dir.member())?;
@@ -167,7 +182,10 @@ fn write_state(path: &Path, file: &Path, facts: &Facts, revision: i64, beginning
                         return Err(Error::Corrupt { path: file.to_owned(), offset: None, what });
                     }
                     bytes += key.len() + value.len();
-                    if is_kept(&key) || (key == META_COMPACTED && !is_bumped) {
+                    if is_kept(&key) {
+                        let value = renewed(&key, value).map_err(|what| Error::Corrupt { path: file.to_owned(), offset: None, what })?;
+                        history.put_meta(&key, Some(value));
+                    } else if key == META_COMPACTED && !is_bumped {
                         history.put_meta(&key, Some(value));
                     }
                 }
@@ -228,47 +246,167 @@ fn take_place(data_dir: &Path, working: &Path) -> Result<Option<PathBuf>> {
     let (made, member) = (working.join(MEMBER), data_dir.join(MEMBER));
     if !member.exists() {
         fs::rename(&made, &member).map_err(|err| Error::io("renaming", &made, err))?;
-        dir::sync_dir(data_dir)?;
+        dir::sync_dir(data_dir).map_err(|err| Error::Failed(format!("the backup is restored, but may not be after a power cut: {err}")))?;
         // Empty by now. What cannot be removed is removed by the next restore.
         let _ = fs::remove_dir_all(working);
         return Ok(None);
     }
-    // Renamed first: once the two have changed places it must not have a name under which a later restore would remove it.
-    let aside = free_name(data_dir);
-    fs::rename(working, &aside).map_err(|err| Error::io("renaming", working, err))?;
-    let made = aside.join(MEMBER);
-    if let Err(err) = exchange(&made, &member) {
-        // Back, so that it is removed.
-        let _ = fs::rename(&aside, working);
-        return Err(Error::io("exchanging the restored member with", &member, err));
+    // Renamed first: once the two have changed places it must not have a name under which a later restore would remove it. Nor one that
+    // calls it the old one before it is.
+    let (changing, old) = free_names(data_dir);
+    fs::rename(working, &changing).map_err(|err| Error::io("renaming", working, err))?;
+    match exchange(&changing.join(MEMBER), &member) {
+        Ok(()) => {}
+        Err(Unexchanged::AsItWas(err)) => {
+            // Back, so that it is removed.
+            let _ = fs::rename(&changing, working);
+            return Err(Error::io("exchanging the restored member with", &member, err));
+        }
+        Err(Unexchanged::Halfway { old, new, error }) => {
+            let (old, new, member) = (old.display(), new.display(), member.display());
+            let what =
+                format!("renaming failed halfway: {error}. What was there is {old}, what was restored is {new}; rename one to {member}");
+            return Err(Error::Failed(what));
+        }
     }
-    dir::sync_dir(&aside)?;
-    dir::sync_dir(data_dir)?;
+    let aside = match fs::rename(&changing, &old) {
+        Ok(()) => old,
+        Err(error) => {
+            tracing::warn!(%error, path = %changing.display(), "what was there has no better name than this");
+            changing
+        }
+    };
+    dir::sync_dir(&aside).and_then(|()| dir::sync_dir(data_dir)).map_err(|err| {
+        let aside = aside.display();
+        Error::Failed(format!("the backup is restored, and what was there is in {aside}, but it may not be so after a power cut: {err}"))
+    })?;
     Ok(Some(aside))
 }
 
+/// Why two directories have not changed their names.
+#[derive(Debug)]
+enum Unexchanged {
+    /// What was there is in its place.
+    AsItWas(io::Error),
+    /// It is not: nothing has the name of the member.
+    Halfway { old: PathBuf, new: PathBuf, error: io::Error },
+}
+
 /// Has two directories change their names.
-fn exchange(made: &Path, member: &Path) -> io::Result<()> {
+fn exchange(made: &Path, member: &Path) -> std::result::Result<(), Unexchanged> {
     match renameat_with(CWD, made, CWD, member, RenameFlags::EXCHANGE) {
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            // Not at once then. When the process dies in between, `member` is missing: it has to be renamed by hand, or restored again.
-            let between = made.with_file_name("restored");
-            fs::rename(made, &between)?;
-            fs::rename(member, made)?;
-            fs::rename(&between, member)
-        }
-        other => other.map_err(io::Error::from),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => exchange_in_steps(made, member, |from, to| fs::rename(from, to)),
+        other => other.map_err(|err| Unexchanged::AsItWas(err.into())),
     }
 }
 
-/// A name for what is kept aside, by the time, that nobody has.
-fn free_name(data_dir: &Path) -> PathBuf {
-    let now = DateTime::<Utc>::from(SystemTime::now()).format("%Y%m%dT%H%M%SZ").to_string();
-    let mut name = data_dir.join(format!("old-{now}"));
-    let mut count = 1;
-    while name.exists() {
-        count += 1;
-        name = data_dir.join(format!("old-{now}-{count}"));
+/// As [`exchange`], where the file system does not do it at once. When the process dies in between, `member` is missing: it has to be
+/// renamed by hand, or restored again. A step that fails is undone.
+fn exchange_in_steps(made: &Path, member: &Path, rename: impl Fn(&Path, &Path) -> io::Result<()>) -> std::result::Result<(), Unexchanged> {
+    let between = made.with_file_name("restored");
+    rename(made, &between).map_err(Unexchanged::AsItWas)?;
+    let moved = rename(member, made);
+    let Err(error) = moved.and_then(|()| {
+        let placed = rename(&between, member);
+        placed.inspect_err(|_| drop(rename(made, member)))
+    }) else {
+        return Ok(());
+    };
+    if !member.exists() {
+        return Err(Unexchanged::Halfway { old: made.to_owned(), new: between, error });
     }
-    name
+    // What was made goes anyway, wherever it is in there.
+    let _ = rename(&between, made);
+    Err(Unexchanged::AsItWas(error))
+}
+
+/// Names for what is kept aside, by the time, that nobody has: while it changes places, and after.
+fn free_names(data_dir: &Path) -> (PathBuf, PathBuf) {
+    let now = DateTime::<Utc>::from(SystemTime::now()).format("%Y%m%dT%H%M%SZ").to_string();
+    let names = |end: &str| (data_dir.join(format!("changing-{now}{end}")), data_dir.join(format!("old-{now}{end}")));
+    let mut free = names("");
+    let mut count = 1;
+    while free.0.exists() || free.1.exists() {
+        count += 1;
+        free = names(&format!("-{count}"));
+    }
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::snapshot;
+
+    /// Two directories with a file each, and what came of exchanging them when some of the renames fail, counted from 1.
+    fn in_steps(failing: &[usize]) -> (tempfile::TempDir, std::result::Result<(), Unexchanged>) {
+        let dir = tempfile::tempdir().unwrap();
+        let (made, member) = (dir.path().join("changing/member"), dir.path().join("member"));
+        for (path, text) in [(&made, "new"), (&member, "old")] {
+            fs::create_dir_all(path).unwrap();
+            fs::write(path.join("text"), text).unwrap();
+        }
+        let count = Cell::new(0);
+        let done = exchange_in_steps(&made, &member, |from, to| {
+            count.set(count.get() + 1);
+            if failing.contains(&count.get()) { Err(io::Error::other("it fails")) } else { fs::rename(from, to) }
+        });
+        (dir, done)
+    }
+
+    fn text(dir: &Path) -> Option<String> {
+        fs::read_to_string(dir.join("text")).ok()
+    }
+
+    #[test]
+    fn an_exchange_in_steps_that_fails_leaves_the_old_one_in_place() {
+        let (dir, done) = in_steps(&[]);
+        done.unwrap();
+        assert_eq!(text(&dir.path().join("member")).as_deref(), Some("new"));
+        assert_eq!(text(&dir.path().join("changing/member")).as_deref(), Some("old"));
+        for failing in [&[1][..], &[2], &[3], &[2, 3], &[3, 5]] {
+            let (dir, done) = in_steps(failing);
+            assert!(matches!(done, Err(Unexchanged::AsItWas(_))), "{failing:?}: {done:?}");
+            assert_eq!(text(&dir.path().join("member")).as_deref(), Some("old"), "{failing:?}");
+        }
+        let (dir, done) = in_steps(&[3, 4]);
+        let Err(Unexchanged::Halfway { old, new, .. }) = done else { panic!("{done:?}") };
+        assert_eq!((text(&old).as_deref(), text(&new).as_deref()), (Some("old"), Some("new")));
+        assert!(!dir.path().join("member").exists());
+    }
+
+    #[test]
+    fn who_is_refused_removes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, data_dir) = (dir.path().join("a backup"), dir.path().join("data"));
+        let header = snapshot::Header { cluster_id: 7, revision: 1, ..snapshot::Header::default() };
+        snapshot::write(&header, [], &mut fs::File::create(&file).unwrap(), &file).unwrap();
+        let first = dir::hold_itself(&data_dir).unwrap();
+        let working = data_dir.join(RESTORING).join(MEMBER);
+        fs::create_dir_all(&working).unwrap();
+        assert!(matches!(restore(&file, &RestoreOptions::new(&data_dir)), Err(Error::Locked { .. })));
+        assert!(working.exists());
+        drop(first);
+        restore(&file, &RestoreOptions::new(&data_dir)).unwrap();
+        assert!(!working.exists() && data_dir.join(MEMBER).exists());
+    }
+
+    #[test]
+    fn over_itself_it_needs_another_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a backup");
+        let header = snapshot::Header { cluster_id: 7, revision: 1, ..snapshot::Header::default() };
+        snapshot::write(&header, [], &mut fs::File::create(&file).unwrap(), &file).unwrap();
+        let mut options = RestoreOptions::new(dir.path().join("data"));
+        options.initial_cluster = "default=http://127.0.0.1:1,other=http://127.0.0.1:2".into();
+        options.initial_advertise_peer_urls = vec!["http://127.0.0.1:1".parse().unwrap()];
+        let first = restore(&file, &options).unwrap();
+        assert!(matches!(restore(&file, &options), Err(Error::Config(what)) if what.contains("--initial-cluster-token")));
+        options.initial_cluster_token = "another".into();
+        let second = restore(&file, &options).unwrap();
+        assert!(second.cluster_id != first.cluster_id);
+        assert!(second.aside.unwrap().file_name().unwrap().to_str().unwrap().starts_with("old-"));
+    }
 }

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::error::{Error, Result};
+use crate::lease::Lease;
 use crate::proto::internal;
 use crate::storage::wal;
 
@@ -67,9 +68,31 @@ pub(crate) fn is_kept(name: &[u8]) -> bool {
     name.starts_with(META_LEASE) || name == META_VERSION
 }
 
+/// What becomes of something that [is kept](is_kept). A lease has its whole time again: what was left of it when the backup was made may
+/// have passed since.
+///
+/// # Errors
+/// A text that says what is wrong with a lease.
+pub(crate) fn renewed(name: &[u8], value: Bytes) -> std::result::Result<Bytes, String> {
+    if !name.starts_with(META_LEASE) {
+        return Ok(value);
+    }
+    let lease = Lease::decode(&value)?;
+    Ok(Bytes::copy_from_slice(&Lease { remaining_ttl: 0, ..lease }.encode()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_has_its_whole_time_again() {
+        let lease = Lease { id: 7, ttl: 3600, remaining_ttl: 300 };
+        let value = renewed(b"lease/12345678", Bytes::copy_from_slice(&lease.encode())).unwrap();
+        assert_eq!(Lease::decode(&value), Ok(Lease { remaining_ttl: 0, ..lease }));
+        assert!(renewed(b"lease/12345678", Bytes::from_static(b"ten seconds")).is_err());
+        assert_eq!(renewed(META_VERSION, Bytes::from_static(b"3.5.0")), Ok(Bytes::from_static(b"3.5.0")));
+    }
 
     #[test]
     fn what_speaks_of_members_is_not_kept() {

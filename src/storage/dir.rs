@@ -92,7 +92,8 @@ impl DataDir {
     /// Makes the directory if it is missing, and takes hold of it.
     ///
     /// # Errors
-    /// `Locked` when another server has it, `Format` when it is not ours or too new, `Corrupt` when `identity` is damaged, `Removed`, `Io`.
+    /// `Locked` when another server has it, `Format` when it is not ours or too new, `Corrupt` when `identity` is damaged, `Removed`,
+    /// `Config` when its log is here and another is asked for, `Io`.
     pub fn open(dir: &Path, wal_dir: Option<&Path>) -> Result<DataDir> {
         let member = dir.join("member");
         make_dir(dir)?;
@@ -109,6 +110,9 @@ impl DataDir {
                     return Err(Error::Format { path: dir.to_owned(), what });
                 }
             }
+        }
+        if let Some(elsewhere) = wal_dir {
+            check_log_elsewhere(&member.join("wal"), elsewhere)?;
         }
         remove_incoming(&member)?;
         let wal = wal_dir.map_or_else(|| member.join("wal"), Path::to_owned);
@@ -219,6 +223,17 @@ impl DataDir {
     }
 }
 
+/// Refuses a log elsewhere when there is one in the directory: a member that was restored has its log there, and the one elsewhere, of what it was
+/// before, would be played over the restored state.
+fn check_log_elsewhere(here: &Path, elsewhere: &Path) -> Result<()> {
+    let is_same = matches!((here.canonicalize(), elsewhere.canonicalize()), (Ok(here), Ok(elsewhere)) if here == elsewhere);
+    let has_log = fs::read_dir(here).is_ok_and(|mut entries| entries.next().is_some());
+    if is_same || !has_log {
+        return Ok(());
+    }
+    Err(Error::Config(format!("this member's log is in {}, not in {}: start it without --wal-dir", here.display(), elsewhere.display())))
+}
+
 /// Takes the lock in a directory; `whole` is the one to be named to whoever comes second.
 fn lock_in(dir: &Path, whole: &Path) -> Result<File> {
     let path = dir.join("LOCK");
@@ -244,6 +259,29 @@ pub(crate) struct Hold {
 pub(crate) fn hold(dir: &Path) -> Result<Hold> {
     make_dir(dir)?;
     Ok(Hold { _lock: lock_in(dir, dir)? })
+}
+
+/// Takes hold of a directory without a file in it, so that what is in it may be renamed and removed meanwhile. It is made if it is missing.
+///
+/// # Errors
+/// `Locked`, `Io`; the latter also on a file system that locks no directories, as NFS.
+pub(crate) fn hold_itself(dir: &Path) -> Result<Hold> {
+    make_dir(dir)?;
+    let fault = |err| Error::io("locking", dir, err);
+    let lock = File::open(dir).map_err(fault)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Hold { _lock: lock }),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Locked { path: dir.to_owned() }),
+        Err(err) => Err(fault(err.into())),
+    }
+}
+
+/// Who the member is in a `member` directory, without taking hold of it.
+///
+/// # Errors
+/// As [`DataDir::open`].
+pub(crate) fn identity_in(member: &Path) -> Result<Option<Identity>> {
+    read_identity(&member.join(IDENTITY))
 }
 
 /// The file for a snapshot that is being received.
@@ -473,6 +511,20 @@ mod tests {
         assert!(matches!(DataDir::open(dir.path(), None), Err(Error::Removed)));
         use std::os::unix::fs::PermissionsExt;
         assert_eq!(fs::metadata(dir.path().join("member")).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_log_elsewhere_is_refused_where_there_is_one() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let open = |wal: &Path| DataDir::open(dir.path(), Some(wal));
+        open(elsewhere.path()).unwrap().set_identity(sample()).unwrap();
+        let here = dir.path().join("member/wal");
+        fs::create_dir(&here).unwrap();
+        open(elsewhere.path()).unwrap();
+        fs::write(here.join("a segment"), b"x").unwrap();
+        assert!(matches!(open(elsewhere.path()), Err(Error::Config(what)) if what.contains("without --wal-dir")));
+        open(&here).unwrap();
+        DataDir::open(dir.path(), None).unwrap();
     }
 
     #[test]
