@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::utf8;
-use crate::config::{RestoreOptions, Url};
+use crate::config::{RestoreOptions, Url, without_user};
 use crate::error::{Error, Result};
 
 /// What is to be done with backups.
@@ -74,7 +74,8 @@ pub(super) const RESTORE_HELP: &str = "Usage:
 
   quorate restore FILE --data-dir DIR [flags]
     Make a backup into a member of a new cluster. No server may use the directory; the member that is in it is kept aside, in DIR/old-<time>.
-    The new cluster has another id than the old one, whatever the flags say. All its members are restored from the same file.
+    The new cluster has another id than the one that the backup was made of. All its members are restored from the same file. The same file
+    restored again to the same members needs another token: in the place of the first it is refused without.
 
   --data-dir DIR
     The data directory of the new member.
@@ -138,7 +139,7 @@ fn flag(name: &str, value: &Option<String>) -> Result<bool> {
 }
 
 fn urls(name: &str, text: &str) -> Result<Vec<Url>> {
-    let wrong = |err| Error::Config(format!("invalid value {text:?} for --{name}: {err}"));
+    let wrong = |err| Error::Config(format!("invalid value {:?} for --{name}: {err}", without_user(text)));
     text.split(',').map(|url| url.trim().parse::<Url>().map_err(wrong)).collect()
 }
 
@@ -226,6 +227,12 @@ mod tests {
         assert_eq!((restore.options.bump_revision, restore.options.mark_compacted), (0, false));
         assert_eq!(restore.options.initial_cluster_token, "t");
         assert!(parse_restore(args("--help")).unwrap().is_none() && parse_backup(args("-h")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_password_is_not_repeated() {
+        let error = parse_backup(args("save /b --endpoints=http://root:hunter2@127.0.0.1:2379")).unwrap_err().to_string();
+        assert!(error.contains("--endpoints") && !error.contains("hunter2"), "{error}");
     }
 
     #[test]

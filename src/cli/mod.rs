@@ -43,7 +43,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::config::{Config, ETCD_VERSION};
+use crate::config::{Config, ETCD_VERSION, without_user};
 use crate::error::{Error, Result};
 pub use backup::{BackupCommand, RestoreCommand};
 use flags::{Act, FLAGS, Flag, Kind};
@@ -413,7 +413,8 @@ fn read_value(draft: &mut Draft, given: &Given) -> Result<()> {
 }
 
 fn invalid(given: &Given, why: &str) -> Error {
-    Error::Config(format!("invalid value {:?} for {}: {why}", given.value, given.spelled))
+    // A URL may have a password in it.
+    Error::Config(format!("invalid value {:?} for {}: {why}", without_user(&given.value), given.spelled))
 }
 
 /// What `--version` prints: etcd's own first line, because scripts look for it, then ours.
