@@ -150,6 +150,9 @@ struct Shared {
     is_running: AtomicBool,
     last_try: Mutex<Option<LastTry>>,
     next: Mutex<Option<SystemTime>>,
+    /// The work on the disk, too: who shuts down waits for it.
+    tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 impl std::fmt::Debug for Backups {
@@ -184,13 +187,18 @@ impl Backups {
         let runtime = Handle::try_current().map_err(|_| Error::Config("backups need a tokio runtime to begin on".into()))?;
         let place = Directory::open(&config.dir)?;
         if let Some(counters) = &counters {
-            counters.backups.begin(SystemTime::now(), place.list()?.last().map(|newest| newest.created));
+            let now = SystemTime::now();
+            // One of a time that is yet to come says nothing of how old the newest is.
+            let newest = place.list()?.iter().rev().map(|backup| backup.created).find(|created| *created <= now);
+            counters.backups.begin(now, newest);
         }
         let last_try = Mutex::new(place.noted());
         let place = Arc::new(place);
         let (turn, is_running, next) = Default::default();
-        let shared = Shared { client, config, place, counters, turn, is_running, last_try, next };
-        let backups = Backups { shared: Arc::new(shared), runtime, tasks: TaskTracker::new(), stop: CancellationToken::new() };
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let (work, stopping) = (tasks.clone(), stop.clone());
+        let shared = Shared { client, config, place, counters, turn, is_running, last_try, next, tasks: work, stop: stopping };
+        let backups = Backups { shared: Arc::new(shared), runtime, tasks, stop };
         if let Some(schedule) = schedule {
             let (shared, stop) = (backups.shared.clone(), backups.stop.clone());
             let follow = async move { stop.run_until_cancelled(shared.follow(schedule)).await };
@@ -244,15 +252,21 @@ impl Drop for Backups {
 impl Shared {
     /// Makes backups when they are due.
     async fn follow(self: Arc<Self>, schedule: Schedule) {
+        let mut after = SystemTime::now();
         loop {
-            let Some(due) = schedule.next(SystemTime::now()) else {
+            let Some(due) = schedule.next(after) else {
                 tracing::warn!(schedule = self.config.schedule, "the schedule of backups has come to its end");
                 *lock(&self.next) = None;
                 return;
             };
             let due = due + schedule.delay();
             *lock(&self.next) = Some(due);
-            sleep_until(due).await;
+            if let Err(now) = sleep_until(due).await {
+                // The clock was set back: what was waited for may be years away. What was due before still is.
+                after = after.min(now);
+                continue;
+            }
+            after = SystemTime::now();
             let Ok(_turn) = self.turn.try_lock() else {
                 tracing::warn!("a scheduled backup is left out, for another is being made");
                 continue;
@@ -261,6 +275,8 @@ impl Shared {
                 *lock(&self.next) = None;
                 return;
             }
+            // What fell due meanwhile is not made up for.
+            after = SystemTime::now();
         }
     }
 
@@ -290,7 +306,7 @@ impl Shared {
         let last = LastTry::new(begun, made.as_ref().map(|made| made.name.clone()).map_err(Error::to_string));
         *lock(&self.last_try) = Some(last.clone());
         let place = self.place.clone();
-        if let Err(error) = blocking(move || place.note(&last)).await {
+        if let Err(error) = self.blocking(move || place.note(&last)).await {
             tracing::warn!(%error, "what came of the last backup could not be noted in its directory");
         }
         made
@@ -298,7 +314,7 @@ impl Shared {
 
     async fn make(&self, begun: SystemTime) -> Result<BackupInfo> {
         let place = self.place.clone();
-        let mut part = blocking(move || place.begin()).await?;
+        let mut part = self.blocking(move || place.begin()).await?;
         let mut source = format::begin(&self.client).await?;
         let mut more = true;
         while more {
@@ -313,23 +329,33 @@ impl Shared {
                 }
             }
             // When this is given up meanwhile the part is dropped over there, and its file goes with it.
-            part = blocking(move || chunks.iter().try_for_each(|chunk| part.write(chunk)).map(|()| part)).await?;
+            part = self.blocking(move || chunks.iter().try_for_each(|chunk| part.write(chunk)).map(|()| part)).await?;
         }
         drop(source);
-        blocking(move || part.finish(begun)).await
+        let stop = self.stop.clone();
+        self.blocking(move || part.finish(begun, &stop)).await
+    }
+
+    /// Runs work that blocks on the disk. It goes on when the future is dropped.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        self.tasks.spawn_blocking(work).await.map_err(ended)?
     }
 
     /// Removes what need not be kept any more. What cannot be removed now is tried again after the next backup.
     async fn retire(&self, newest: &BackupInfo) {
         let (place, newest) = (self.place.clone(), newest.name.clone());
         let (keep, keep_for) = (self.config.keep, self.config.keep_for);
-        let retired = blocking(move || {
+        let retired = self.blocking(move || {
             let backups = place.list()?;
+            let mut first = Ok(());
             for backup in store::surplus(&backups, &newest, keep, keep_for, SystemTime::now()) {
-                place.remove(&backup.name)?;
-                tracing::info!(name = %backup.name, "an old backup was removed");
+                match place.remove(&backup.name) {
+                    Ok(()) => tracing::info!(name = %backup.name, "an old backup was removed"),
+                    // The others go all the same.
+                    Err(error) => first = first.and(Err(error)),
+                }
             }
-            Ok(())
+            first
         });
         if let Err(error) = retired.await {
             tracing::warn!(%error, "old backups could not be removed");
@@ -344,11 +370,6 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Relaxed);
     }
-}
-
-/// Runs work that blocks on the disk.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(ended)?
 }
 
 fn ended(err: tokio::task::JoinError) -> Error {

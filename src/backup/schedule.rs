@@ -41,13 +41,25 @@ impl Schedule {
 }
 
 /// Returns when the clock has come to a time.
-pub(super) async fn sleep_until(due: SystemTime) {
-    while let Ok(left) = due.duration_since(SystemTime::now()) {
-        if left.is_zero() {
-            return;
-        }
-        tokio::time::sleep(left.min(NAP)).await;
+///
+/// # Errors
+/// What time it is, when the clock was set back meanwhile.
+pub(super) async fn sleep_until(due: SystemTime) -> Result<(), SystemTime> {
+    let mut before = SystemTime::now();
+    loop {
+        let now = SystemTime::now();
+        let Some(left) = nap(before, now, due)? else { return Ok(()) };
+        before = now;
+        tokio::time::sleep(left).await;
     }
+}
+
+/// How long to sleep before the next look; none when the time has come.
+fn nap(before: SystemTime, now: SystemTime, due: SystemTime) -> Result<Option<Duration>, SystemTime> {
+    if now < before {
+        return Err(now);
+    }
+    Ok(due.duration_since(now).ok().filter(|left| !left.is_zero()).map(|left| left.min(NAP)))
 }
 
 #[cfg(test)]
@@ -89,11 +101,21 @@ mod tests {
         assert!(delays.len() > 50 && delays.last() < Some(&Duration::from_secs(5)));
     }
 
+    #[test]
+    fn a_clock_that_is_set_back_is_noticed() {
+        let (before, due) = (at("2027-11-23T12:00:00Z"), at("2027-11-24T00:00:00Z"));
+        let second = Duration::from_secs(1);
+        assert_eq!(nap(before, at("2026-11-23T12:00:00Z"), due), Err(at("2026-11-23T12:00:00Z")));
+        assert_eq!(nap(before, before, due), Ok(Some(NAP)));
+        assert_eq!(nap(before, due - second, due), Ok(Some(second)));
+        assert_eq!((nap(before, due, due), nap(before, due + second, due)), (Ok(None), Ok(None)));
+    }
+
     #[tokio::test]
     async fn a_time_that_has_passed_is_not_waited_for() {
-        sleep_until(SystemTime::now() - Duration::from_secs(5)).await;
+        sleep_until(SystemTime::now() - Duration::from_secs(5)).await.unwrap();
         let due = SystemTime::now() + Duration::from_millis(50);
-        sleep_until(due).await;
+        sleep_until(due).await.unwrap();
         assert!(SystemTime::now() >= due);
     }
 }

@@ -17,10 +17,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
 use rustix::fs::{Advice, fadvise};
+use tokio_util::sync::CancellationToken;
 
 use super::format;
 use crate::error::{Error, Result};
@@ -58,7 +60,7 @@ pub(super) trait Place: Send + Sync + 'static {
     /// `Io`.
     fn begin(&self) -> Result<Box<dyn Part>>;
 
-    /// Removes one.
+    /// Removes one, if it is there.
     ///
     /// # Errors
     /// `Io`.
@@ -80,11 +82,11 @@ pub(super) trait Part: Send {
     /// `Io`.
     fn write(&mut self, bytes: &[u8]) -> Result<()>;
 
-    /// Makes it durable, reads it back, and gives it its name.
+    /// Makes it durable, reads it back, and gives it its name, unless it is to stop before that.
     ///
     /// # Errors
-    /// `Io`; `Corrupt` or `Format` when what is there is not what was to be written.
-    fn finish(self: Box<Self>, begun: SystemTime) -> Result<BackupInfo>;
+    /// `Io`; `Stopped`; `Corrupt` or `Format` when what is there is not what was to be written.
+    fn finish(self: Box<Self>, begun: SystemTime, stop: &CancellationToken) -> Result<BackupInfo>;
 }
 
 /// A backup that is there.
@@ -165,7 +167,8 @@ pub(super) fn last_try(dir: &Path) -> Option<LastTry> {
     Some(LastTry { at, outcome: field("made").map(Ok).or_else(|| field("error").map(Err))? })
 }
 
-/// Which backups go. They are given oldest first; `newest` is the one that is known to be sound, and stays.
+/// Which backups go. They are given oldest first; `newest` is the one that is known to be sound, and stays. Those of a time that is yet to
+/// come, by a clock that was ahead, count as the oldest: they would stay forever otherwise, and push out the others.
 ///
 /// ```text
 /// keep 2, of at most a week   9 days, 3 days, 2 days, new  ->  9 days, 3 days
@@ -178,19 +181,21 @@ pub(super) fn surplus<'a>(
     keep_for: Option<Duration>,
     now: SystemTime,
 ) -> Vec<&'a BackupInfo> {
+    let (past, future) = backups.split_at(backups.partition_point(|backup| backup.created <= now));
     let too_many = if keep == 0 { 0 } else { backups.len().saturating_sub(keep) };
     let is_old = |backup: &BackupInfo| {
         let age = now.duration_since(backup.created).unwrap_or_default();
         keep_for.is_some_and(|most| age > most)
     };
-    let going = backups.iter().enumerate().filter(|(at, backup)| *at < too_many || is_old(backup));
+    let going = future.iter().chain(past).enumerate().filter(|(at, backup)| *at < too_many || is_old(backup));
     going.map(|(_, backup)| backup).filter(|backup| backup.name != newest).collect()
 }
 
 /// A local directory, held for this process.
 pub(super) struct Directory {
     path: PathBuf,
-    _hold: dir::Hold,
+    /// Shared with what is being written: nobody else comes in before that is gone.
+    hold: Arc<dir::Hold>,
 }
 
 impl Directory {
@@ -200,7 +205,7 @@ impl Directory {
     /// `Locked` when another process, or another schedule in this one, makes backups there; `Io`.
     pub fn open(path: &Path) -> Result<Directory> {
         let hold = dir::hold(path)?;
-        let directory = Directory { path: path.to_owned(), _hold: hold };
+        let directory = Directory { path: path.to_owned(), hold: Arc::new(hold) };
         directory.clear()?;
         if !path.join(LAST_TRY).exists()
             && let Err(error) = dir::write_whole(path, LAST_TRY, &[b' '; LAST_TRY_BYTES])
@@ -234,12 +239,12 @@ impl Place for Directory {
         // Read as well: what is in it is looked at through the same file.
         let file = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(&path);
         let file = file.map_err(|err| Error::io("making", &path, err))?;
-        Ok(Box::new(Unfinished { dir: self.path.clone(), path, file, is_named: false }))
+        Ok(Box::new(Unfinished { dir: self.path.clone(), path, file, is_done: false, _hold: self.hold.clone() }))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
         let path = self.path.join(name);
-        fs::remove_file(&path).map_err(|err| Error::io("removing", &path, err))?;
+        remove(&path)?;
         dir::sync_dir(&self.path)
     }
 
@@ -277,7 +282,8 @@ struct Unfinished {
     dir: PathBuf,
     path: PathBuf,
     file: File,
-    is_named: bool,
+    is_done: bool,
+    _hold: Arc<dir::Hold>,
 }
 
 impl Part for Unfinished {
@@ -285,7 +291,7 @@ impl Part for Unfinished {
         self.file.write_all(bytes).map_err(|err| Error::io("writing", &self.path, err))
     }
 
-    fn finish(mut self: Box<Self>, begun: SystemTime) -> Result<BackupInfo> {
+    fn finish(mut self: Box<Self>, begun: SystemTime, stop: &CancellationToken) -> Result<BackupInfo> {
         self.file.sync_all().map_err(|err| Error::io("syncing", &self.path, err))?;
         // What is read back is to come from the disk, not from what the system still remembers of it. Where that cannot be had it is
         // read from there.
@@ -299,9 +305,14 @@ impl Part for Unfinished {
             }
             created += Duration::from_millis(1);
         };
+        if stop.is_cancelled() {
+            return Err(Error::Stopped);
+        }
         fs::rename(&self.path, &path).map_err(|err| Error::io("renaming", &self.path, err))?;
-        self.is_named = true;
+        // Removed by this name when it cannot be made durable: a try that failed leaves nothing.
+        self.path.clone_from(&path);
         dir::sync_dir(&self.dir)?;
+        self.is_done = true;
         let name = name(created, facts.revision);
         let created = parse_name(&name).map_or(created, |(created, _)| created);
         Ok(BackupInfo { name, path, created, revision: facts.revision, bytes: facts.bytes, soundness: Soundness::WhenWritten })
@@ -310,11 +321,14 @@ impl Part for Unfinished {
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if !self.is_named
-            && let Err(error) = remove(&self.path)
-        {
+        if self.is_done {
+            return;
+        }
+        if let Err(error) = remove(&self.path) {
             tracing::warn!(%error, "could not remove an unfinished backup; the next one tries again");
         }
+        // It had its name perhaps. Whether this works or not, the try has failed.
+        let _ = dir::sync_dir(&self.dir);
     }
 }
 
@@ -353,7 +367,7 @@ mod tests {
     fn make(place: &Directory, bytes: &[u8]) -> Result<BackupInfo> {
         let mut part = place.begin()?;
         part.write(bytes)?;
-        part.finish(SystemTime::now())
+        part.finish(SystemTime::now(), &CancellationToken::new())
     }
 
     fn files(dir: &Path) -> Vec<String> {
@@ -390,6 +404,11 @@ mod tests {
         for bad in [&good[..good.len() - 1], &changed, b""] {
             assert!(matches!(make(&place, bad), Err(Error::Corrupt { .. } | Error::Format { .. })));
         }
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let mut late = place.begin().unwrap();
+        late.write(&good).unwrap();
+        assert!(matches!(late.finish(SystemTime::now(), &stop), Err(Error::Stopped)));
         let given_up = place.begin().unwrap();
         let next = place.begin().unwrap();
         drop(given_up);
@@ -397,7 +416,10 @@ mod tests {
         drop(next);
         assert_eq!(files(dir.path()).len(), 4);
         fs::write(dir.path().join(UNFINISHED), &good).unwrap();
+        let going_on = place.begin().unwrap();
         drop(place);
+        assert!(matches!(Directory::open(dir.path()), Err(Error::Locked { .. })), "who writes still holds it");
+        drop(going_on);
         Directory::open(dir.path()).unwrap();
         assert_eq!(files(dir.path()).len(), 4);
     }
@@ -410,7 +432,7 @@ mod tests {
         for count in 1..=3 {
             let mut part = place.begin().unwrap();
             part.write(&bytes(5)).unwrap();
-            part.finish(begun).unwrap();
+            part.finish(begun, &CancellationToken::new()).unwrap();
             assert_eq!(place.list().unwrap().len(), count);
         }
     }
@@ -435,6 +457,25 @@ mod tests {
         for text in ["", "{}", "[]", "{\"at\":-1,\"made\":\"x\"}", "{\"at\":18446744073709551615,\"made\":\"x\"}"] {
             fs::write(dir.path().join(LAST_TRY), text).unwrap();
             assert_eq!(place.noted(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn one_of_a_time_to_come_goes_first() {
+        let now = SystemTime::now();
+        let one = |name: &str, created| BackupInfo {
+            name: name.to_owned(),
+            path: PathBuf::new(),
+            created,
+            revision: 1,
+            bytes: 1,
+            soundness: Soundness::WhenWritten,
+        };
+        let hour = Duration::from_secs(60 * 60);
+        let backups = [one("old", now - hour), one("new", now), one("ahead", now + hour)];
+        for (keep, going) in [(3, &[][..]), (2, &["ahead"]), (1, &["ahead", "old"])] {
+            let found = surplus(&backups, "new", keep, None, now);
+            assert_eq!(found.iter().map(|backup| backup.name.as_str()).collect::<Vec<_>>(), going);
         }
     }
 

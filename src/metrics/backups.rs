@@ -22,13 +22,13 @@ impl Backups {
     pub(crate) fn begin(&self, now: SystemTime, newest: Option<SystemTime>) {
         self.since.store(seconds(now), Ordering::Relaxed);
         if let Some(newest) = newest {
-            self.note(newest);
+            self.newest.fetch_max(seconds(newest), Ordering::Relaxed);
         }
     }
 
-    /// There is a good one of this time.
+    /// A good one was made at this time. It is the newest, also when the clock was ahead before.
     pub(crate) fn note(&self, made: SystemTime) {
-        self.newest.fetch_max(seconds(made), Ordering::Relaxed);
+        self.newest.store(seconds(made), Ordering::Relaxed);
     }
 
     /// When the newest was made.
@@ -60,8 +60,8 @@ mod tests {
         assert_eq!((backups.age(at(500)), backups.newest()), (0, 0));
         backups.begin(at(100), None);
         assert_eq!((backups.age(at(500)), backups.newest()), (400, 0));
+        backups.note(at(9000));
         backups.note(at(450));
-        backups.note(at(300));
         assert_eq!((backups.age(at(500)), backups.newest()), (50, 450));
         assert_eq!(backups.age(at(440)), 0, "a clock that was set back");
         let again = Backups::default();
