@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::client::{self, Client};
 use crate::error::{Error, Result};
+use crate::proto::etcdserverpb::RangeRequest;
 use crate::snapshot::{Decoder, Summary};
 
 pub(super) use crate::snapshot::Item;
@@ -51,6 +52,26 @@ impl From<&Summary> for Facts {
 /// As a linearizable read.
 pub(super) async fn begin(client: &Client) -> Result<client::Backup> {
     client.backup().await
+}
+
+/// The revision that the store has at least, now: a backup that is begun later and shows less is of a member that has fallen behind, as a
+/// learner may that nobody brings up to date.
+///
+/// # Errors
+/// As a linearizable read; also of a learner, which cannot tell.
+pub(super) async fn least(client: &Client) -> Result<i64> {
+    let request = RangeRequest { key: vec![0].into(), count_only: true, ..RangeRequest::default() };
+    let header = client.range(request).await?.header;
+    Ok(header.map_or(0, |header| header.revision))
+}
+
+/// The cluster that a backup was made of, by its beginning alone.
+///
+/// # Errors
+/// As [`verify`].
+pub(super) fn cluster_of(path: &Path) -> Result<u64> {
+    let file = File::open(path).map_err(|err| Error::io("open", path, err))?;
+    Ok(Decoder::new(BufReader::new(file), path)?.header().cluster_id)
 }
 
 /// Reads a whole file, and says what it holds.

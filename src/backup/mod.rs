@@ -47,10 +47,13 @@
 //! - What is listed was synced, read back and found sound when it was written. A try that fails, on a full disk above all, leaves nothing
 //!   behind, says why, and hinders none of those that follow.
 //! - Nothing is removed before a new backup is there. So there has to be room for one more than are kept.
+//! - Only backups of the cluster that was just backed up are counted and removed. What a lost cluster has left in the directory stays, until
+//!   somebody removes it: a restored or newly founded one has another id.
 //!
 //! # Caveats
 //! - Only a local directory is built; another kind of place is another `Place` in `store.rs`.
-//! - A backup is what one member holds, and is no larger a promise than its disk's. Each member may make its own, in a directory of its own.
+//! - A backup is what one member holds, and is no larger a promise than its disk's. Each member may make its own, in a directory of its own;
+//!   a learner may not, for it cannot tell how far it has fallen behind.
 //! - What the platform did after the backup is not in it: after a restore, what hangs on the store may have moved on.
 
 use std::path::Path;
@@ -315,6 +318,7 @@ impl Shared {
     async fn make(&self, begun: SystemTime) -> Result<BackupInfo> {
         let place = self.place.clone();
         let mut part = self.blocking(move || place.begin()).await?;
+        let least = format::least(&self.client).await?;
         let mut source = format::begin(&self.client).await?;
         let mut more = true;
         while more {
@@ -333,7 +337,7 @@ impl Shared {
         }
         drop(source);
         let stop = self.stop.clone();
-        self.blocking(move || part.finish(begun, &stop)).await
+        self.blocking(move || part.finish(begun, least, &stop)).await
     }
 
     /// Runs work that blocks on the disk. It goes on when the future is dropped.
@@ -343,12 +347,15 @@ impl Shared {
 
     /// Removes what need not be kept any more. What cannot be removed now is tried again after the next backup.
     async fn retire(&self, newest: &BackupInfo) {
-        let (place, newest) = (self.place.clone(), newest.name.clone());
+        let (place, newest) = (self.place.clone(), newest.clone());
         let (keep, keep_for) = (self.config.keep, self.config.keep_for);
         let retired = self.blocking(move || {
-            let backups = place.list()?;
+            if keep == 0 && keep_for.is_none() {
+                return Ok(());
+            }
+            let backups = store::of_cluster(place.list()?, format::cluster_of(&newest.path)?);
             let mut first = Ok(());
-            for backup in store::surplus(&backups, &newest, keep, keep_for, SystemTime::now()) {
+            for backup in store::surplus(&backups, &newest.name, keep, keep_for, SystemTime::now()) {
                 match place.remove(&backup.name) {
                     Ok(()) => tracing::info!(name = %backup.name, "an old backup was removed"),
                     // The others go all the same.

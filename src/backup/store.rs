@@ -82,11 +82,11 @@ pub(super) trait Part: Send {
     /// `Io`.
     fn write(&mut self, bytes: &[u8]) -> Result<()>;
 
-    /// Makes it durable, reads it back, and gives it its name, unless it is to stop before that.
+    /// Makes it durable, reads it back, and gives it its name, unless it is to stop before that, or shows less than a revision.
     ///
     /// # Errors
-    /// `Io`; `Stopped`; `Corrupt` or `Format` when what is there is not what was to be written.
-    fn finish(self: Box<Self>, begun: SystemTime, stop: &CancellationToken) -> Result<BackupInfo>;
+    /// `Io`; `Stopped`; `Failed`; `Corrupt` or `Format` when what is there is not what was to be written.
+    fn finish(self: Box<Self>, begun: SystemTime, least: i64, stop: &CancellationToken) -> Result<BackupInfo>;
 }
 
 /// A backup that is there.
@@ -167,8 +167,20 @@ pub(super) fn last_try(dir: &Path) -> Option<LastTry> {
     Some(LastTry { at, outcome: field("made").map(Ok).or_else(|| field("error").map(Err))? })
 }
 
+/// Those of one cluster. One whose beginning cannot be read is of none, and so is never removed.
+pub(super) fn of_cluster(mut backups: Vec<BackupInfo>, cluster_id: u64) -> Vec<BackupInfo> {
+    backups.retain(|backup| match format::cluster_of(&backup.path) {
+        Ok(found) => found == cluster_id,
+        Err(error) => {
+            tracing::warn!(%error, name = %backup.name, "it cannot be told which cluster a backup is of: it is kept");
+            false
+        }
+    });
+    backups
+}
+
 /// Which backups go. They are given oldest first; `newest` is the one that is known to be sound, and stays. Those of a time that is yet to
-/// come, by a clock that was ahead, count as the oldest: they would stay forever otherwise, and push out the others.
+/// come, by a clock that was ahead, count as the oldest: they would stay forever otherwise, and push out the others. All are of one cluster.
 ///
 /// ```text
 /// keep 2, of at most a week   9 days, 3 days, 2 days, new  ->  9 days, 3 days
@@ -291,12 +303,16 @@ impl Part for Unfinished {
         self.file.write_all(bytes).map_err(|err| Error::io("writing", &self.path, err))
     }
 
-    fn finish(mut self: Box<Self>, begun: SystemTime, stop: &CancellationToken) -> Result<BackupInfo> {
+    fn finish(mut self: Box<Self>, begun: SystemTime, least: i64, stop: &CancellationToken) -> Result<BackupInfo> {
         self.file.sync_all().map_err(|err| Error::io("syncing", &self.path, err))?;
         // What is read back is to come from the disk, not from what the system still remembers of it. Where that cannot be had it is
         // read from there.
         let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
         let facts = format::verify(&self.path)?;
+        if facts.revision < least {
+            let what = format!("the member has fallen behind: its backup shows revision {}, and the store had {least}", facts.revision);
+            return Err(Error::Failed(what));
+        }
         let mut created = begun;
         let path = loop {
             let path = self.dir.join(name(created, facts.revision));
@@ -367,7 +383,7 @@ mod tests {
     fn make(place: &Directory, bytes: &[u8]) -> Result<BackupInfo> {
         let mut part = place.begin()?;
         part.write(bytes)?;
-        part.finish(SystemTime::now(), &CancellationToken::new())
+        part.finish(SystemTime::now(), 0, &CancellationToken::new())
     }
 
     fn files(dir: &Path) -> Vec<String> {
@@ -408,7 +424,10 @@ mod tests {
         stop.cancel();
         let mut late = place.begin().unwrap();
         late.write(&good).unwrap();
-        assert!(matches!(late.finish(SystemTime::now(), &stop), Err(Error::Stopped)));
+        assert!(matches!(late.finish(SystemTime::now(), 900, &stop), Err(Error::Stopped)));
+        let mut behind = place.begin().unwrap();
+        behind.write(&good).unwrap();
+        assert!(matches!(behind.finish(SystemTime::now(), 901, &CancellationToken::new()), Err(Error::Failed(_))));
         let given_up = place.begin().unwrap();
         let next = place.begin().unwrap();
         drop(given_up);
@@ -432,7 +451,7 @@ mod tests {
         for count in 1..=3 {
             let mut part = place.begin().unwrap();
             part.write(&bytes(5)).unwrap();
-            part.finish(begun, &CancellationToken::new()).unwrap();
+            part.finish(begun, 0, &CancellationToken::new()).unwrap();
             assert_eq!(place.list().unwrap().len(), count);
         }
     }
@@ -458,6 +477,21 @@ mod tests {
             fs::write(dir.path().join(LAST_TRY), text).unwrap();
             assert_eq!(place.noted(), None, "{text}");
         }
+    }
+
+    #[test]
+    fn only_those_of_the_same_cluster_are_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Directory::open(dir.path()).unwrap();
+        let of = |cluster_id: u64| {
+            let mut out = Vec::new();
+            snapshot::write(&Header { cluster_id, revision: 1, ..Header::default() }, [], &mut out, Path::new("memory")).unwrap();
+            make(&place, &out).unwrap()
+        };
+        let (first, other, newest) = (of(7), of(8), of(7));
+        fs::write(dir.path().join(name(SystemTime::now(), 3)), "damaged").unwrap();
+        assert_eq!(of_cluster(place.list().unwrap(), 7), [first, newest]);
+        assert_eq!(of_cluster(place.list().unwrap(), 8), [other]);
     }
 
     #[test]
