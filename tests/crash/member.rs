@@ -3,11 +3,13 @@
 //! Each member has a loopback address to itself (all of 127.0.0.0/8 is the machine's own), so that no other test can take its
 //! ports between two starts, and its client URL stays the same.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -81,11 +83,37 @@ pub struct Refusal {
     pub log: String,
 }
 
+/// An octet of an address, which no other member of this process has at the same time: some tests make hundreds, one after another.
+#[derive(Debug)]
+struct Place(u8);
+
+static PLACES: Mutex<BTreeSet<u8>> = Mutex::new(BTreeSet::new());
+
+impl Place {
+    fn take() -> Place {
+        // Not at once the one that was given back last.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mut taken = PLACES.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = || 1 + (NEXT.fetch_add(1, Ordering::Relaxed) % 250) as u8;
+        let free = (0..250).map(|_| next()).find(|place| !taken.contains(place)).expect("fewer than 250 members at a time");
+        taken.insert(free);
+        Place(free)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        PLACES.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
 /// A member, running or not. Dropped, its process is killed.
 pub struct Member {
     pub program: Program,
     pub data: PathBuf,
     address: Ipv4Addr,
+    #[allow(dead_code, reason = "kept for its drop")]
+    place: Place,
     flags: Vec<String>,
     /// The log of the newest start, and of all starts before it.
     log: PathBuf,
@@ -98,12 +126,14 @@ impl Member {
     pub fn new(program: &Program, home: &Path, data: &Path, flags: &[&str]) -> Member {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let place = Place::take();
         let [_, _, high, low] = std::process::id().to_be_bytes();
         let flags = flags.iter().map(|flag| flag.to_string()).collect();
         Member {
             program: program.clone(),
             data: data.to_owned(),
-            address: Ipv4Addr::new(127, 1 + (number % 250) as u8, high, low),
+            address: Ipv4Addr::new(127, place.0, high, low),
+            place,
             flags,
             log: home.join(format!("log-{number}")),
             earlier: String::new(),
