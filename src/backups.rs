@@ -9,14 +9,17 @@ use std::time::{Duration, SystemTime};
 
 use quorate::backup::{self, BackupConfig, BackupInfo, Backups, Listing, Soundness};
 use quorate::cli::{BackupCommand, RestoreCommand};
+use quorate::client::RemoteOptions;
 use quorate::{Client, Error};
 
 pub fn backup(command: BackupCommand) -> ExitCode {
     let done = match command {
-        BackupCommand::Save { dir, endpoints, keep } => {
+        BackupCommand::Save { dir, endpoints, keep, tls } => {
+            let mut options = RemoteOptions::default();
+            options.tls = tls;
             let mut config = BackupConfig::new(dir);
             config.keep = keep;
-            save(config, endpoints).map(|made| (format!("{}\n", made.path.display()), true))
+            save(config, endpoints, options).map(|made| (format!("{}\n", made.path.display()), true))
         }
         BackupCommand::List { dir, verify, json } => {
             let listing = if verify { backup::list_verified(dir) } else { backup::list(dir) };
@@ -30,10 +33,10 @@ pub fn backup(command: BackupCommand) -> ExitCode {
     ended(done)
 }
 
-fn save(config: BackupConfig, endpoints: Vec<quorate::Url>) -> Result<BackupInfo, Error> {
+fn save(config: BackupConfig, endpoints: Vec<quorate::Url>, options: RemoteOptions) -> Result<BackupInfo, Error> {
     let runtime = super::new_runtime("the main thread")?;
     runtime.block_on(async {
-        let backups = Backups::of(Client::remote(endpoints, Default::default())?, config)?;
+        let backups = Backups::of(Client::remote(endpoints, options)?, config)?;
         let made = backups.back_up().await;
         backups.shutdown().await;
         made

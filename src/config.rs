@@ -40,7 +40,7 @@ pub(crate) mod backup;
 pub(crate) mod tls;
 
 pub use backup::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
-pub use tls::{CIPHER_SUITES, TlsVersion, TransportSecurity};
+pub use tls::{CIPHER_SUITES, TlsFiles, TlsVersion, TransportSecurity};
 
 /// The release of etcd whose behaviour and interfaces this crate claims.
 pub const ETCD_VERSION: &str = "3.7.1";

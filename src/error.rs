@@ -297,6 +297,16 @@ apply_errors! {
     Corrupt = DATA_LOSS, "etcdserver: corrupt cluster";
     /// An RPC that is not built yet.
     Unimplemented = UNIMPLEMENTED, "etcdserver: not implemented";
+    /// There is no such user, or its password is another one.
+    AuthFailed = INVALID_ARGUMENT, "etcdserver: authentication failed, invalid user ID or password";
+    /// A request without a user, where there have to be users.
+    UserEmpty = INVALID_ARGUMENT, "etcdserver: user name is empty";
+    /// The user may not do that.
+    PermissionDenied = PERMISSION_DENIED, "etcdserver: permission denied";
+    /// A token that stands for nobody (any more).
+    InvalidAuthToken = UNAUTHENTICATED, "etcdserver: invalid auth token";
+    /// Users or roles have changed since the token was made.
+    AuthOldRevision = INVALID_ARGUMENT, "etcdserver: revision of auth store is old";
     /// A fault that has no code of its own.
     Internal = UNKNOWN, "etcdserver: internal error";
 }
@@ -322,6 +332,7 @@ impl ApplyError {
             AuthNotEnabled | PeerUrlExists | MemberNotLearner | LearnerNotReady | TooManyLearners | NotEnoughStarted | UnhealthyCluster
             | BadLeaderTransferee | NotLeader => ErrorKind::FailedPrecondition,
             NotCapable | Unimplemented => ErrorKind::Unsupported,
+            AuthFailed | UserEmpty | PermissionDenied | InvalidAuthToken | AuthOldRevision => ErrorKind::PermissionDenied,
             Corrupt => ErrorKind::Corrupt,
             Internal => ErrorKind::Other,
         }

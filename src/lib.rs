@@ -40,7 +40,7 @@
 //! | `error`, `proto` | two error enums; etcd's messages |
 //! | `world` | chance, tasks and threads: the system's, or those of a simulation |
 //! | `storage/` | bytes on disk: the Raft log's segments (`wal`), the history of revisions in blocks (`history`) on an ordered map (`sled`; `mem` for tests), the data directory (`dir`) |
-//! | `config`, `lease`, `metrics`, `slow` | what a member is told; leases, without a clock; what it tells, in figures and of what takes long |
+//! | `config`, `cork`, `lease`, `metrics`, `slow` | what a member is told; small writes joined; leases, without a clock; what it tells, in figures and of what takes long |
 //! | `tls/` | who may talk to whom, and the files that say so (feature `tls`) |
 //! | `mvcc/` | revisions: the `index` on a counting `tree`, `range`, `txn`, `watch` |
 //! | `snapshot` | the format of snapshots, and of backups |
@@ -75,6 +75,7 @@ pub mod backup;
 pub mod cli;
 pub mod client;
 pub mod config;
+mod cork;
 pub mod embed;
 mod error;
 #[allow(dead_code, reason = "invariants that tests check")]

@@ -90,7 +90,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const REVOKE_MAX: usize = 1000;
 
 /// How long a renewal waits before it looks again whether an expired lease was revoked.
-const EXPIRED_RETRY: Duration = Duration::from_millis(5);
+const EXPIRED_RETRY: Duration = Duration::from_millis(50);
 
 /// How often quota and disk are looked at.
 const WATCHDOG_INTERVAL: Duration = Duration::from_millis(500);
@@ -218,8 +218,10 @@ pub(crate) struct Node {
     installing: AtomicBool,
     /// The snapshot that another member fetches.
     offer: tokio::sync::Mutex<Option<offers::Offer>>,
-    /// One hash over the history at a time, of those that members ask each other for.
+    /// One hash over the history at a time. Whoever else wants one waits, as long as its call lasts.
     hashing: tokio::sync::Mutex<()>,
+    /// Rung when another leads than before, or nobody.
+    leader_changed: Notify,
     /// Whether this member's state is known to be wrong: it serves no client.
     condemned: AtomicBool,
     /// The term for which the lessor is in charge; changed with the lessor locked.
@@ -282,6 +284,7 @@ impl Node {
             installing: AtomicBool::new(false),
             offer: tokio::sync::Mutex::new(None),
             hashing: tokio::sync::Mutex::new(()),
+            leader_changed: Notify::new(),
             condemned: AtomicBool::new(false),
             lease_term: AtomicU64::new(0),
             runtime: tokio::runtime::Handle::current(),
@@ -450,6 +453,16 @@ impl Node {
         }
     }
 
+    /// As [`within`](Self::within), for what has a deadline.
+    async fn by<T>(&self, until: Instant, what: impl Future<Output = T>) -> Result<T> {
+        self.within(until.saturating_duration_since(Instant::now()), what).await
+    }
+
+    /// When a request that comes now has to be answered.
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.request_timeout()
+    }
+
     /// Waits for that long, as long as the member runs.
     pub async fn pause(&self, pause: Duration) -> Result<()> {
         match self.within(pause, std::future::pending()).await {
@@ -577,7 +590,7 @@ impl Node {
     pub async fn lease_renew(&self, id: i64) -> Result<i64> {
         self.check_running()?;
         self.check_sound()?;
-        let deadline = Instant::now() + self.request_timeout();
+        let (deadline, mut pause) = (self.deadline(), peers::LEADER_RETRY);
         loop {
             let renewed = {
                 let mut lessor = lock(&self.machine.lessor);
@@ -613,7 +626,7 @@ impl Node {
                 Err(ApplyError::LeaseNotFound) => return Ok(0),
                 Err(ApplyError::NotLeader) if Instant::now() < deadline => match self.renew_elsewhere(id).await {
                     Some(ttl) => return Ok(ttl),
-                    None => self.pause(EXPIRED_RETRY).await?,
+                    None => self.leader_settles(&mut pause).await?,
                 },
                 Err(ApplyError::NotLeader) => return Err(Error::Timeout),
                 Err(err) => return Err(err.into()),
@@ -714,9 +727,11 @@ impl Node {
     }
 
     pub async fn hash_kv(&self, revision: i64) -> Result<KvHash> {
-        let store = self.store();
+        if let Some(known) = self.store().known_hash(revision) {
+            return Ok(known);
+        }
         let began = self.machine.now();
-        let hash = self.blocking(move || store.hash(revision)).await?;
+        let hash = self.compute_hash(revision).await;
         self.counters().hash_rev.observe(self.machine.now().saturating_sub(began));
         hash
     }

@@ -606,7 +606,7 @@ impl Checks for Node {
     }
 
     fn has_leader(&self) -> bool {
-        self.leader() != 0
+        Node::has_leader(self)
     }
 
     fn is_learner(&self) -> bool {
@@ -632,8 +632,8 @@ fn gauges(node: Arc<Node>, limits: Arc<Limits>, compacted_at: Arc<AtomicU64>) ->
         let watches = node.machine.hub.figures();
         Gauges {
             member_id: node.identity.member_id,
-            has_leader: node.leader() != 0,
-            is_leader: node.is_leader(),
+            has_leader: node.has_leader(),
+            is_leader: node.is_leader() && node.has_leader(),
             snapshot_apply_in_progress: node.is_installing(),
             is_learner: node.is_learner(),
             proposals_committed: node.committed().max(applied),

@@ -12,6 +12,8 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::lock::lock;
 
 /// One line in this time; what comes in between is only counted.
@@ -50,6 +52,24 @@ impl Slow {
         }
         told.last = Some(now);
         Some(std::mem::take(&mut told.unreported))
+    }
+}
+
+/// Refusals, of which the log is told in the same way.
+#[derive(Debug)]
+pub(crate) struct Refusals {
+    slow: Slow,
+    began: Instant,
+}
+
+impl Refusals {
+    pub fn new() -> Self {
+        Refusals { slow: Slow::new(Duration::ZERO), began: Instant::now() }
+    }
+
+    /// Whether to tell of one now: then how many went unreported since last time.
+    pub fn tell(&self) -> Option<u64> {
+        self.slow.tell(self.began.elapsed())
     }
 }
 

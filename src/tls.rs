@@ -1,8 +1,9 @@
 //! TLS: who may talk to whom, and how each shows who it is.
 //!
 //! [`Tls::open`] reads what the configuration names, once, and gives each plane its part: an [`Acceptor`] for listeners, a [`Connector`]
-//! for connections to other members. TLS itself is spoken by rustls. Its cryptography is *ring*: it needs nothing but a C compiler to
-//! build, while aws-lc-rs brings CMake and several times the code, for hybrid key exchanges and FIPS, which nobody has asked for here.
+//! for connections to other members; [`connector`] makes one for a client. TLS itself is spoken by rustls. Its cryptography is *ring*: it
+//! needs nothing but a C compiler to build, while aws-lc-rs brings CMake and several times the code, for hybrid key exchanges and FIPS, which
+//! nobody has asked for here.
 //!
 //! ```text
 //! socket -> Acceptor::accept: handshake, in bounded time and number -> its certificate: CA, names, address -> bytes, parsed only now
@@ -36,12 +37,21 @@ mod connect;
 mod files;
 mod settings;
 
-use crate::config::{Config, Url};
+use crate::config::tls::FileNames;
+use crate::config::{Config, TlsFiles, Url};
 use crate::error::Result;
 
 pub(crate) use accept::{Acceptor, ServerStream};
 pub(crate) use connect::Connector;
 use settings::Settings;
+
+/// What a client connects with. Its files are called `names` where they were set.
+///
+/// # Errors
+/// `Config`: a file is missing, cannot be read, or is not what it should be.
+pub(crate) fn connector(names: FileNames, files: &TlsFiles) -> Result<Connector> {
+    Connector::open(Settings::of_client(names, files)?)
+}
 
 /// What the planes of a member need. Each is there if something asks for it.
 pub(crate) struct Tls {

@@ -9,7 +9,7 @@ use checkers::history::{Answer, Change, Item, Key, Op, Outcome, Request};
 use checkers::kv;
 use checkers::linear::{Timed, linearize};
 use checkers::log::{self, Hash, Log, check_hashes};
-use checkers::watch::{self, Told};
+use checkers::watch::{self, Event, Scope, Told, next_revision};
 use rand::prelude::*;
 use rand::rngs::StdRng;
 
@@ -129,12 +129,15 @@ fn carry_out(world: &mut World, request: &Request) -> Answer {
         world.log.revisions.insert(world.log.end, changes.clone());
     }
     let deleted = changes.iter().filter(|change| change.value.is_none()).count() as i64;
-    let found = request.reads.iter().map(|key| world.items.get(key).copied()).collect();
-    Answer { revision: world.log.end, applied, deleted, found }
+    let items = if request.at > 0 { &world.log.at(request.at) } else { &world.items };
+    let found = request.reads.iter().map(|key| items.get(key).copied()).collect();
+    let within = |(from, to): &(Key, Key)| items.range(from.clone()..to.clone()).map(|(key, item)| (key.clone(), *item)).collect();
+    let span = request.span.as_ref().map(within).unwrap_or_default();
+    Answer { revision: world.log.end, applied, deleted, found, span }
 }
 
 fn world(rng: &mut StdRng) -> World {
-    let start: BTreeMap<Key, Item> = [("a".to_owned(), Item { value: 1, modified: 4 })].into();
+    let start: BTreeMap<Key, Item> = [("a".to_owned(), Item { value: 1, modified: 4, created: 3, version: 2 })].into();
     let log = Log { base: 5, start: start.clone(), revisions: BTreeMap::new(), end: 5 };
     let mut world = World { log, items: start, ops: Vec::new() };
     let clients = rng.random_range(1..6);
@@ -154,7 +157,7 @@ fn world(rng: &mut StdRng) -> World {
         let outcome = if rng.random_ratio(1, 8) {
             Outcome::Unknown
         } else {
-            Outcome::Answered { at: end, answer: Answer { revision: 0, applied: true, deleted: 0, found: Vec::new() } }
+            Outcome::Answered { at: end, answer: Answer { applied: true, ..Answer::default() } }
         };
         let late = if outcome == Outcome::Unknown { rng.random_range(0..100) } else { 0 };
         if late < 60 {
@@ -167,7 +170,8 @@ fn world(rng: &mut StdRng) -> World {
     for place in 0..world.ops.len() {
         let key = *["a", "b", "c", "d"].choose(rng).unwrap();
         let value = 100 + place as u64;
-        let request = match rng.random_range(0..8) {
+        let request = match rng.random_range(0..9) {
+            8 => Request { span: Some(("b".into(), "d".into())), ..Request::default() },
             0 | 1 => Request::put(key, value),
             2 => Request::delete(key),
             3 | 4 => Request::get(key),
@@ -184,8 +188,11 @@ fn world(rng: &mut StdRng) -> World {
             if rng.random() {
                 *modified = world.items.get(key).map_or(0, |item| item.modified);
             }
-            world.ops[place].request = request.clone();
         }
+        if request.reads.len() == 1 && request.writes.is_empty() && rng.random_ratio(1, 3) {
+            request.at = rng.random_range(world.log.base..=world.log.end);
+        }
+        world.ops[place].request = request.clone();
         let told = carry_out(&mut world, &request);
         if let Outcome::Answered { answer, .. } = &mut world.ops[place].outcome {
             *answer = told;
@@ -222,6 +229,11 @@ fn pick(world: &World, rng: &mut StdRng, what: impl Fn(&Op, &Answer) -> bool) ->
     world.ops.iter().enumerate().filter(fits).map(|(place, _)| place).choose(rng)
 }
 
+/// The same, of those that ask for what keys hold at that moment: what the search looks at.
+fn pick_plain(world: &World, rng: &mut StdRng, what: impl Fn(&Op, &Answer) -> bool) -> Option<usize> {
+    pick(world, rng, |op, answer| op.request.at == 0 && op.request.span.is_none() && what(op, answer))
+}
+
 fn answer(world: &mut World, place: usize) -> &mut Answer {
     match &mut world.ops[place].outcome {
         Outcome::Answered { answer, .. } => answer,
@@ -232,13 +244,13 @@ fn answer(world: &mut World, place: usize) -> &mut Answer {
 /// Wrongs, and whether the search without the log can see them.
 const WRONGS: &[(&str, bool, Wrong)] = &[
     ("a value that nobody wrote", true, |world, rng| {
-        let Some(place) = pick(world, rng, |_, answer| answer.found.iter().any(Option::is_some)) else { return false };
+        let Some(place) = pick_plain(world, rng, |_, answer| answer.found.iter().any(Option::is_some)) else { return false };
         answer(world, place).found.iter_mut().flatten().for_each(|item| item.value = 7);
         true
     }),
     ("a stale read", true, |world, rng| {
         // What the store held before the newest change that was answered before the read was sent.
-        let Some(place) = pick(world, rng, |op, _| op.request.writes.is_empty()) else { return false };
+        let Some(place) = pick_plain(world, rng, |op, _| op.request.writes.is_empty()) else { return false };
         let call = world.ops[place].call;
         let (reads, mut items, mut seen) = (world.ops[place].request.reads.clone(), world.log.start.clone(), world.log.base);
         for (at, answer) in world.ops.iter().filter_map(Op::answer) {
@@ -256,7 +268,7 @@ const WRONGS: &[(&str, bool, Wrong)] = &[
         let found = reads.iter().map(|key| items.get(key).copied()).collect();
         // Revisions are the whole store's: one key by itself may not show it.
         let same_keys = |(at, (op, answer)): (u64, (&Op, &Answer))| {
-            at < call && answer.revision > revision && op.request.keys().any(|key| reads.contains(key))
+            at < call && answer.revision > revision && op.request.at == 0 && op.request.keys().any(|key| reads.contains(key))
         };
         if !world.ops.iter().any(|op| op.answer().is_some_and(|(at, answer)| same_keys((at, (op, answer))))) {
             return false;
@@ -341,8 +353,36 @@ const WRONGS: &[(&str, bool, Wrong)] = &[
         answer(world, place).deleted = 0;
         true
     }),
-    ("another modification revision", true, |world, rng| {
+    ("another version", false, |world, rng| {
         let Some(place) = pick(world, rng, |_, answer| answer.found.iter().any(Option::is_some)) else { return false };
+        answer(world, place).found.iter_mut().flatten().for_each(|item| item.version += 1);
+        true
+    }),
+    ("another creation", false, |world, rng| {
+        let Some(place) = pick(world, rng, |_, answer| answer.found.iter().any(Option::is_some)) else { return false };
+        answer(world, place).found.iter_mut().flatten().for_each(|item| item.created -= 1);
+        true
+    }),
+    ("a span without one of its keys", false, |world, rng| {
+        let Some(place) = pick(world, rng, |_, answer| !answer.span.is_empty()) else { return false };
+        answer(world, place).span.pop();
+        true
+    }),
+    ("a span with a key from elsewhere", false, |world, rng| {
+        let Some(place) = pick(world, rng, |op, _| op.request.span.is_some()) else { return false };
+        answer(world, place).span.push(("d".into(), Item { value: 1, modified: 1, created: 1, version: 1 }));
+        true
+    }),
+    ("what is there now, though an earlier revision was asked for", false, |world, rng| {
+        let now =
+            |world: &World, op: &Op| world.log.at(op.answer().map_or(0, |(_, answer)| answer.revision)).get(&op.request.reads[0]).copied();
+        let Some(place) = pick(world, rng, |op, answer| op.request.at > 0 && answer.found != [now(world, op)]) else { return false };
+        let found = now(world, &world.ops[place]);
+        answer(world, place).found = vec![found];
+        true
+    }),
+    ("another modification revision", true, |world, rng| {
+        let Some(place) = pick_plain(world, rng, |_, answer| answer.found.iter().any(Option::is_some)) else { return false };
         let by = *[-1, 1].choose(rng).unwrap();
         answer(world, place).found.iter_mut().flatten().for_each(|item| item.modified += by);
         true
@@ -379,7 +419,7 @@ fn a_member_that_goes_back_is_seen() {
         start,
         call,
         request: Request { serializable: true, ..Request::get("a") },
-        outcome: Outcome::Answered { at: call + 1, answer: Answer { revision, applied: true, deleted: 0, found: vec![None] } },
+        outcome: Outcome::Answered { at: call + 1, answer: Answer { revision, applied: true, found: vec![None], ..Answer::default() } },
     };
     let change = |value| vec![Change { key: "b".into(), value: Some(value) }];
     let log = Log { base: 1, start: BTreeMap::new(), revisions: [(2, change(1)), (3, change(2))].into(), end: 3 };
@@ -401,49 +441,77 @@ fn hashes() {
 
 // ---- Watches
 
-/// A log, and a watcher that is told all of it, in answers of one or more revisions, with bookmarks and broken streams.
-fn watched(rng: &mut StdRng) -> (Log, Vec<Told>) {
-    let mut log = Log { base: 5, end: 5, ..Log::default() };
+/// A log, and a watcher that is told all of it that it asks for, in answers of one or more revisions, with bookmarks and broken streams.
+fn watched(rng: &mut StdRng, scope: Scope) -> (Log, Vec<Told>) {
+    let start: BTreeMap<Key, Item> = [("b".to_owned(), Item { value: 1, modified: 4, created: 3, version: 2 })].into();
+    let mut log = Log { base: 5, start, end: 5, ..Log::default() };
+    let mut items = log.start.clone();
+    let mut all: BTreeMap<i64, Vec<Event>> = BTreeMap::new();
     for value in 0..rng.random_range(4..30) {
         log.end += 1;
         let keys: &[&str] = if rng.random_ratio(1, 3) { &["a", "b"] } else { &["a"] };
         let value = rng.random_ratio(3, 4).then_some(value);
-        log.revisions.insert(log.end, keys.iter().map(|key| Change { key: (*key).into(), value }).collect());
+        let changes: Vec<Change> = keys.iter().map(|key| Change { key: (*key).into(), value }).collect();
+        for change in &changes {
+            let before = items.get(&change.key).copied();
+            let (mut created, mut version) = (0, 0);
+            if value.is_some() {
+                (created, version) = before.map_or((log.end, 1), |before| (before.created, before.version + 1));
+            }
+            let event = Event { revision: log.end, change: change.clone(), created, version, before };
+            if scope.concerns(change) {
+                all.entry(log.end).or_default().push(event);
+            }
+        }
+        log::apply(&mut items, log.end, &changes);
+        log.revisions.insert(log.end, changes);
     }
     let mut told = vec![Told::Opened(6)];
     let mut next = 6;
     while next <= log.end {
         match rng.random_range(0..6) {
             0 => told.push(Told::Progress(next - 1)),
-            1 => told.push(Told::Opened(next)),
+            1 => told.push(Told::Opened(next_revision(&told, 6))),
             _ => {
                 let last = (next + rng.random_range(0..3)).min(log.end);
-                let events = |(revision, changes): (&i64, &Vec<Change>)| {
-                    changes.iter().map(|change| (*revision, change.clone())).collect::<Vec<_>>()
-                };
-                told.push(Told::Events(log.end, log.revisions.range(next..=last).flat_map(events).collect()));
+                let events: Vec<Event> = all.range(next..=last).flat_map(|(_, events)| events.clone()).collect();
+                if !events.is_empty() {
+                    told.push(Told::Events(log.end, events));
+                }
                 next = last + 1;
             }
         }
     }
+    told.push(Told::Progress(log.end));
     (log, told)
 }
 
 #[test]
 fn watchers_made_wrong_are_refused() {
+    const WRONGS: [&str; 10] = [
+        "an answer lost",
+        "an answer twice",
+        "two answers exchanged",
+        "an event lost",
+        "cut in two",
+        "bookmark ahead",
+        "another value",
+        "another version",
+        "another creation",
+        "nothing before it",
+    ];
     let mut tried: BTreeMap<&str, u32> = BTreeMap::new();
-    for seed in 0..2_000 {
-        let (log, told) = watched(&mut StdRng::seed_from_u64(seed));
-        assert_eq!(watch::check(&told, &log, 6), Vec::<String>::new(), "seed {seed}: {told:#?} {log:#?}");
-        assert_eq!(watch::next_revision(&told, 6), log.end + 1);
+    for seed in 0..4_000 {
+        let scope = [Scope::All, Scope::Key("b"), Scope::Prefix("a"), Scope::Deletions("")][seed as usize % 4];
+        let (log, told) = watched(&mut StdRng::seed_from_u64(seed), scope);
+        assert_eq!(watch::check(&told, &log, 6, scope), Vec::<String>::new(), "seed {seed}: {told:#?} {log:#?}");
+        assert_eq!(next_revision(&told, 6), log.end + 1);
         let with_events: Vec<usize> = (0..told.len()).filter(|at| matches!(told[*at], Told::Events(..))).collect();
-        for name in
-            ["an answer lost", "an answer twice", "two answers exchanged", "an event lost", "cut in two", "bookmark ahead", "another value"]
-        {
+        for name in WRONGS {
             let mut rng = StdRng::seed_from_u64(seed);
             let mut wrong = told.clone();
-            let at = *with_events.choose(&mut rng).unwrap();
-            let Told::Events(header, events) = told[at].clone() else { panic!("chosen above") };
+            let Some(&at) = with_events.choose(&mut rng) else { continue };
+            let Told::Events(header, mut events) = told[at].clone() else { panic!("chosen above") };
             match name {
                 "an answer lost" => drop(wrong.remove(at)),
                 "an answer twice" => wrong.insert(at, told[at].clone()),
@@ -451,28 +519,29 @@ fn watchers_made_wrong_are_refused() {
                     Some(other) => wrong.swap(at, *other),
                     None => continue,
                 },
-                "an event lost" => {
-                    let mut events = events;
-                    events.remove(rng.random_range(0..events.len()));
-                    wrong[at] = Told::Events(header, events);
-                }
                 "cut in two" => {
-                    let Some(cut) = (1..events.len()).find(|cut| events[cut - 1].0 == events[*cut].0) else { continue };
+                    let Some(cut) = (1..events.len()).find(|cut| events[cut - 1].revision == events[*cut].revision) else { continue };
                     wrong[at] = Told::Events(header, events[..cut].to_vec());
                     wrong.insert(at + 1, Told::Events(header, events[cut..].to_vec()));
                 }
-                "bookmark ahead" => wrong.insert(at, Told::Progress(events[0].0)),
+                "bookmark ahead" => wrong.insert(at, Told::Progress(events[0].revision)),
                 _ => {
-                    let mut events = events;
-                    events[0].1.value = Some(1_000);
+                    match name {
+                        "an event lost" => drop(events.remove(rng.random_range(0..events.len()))),
+                        "another version" => events[0].version += 1,
+                        "another creation" => events[0].created -= 1,
+                        "nothing before it" if events[0].before.is_none() => continue,
+                        "nothing before it" => events[0].before = None,
+                        _ => events[0].change.value = Some(1_000),
+                    }
                     wrong[at] = Told::Events(header, events);
                 }
             }
             *tried.entry(name).or_default() += 1;
             // Whoever lost events asks for what it lacks, so that streams opened later are no proof.
-            let found = watch::check(&wrong, &log, 6);
+            let found = watch::check(&wrong, &log, 6, scope);
             assert!(found.iter().any(|wrong| !wrong.contains("fix the test")), "{name}, seed {seed}: {wrong:#?} {log:#?}");
         }
     }
-    assert!(tried.len() == 7 && tried.values().all(|times| *times > 300), "{tried:?}");
+    assert!(tried.len() == WRONGS.len() && tried.values().all(|times| *times > 300), "{tried:?}");
 }

@@ -3,7 +3,12 @@
 use bytes::Bytes;
 use quorate::proto::etcdserverpb::request_op::Request;
 use quorate::proto::etcdserverpb::response_op::Response;
-use quorate::proto::etcdserverpb::{PutRequest, RangeRequest, RequestOp, TxnRequest};
+use quorate::proto::etcdserverpb::{DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest};
+use quorate::proto::internal::Command;
+use quorate::proto::internal::command::Op;
+use quorate::proto::peer::ProposeRequest;
+use quorate::proto::peer::peer_client::PeerClient;
+use quorate::proto::peer::proposed::Outcome;
 use quorate::{Client, Server};
 
 use three::{config, insist, ports, start_all, stop_all};
@@ -21,6 +26,54 @@ async fn put(client: &Client, key: &str, value: &str) {
 async fn get(client: &Client, key: &str) -> Option<String> {
     let kv = insist("a get", || client.get(key.to_owned())).await;
     kv.map(|kv| String::from_utf8(kv.value.to_vec()).unwrap())
+}
+
+/// Once a command is in the log all members have to carry it out, for ever: so the leader does not rely on who sends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_of_other_members_are_checked() {
+    let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
+    let alone = || {
+        let mut config = config(dir.path(), &ports, 0);
+        config.initial_cluster = String::new();
+        config
+    };
+    let server = Server::start(alone()).await.unwrap();
+    put(&server.client(), "key", "value").await;
+    let connected = tonic::transport::Endpoint::from_shared(format!("http://127.0.0.1:{}", ports[0])).unwrap().connect().await;
+    let mut peer = PeerClient::new(connected.unwrap());
+    let ranges = RequestOp { request: Some(Request::RequestRange(RangeRequest { key: "key".into(), ..Default::default() })) };
+    let commands = [
+        // Of a kind that only a later release knows.
+        None,
+        Some(Op::Put(PutRequest::default())),
+        Some(Op::DeleteRange(DeleteRangeRequest::default())),
+        Some(Op::Txn(TxnRequest { success: vec![ranges; 1000], ..Default::default() })),
+        Some(Op::Put(PutRequest { key: "other".into(), value: "fine".into(), ..Default::default() })),
+    ];
+    let commands = commands.map(|op| Command { id: 0, op }).to_vec();
+    let mut request = tonic::Request::new(ProposeRequest { commands });
+    for (name, id) in [("quorate-cluster", server.cluster_id()), ("quorate-from", 1), ("quorate-to", server.member_id())] {
+        request.metadata_mut().insert(name, format!("{id:016x}").parse().unwrap());
+    }
+    let answer = peer.propose(request).await.unwrap().into_inner();
+    let refused = answer.outcomes.iter().map(|outcome| match &outcome.outcome {
+        Some(Outcome::Refused(text)) => text.as_str(),
+        Some(Outcome::Put(_)) => "put",
+        other => panic!("{other:?}"),
+    });
+    let expected = [
+        "etcdserver: not capable",
+        "etcdserver: key is not provided",
+        "etcdserver: key is not provided",
+        "etcdserver: too many operations in txn request",
+        "put",
+    ];
+    assert_eq!(refused.collect::<Vec<_>>(), expected);
+    assert_eq!(get(&server.client(), "other").await.as_deref(), Some("fine"));
+    server.shutdown().await.unwrap();
+    let server = Server::start(alone()).await.unwrap();
+    assert_eq!(get(&server.client(), "other").await.as_deref(), Some("fine"));
+    server.shutdown().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,8 @@
 //!
 //! The cases are in `conformance/cases.rs` and `conformance/queues.rs`, and know nothing of where their client leads. Each runs as a test of
 //! its own on each backend: `cargo test --test conformance in_process`, `... remote`, `... etcd`. The last needs the reference binaries;
-//! without them each test says so and passes, unless `CI` is `true`. What only several members show, and what a client makes of its node's
+//! without them each test says so and passes, unless `CI` is `true`. `remote_tls` and `etcd_tls` are the last two again, in TLS with certificates
+//! on both sides, and with the etcd as one of its users. What only several members show, and what a client makes of its node's
 //! end, is in `failover.rs`, with a wire between client and members that can be cut; and `etcdctl.rs` has locks and elections shared with
 //! etcdctl.
 
@@ -10,6 +11,9 @@ mod common;
 
 #[path = "conformance/cases.rs"]
 mod cases;
+#[path = "common/certificates.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod certificates;
 #[path = "conformance/etcdctl.rs"]
 mod etcdctl;
 #[path = "conformance/failover.rs"]
@@ -18,6 +22,9 @@ mod failover;
 mod gate;
 #[path = "conformance/queues.rs"]
 mod queues;
+#[path = "common/secure.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod secure;
 #[path = "common/three.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod three;
@@ -25,8 +32,9 @@ mod three;
 use std::time::Duration;
 
 use common::{Kind, Process, ports};
-use quorate::client::RemoteOptions;
+use quorate::client::{RemoteOptions, Secret};
 use quorate::{Client, Config, Server, Url};
+use secure::{Pki, Users};
 use tempfile::TempDir;
 
 /// What a case may take, however busy the machine. Beyond it something waits that should not.
@@ -37,6 +45,8 @@ pub struct Store {
     pub client: Client,
     is_etcd: bool,
     held: Held,
+    /// Whose certificates it and its clients have, where it speaks TLS.
+    pki: Option<Pki>,
 }
 
 enum Held {
@@ -45,8 +55,11 @@ enum Held {
 }
 
 pub fn remote_client(urls: &[String]) -> Client {
+    remote_client_with(urls, RemoteOptions::default())
+}
+
+fn remote_client_with(urls: &[String], mut options: RemoteOptions) -> Client {
     let urls: Vec<Url> = urls.iter().map(|url| url.parse().unwrap()).collect();
-    let mut options = RemoteOptions::default();
     options.request_timeout = Duration::from_secs(60);
     Client::remote(urls, options).unwrap()
 }
@@ -65,23 +78,43 @@ impl Store {
     async fn in_process() -> Option<Store> {
         let (server, dir) = Self::server(false).await;
         assert_eq!(server.client_addrs(), []);
-        Some(Store { client: server.client(), is_etcd: false, held: Held::Server(server, dir) })
+        Some(Store { client: server.client(), is_etcd: false, held: Held::Server(server, dir), pki: None })
     }
 
     async fn remote() -> Option<Store> {
         let (server, dir) = Self::server(true).await;
         let client = remote_client(&[format!("http://{}", server.client_addrs()[0])]);
-        Some(Store { client, is_etcd: false, held: Held::Server(server, dir) })
+        Some(Store { client, is_etcd: false, held: Held::Server(server, dir), pki: None })
     }
 
     async fn etcd() -> Option<Store> {
         let reference = common::reference()?;
         let process = Process::start(Kind::Etcd(reference.etcd), &[]).await;
-        Some(Store { client: remote_client(&[process.url()]), is_etcd: true, held: Held::Process(Box::new(process)) })
+        Some(Store { client: remote_client(&[process.url()]), is_etcd: true, held: Held::Process(Box::new(process)), pki: None })
+    }
+
+    /// A member that asks for certificates.
+    async fn remote_tls() -> Option<Store> {
+        let (pki, dir) = (Pki::new(), tempfile::tempdir().unwrap());
+        let server = Server::start(pki.server(dir.path())).await.unwrap();
+        let client = remote_client_with(&[format!("https://{}", server.client_addrs()[0])], pki.options());
+        Some(Store { client, is_etcd: false, held: Held::Server(server, dir), pki: Some(pki) })
+    }
+
+    /// An etcd that asks for certificates, and has users.
+    async fn etcd_tls() -> Option<Store> {
+        let (reference, pki) = (common::reference()?, Pki::new());
+        let process = Process::start_with_tls(Kind::Etcd(reference.etcd), &[], Some(pki.server_files())).await;
+        Users::of(&process).await.enable().await;
+        let mut options = pki.options();
+        (options.username, options.password) = ("root".into(), Secret::new(secure::ROOT_PASSWORD));
+        let client = remote_client_with(&[process.tls_url()], options);
+        Some(Store { client, is_etcd: true, held: Held::Process(Box::new(process)), pki: Some(pki) })
     }
 
     /// Where another client finds it.
     pub fn url(&self) -> String {
+        assert!(self.pki.is_none(), "it would need certificates");
         match &self.held {
             Held::Server(server, _) => format!("http://{}", server.client_addrs()[0]),
             Held::Process(process) => process.url(),
@@ -113,7 +146,7 @@ macro_rules! on_each_backend {
 }
 
 on_each_backend! {
-    in_process, remote, etcd;
+    in_process, remote, etcd, remote_tls, etcd_tls;
     {
         keys_are_put_read_and_deleted
         ranges_have_all_their_options

@@ -320,23 +320,35 @@ enum Found {
     Periodically,
 }
 
+/// What becomes of the member that differs.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    Mended,
+    Removed,
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_difference_is_found_at_compactions() {
-    a_difference_is_found(Found::AtCompaction, false).await;
+    a_difference_is_found(Found::AtCompaction, false, Then::Mended).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_difference_is_found_in_a_leader() {
-    a_difference_is_found(Found::AtCompaction, true).await;
+    a_difference_is_found(Found::AtCompaction, true, Then::Mended).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_difference_is_found_periodically() {
-    a_difference_is_found(Found::Periodically, false).await;
+    a_difference_is_found(Found::Periodically, false, Then::Mended).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_differs_is_removed() {
+    a_difference_is_found(Found::Periodically, false, Then::Removed).await;
 }
 
 /// The member that differs is named, and serves no client any more; the others go on.
-async fn a_difference_is_found(found: Found, leads: bool) {
+async fn a_difference_is_found(found: Found, leads: bool, then: Then) {
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
     let comparing = |at| {
         let mut config = config(dir.path(), &ports, at);
@@ -387,9 +399,23 @@ async fn a_difference_is_found(found: Found, leads: bool) {
     refused(wrong.client().backup().await.map(drop).unwrap_err());
     // The others go on, led by one of them.
     until("another leads", || client.last_status().leader != id && client.last_status().leader != 0).await;
-    insist("a put", || client.put("w", "on")).await;
+    // Its watches have ended, too, before there is anything to tell.
     refused(watch.next().await.unwrap_err());
+    insist("a put", || client.put("w", "on")).await;
     assert!(insist("a get", || client.get("w")).await.is_some());
+    if matches!(then, Then::Removed) {
+        // The alarm stays until it is disarmed, and says nothing of those who are left.
+        let mut admin = ClusterClient::new(channel(&servers[0]));
+        admin.member_remove(MemberRemoveRequest { id }).await.unwrap();
+        let _ = wrong.shutdown().await;
+        assert_eq!(client.last_alarms(), expected);
+        for other in [&clients["a"], &clients["b"]] {
+            insist("a put", || other.put("x", "without it")).await;
+        }
+        assert_eq!(insist("disarming", || client.alarm_disarm(expected[0])).await, expected);
+        are_equal(&[&servers[0], &servers[1]]).await;
+        return stop_all(servers).await;
+    }
     // It is mended as the log says.
     wrong.shutdown().await.unwrap();
     std::fs::rename(member_dir(dir.path(), 2).join("state"), dir.path().join("state of c")).unwrap();

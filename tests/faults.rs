@@ -55,12 +55,12 @@ use rand::rngs::StdRng;
 
 use checkers::history::{Op, Outcome};
 use checkers::log::{Log, check_hashes};
-use checkers::watch::{self, Told};
+use checkers::watch::{self, Scope, Told};
 use checkers::{kv, log};
 use cluster::Cluster;
 use leases::Held;
 use links::MEMBERS;
-use load::{Load, Record};
+use load::{Load, Record, WITNESSES};
 use order::Order;
 
 /// What a wait may take, however busy the machine.
@@ -110,7 +110,12 @@ fn test(plan: Plan, name: &str, rounds: u64) {
             witnesses: Vec::new(),
             sums: Sums::default(),
         };
-        for round in 0..rounds {
+        // Of a leader that answers nothing after it was paused nothing is learnt: some rounds more.
+        let is_enough = |round: u64, sums: &Sums| round >= rounds && (plan != Plan::PauseLeader || sums.answered_late > 0);
+        for round in 0..4 * rounds {
+            if is_enough(round, &run.sums) {
+                break;
+            }
             // A seed of its own, so that how many choices a round has made changes nothing in the next.
             let mut rng = StdRng::seed_from_u64(rng.random());
             let mut seen = Seen::default();
@@ -128,6 +133,7 @@ fn test(plan: Plan, name: &str, rounds: u64) {
             }
             println!("round {round}: {}", seen.summary());
         }
+        assert!(is_enough(rounds, &run.sums), "no paused leader has answered a read");
         let (leases, late) = run.record.leases();
         println!("{rounds} rounds, seed {seed}: 0 violations; {leases} leases ran out, at most {late:.1?} late; {}", run.sums.text());
     });
@@ -204,6 +210,8 @@ struct Sums {
     revisions: i64,
     ordered: usize,
     watched: usize,
+    /// Reads that a leader answered that had been paused.
+    answered_late: usize,
     errors: BTreeMap<String, u64>,
 }
 
@@ -282,11 +290,8 @@ impl Run {
                     Ok(())
                 }
                 Plan::KillBusy => self.cluster.kill_busy(self.base, rng).await,
-                Plan::CutOffPastTheLog => {
-                    self.cluster.cut_off_past_the_log(rng.random_range(0..MEMBERS)).await;
-                    Ok(())
-                }
-                Plan::PauseLeader => self.cluster.pause_leader().await,
+                Plan::CutOffPastTheLog => self.cluster.cut_off_past_the_log(rng.random_range(0..MEMBERS)).await,
+                Plan::PauseLeader => self.cluster.pause_leader().await.map(|answered| self.sums.answered_late += answered),
                 Plan::LeadersDiskStandsStill => self.cluster.leaders_disk_stands_still().await,
             };
             outcome = befallen.and_then(|()| self.cluster.check_running());
@@ -335,8 +340,10 @@ impl Run {
             }
         }
         self.base = 1;
-        for (at, url) in self.cluster.urls().into_iter().enumerate() {
-            self.witnesses.push(tokio::spawn(load::witness(self.record.clone(), at, url, self.base + 1)));
+        let urls = self.cluster.urls();
+        for witness in 0..WITNESSES {
+            let url = urls[witness % MEMBERS].clone();
+            self.witnesses.push(tokio::spawn(load::witness(self.record.clone(), witness, url, self.base + 1)));
         }
         Ok(())
     }
@@ -352,11 +359,11 @@ impl Run {
                 _ => tokio::time::sleep(Duration::from_millis(50)).await,
             }
         };
-        for at in 0..MEMBERS {
+        for at in 0..WITNESSES {
             while watch::next_revision(&self.record.told(at), self.base + 1) <= end {
                 if began.elapsed() > PATIENCE {
                     let next = watch::next_revision(&self.record.told(at), self.base + 1);
-                    seen.wrong.push(format!("the watcher of member {at} is not told of revision {next}, the store is at {end}"));
+                    seen.wrong.push(format!("watcher {at} is not told of revision {next}, the store is at {end}"));
                     break;
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -369,7 +376,10 @@ impl Run {
         if !self.cluster.members[0].program.is_etcd && plan != Plan::CutOffPastTheLog {
             self.compare_order(rng, seen).await?;
         }
+        // The time that watchers took is not this loop's.
+        let began = Instant::now();
         loop {
+            let is_last = began.elapsed() > PATIENCE;
             let mut hashes = Vec::new();
             for at in 0..MEMBERS {
                 let hash = tokio::time::timeout(PATIENCE, self.cluster.client(at).hash(end)).await;
@@ -379,11 +389,22 @@ impl Run {
                 ));
             }
             // A compaction may be under way, here earlier than there.
-            if hashes.windows(2).all(|pair| pair[0].1.compacted == pair[1].1.compacted) || began.elapsed() > PATIENCE {
+            let are_alike = hashes.windows(2).all(|pair| pair[0].1.compacted == pair[1].1.compacted);
+            if are_alike || is_last {
+                if !are_alike {
+                    seen.wrong.push(format!("members are not compacted alike: {hashes:?}"));
+                }
                 seen.wrong.extend(check_hashes(&hashes));
-                return Ok(());
+                break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        loop {
+            match tokio::time::timeout(PATIENCE, client.alarms()).await {
+                Ok(Ok(alarms)) if alarms.is_empty() => return Ok(()),
+                other if began.elapsed() > PATIENCE => return Err(format!("the alarms after the round: {other:?}")),
+                _ => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
         }
     }
 
@@ -391,12 +412,12 @@ impl Run {
     async fn read_log(&self, at: usize, log: &mut Log) -> Result<(), String> {
         let mut client = self.cluster.client(at);
         let read = async {
-            let mut watching = client.watch(log.base + 1).await?;
+            let mut watching = client.watch(Scope::All, log.base + 1).await?;
             while log.revisions.last_key_value().map_or(log.base, |(revision, _)| *revision) < log.end {
                 let Some(told) = watching.next().await? else { return Err(tonic::Status::aborted("the stream ended")) };
                 let Told::Events(_, events) = told else { continue };
-                for (revision, change) in events.into_iter().filter(|(revision, _)| *revision <= log.end) {
-                    log.revisions.entry(revision).or_default().push(change);
+                for event in events.into_iter().filter(|event| event.revision <= log.end) {
+                    log.revisions.entry(event.revision).or_default().push(event.change);
                 }
             }
             Ok(())
@@ -456,8 +477,8 @@ impl Run {
         seen.wrong.extend(kv::check(&seen.ops, seen.log.base, &seen.log.start, Some(&verdict.effects)));
         seen.wrong.extend(verdict.wrong);
         for (at, told) in seen.told.iter().enumerate() {
-            let wrong = watch::check(told, &seen.log, seen.log.base + 1);
-            seen.wrong.extend(wrong.into_iter().map(|wrong| format!("the watcher of member {at}: {wrong}")));
+            let wrong = watch::check(told, &seen.log, seen.log.base + 1, load::scope(at));
+            seen.wrong.extend(wrong.into_iter().map(|wrong| format!("watcher {at}, at member {}: {wrong}", at % MEMBERS)));
             self.sums.watched += told.iter().map(|told| if let Told::Events(_, events) = told { events.len() } else { 0 }).sum::<usize>();
         }
         let is_lost = |op: &Op, effect: &Option<i64>| op.outcome == Outcome::Unknown && !op.request.writes.is_empty() && effect.is_none();
@@ -484,7 +505,7 @@ impl Run {
         let title = format!("the log, from revision {} to {}, beginning with {:?}", seen.log.base, seen.log.end, seen.log.start);
         part(&title, &mut seen.log.revisions.iter().map(|(revision, changes)| format!("{revision} {changes:?}")));
         for (at, told) in seen.told.iter().enumerate() {
-            let title = format!("what the watcher of member {at} was told");
+            let title = format!("what watcher {at} was told, at member {} of {:?}", at % MEMBERS, load::scope(at));
             part(&title, &mut told.iter().enumerate().map(|(place, told)| format!("{place} {told:?}")));
         }
         std::fs::write(dir.join("history.txt"), text).expect("space for the history");

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["error", "lock", "proto", "testing"],
     &["world"],
-    &["storage", "config", "lease", "metrics", "slow"],
+    &["storage", "config", "cork", "lease", "metrics", "slow"],
     &["mvcc", "snapshot", "cli", "tls"],
     &["raft"],
     &["background", "listing"],

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use quorate::client::{EventKind, WatchMessage};
+use quorate::proto::EncodedKv;
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::kv_client::KvClient;
 use quorate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
@@ -546,5 +547,41 @@ async fn without_fsync_a_member_still_comes_back() {
     config.unsafe_no_fsync = false;
     let server = Server::start(config).await.unwrap();
     assert_eq!(server.client().revision(), 201);
+    server.shutdown().await.unwrap();
+}
+
+/// Larger than what is held of an answer in memory, and in more chunks than a number of 64 bits can be doubled.
+#[tokio::test]
+async fn a_large_range_comes_whole_in_chunks_and_in_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(config(dir.path())).await.unwrap();
+    let client = server.client();
+    for key in 0..70 {
+        client.put(format!("large/{key:02}"), vec![key; 1 << 20]).await.unwrap();
+    }
+    let all = RangeRequest { key: "large/".into(), range_end: "large0".into(), ..Default::default() };
+    let is_whole = |kvs: &[EncodedKv]| {
+        assert_eq!(kvs.len(), 70);
+        for (at, kv) in kvs.iter().enumerate() {
+            let kv = kv.decode().unwrap();
+            assert!(kv.key == format!("large/{at:02}") && kv.value.len() == 1 << 20);
+            assert!(kv.value.iter().all(|byte| usize::from(*byte) == at));
+        }
+    };
+    let whole = client.range(all.clone()).await.unwrap();
+    is_whole(&whole.kvs);
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", server.client_addrs()[0])).unwrap();
+    let mut remote = KvClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(usize::MAX);
+    is_whole(&remote.range(all.clone()).await.unwrap().into_inner().kvs);
+    let mut chunks = remote.range_stream(all).await.unwrap().into_inner();
+    let (mut kvs, mut last) = (Vec::new(), None);
+    while let Some(chunk) = chunks.message().await.unwrap() {
+        let chunk = chunk.range_response.unwrap();
+        assert!(!chunk.kvs.is_empty() && last.is_none());
+        kvs.extend(chunk.kvs);
+        last = chunk.header.map(|header| (header.revision, chunk.count, chunk.more));
+    }
+    is_whole(&kvs);
+    assert_eq!(last, Some((whole.header.unwrap().revision, 70, false)));
     server.shutdown().await.unwrap();
 }

@@ -459,11 +459,13 @@ fn received(server: &Server) -> u64 {
 /// etcd 18055. A second snapshot comes shortly after the first, and the leader changes while one is on its way.
 #[tokio::test(flavor = "multi_thread")]
 async fn issue_18055_one_snapshot_after_the_other() {
+    const ROUNDS_MAX: usize = 6;
     let _one = ONE_AT_A_TIME.lock().await;
     let (dir, ports) = (tempfile::tempdir().unwrap(), ports());
     let mut servers = start_all(|at| forgetful(dir.path(), &ports, at)).await;
     put(&servers[0].client(), "first", "1").await;
-    for round in 0..2 {
+    let mut moved_meanwhile = 0;
+    for round in 0..ROUNDS_MAX {
         let last = leave_behind(dir.path(), &mut servers, round).await;
         let back = Server::start(forgetful(dir.path(), &ports, 2)).await.unwrap();
         let ids = [servers[0].member_id(), servers[1].member_id()];
@@ -483,7 +485,12 @@ async fn issue_18055_one_snapshot_after_the_other() {
         assert!(received(&back) > 0, "no snapshot was needed");
         servers.push(back);
         are_equal(&servers).await;
+        moved_meanwhile += usize::from(moves > 0);
+        if round > 0 && moved_meanwhile > 0 {
+            break;
+        }
     }
+    assert!(moved_meanwhile > 0, "{ROUNDS_MAX} times it had caught up before anybody else led");
     stop_all(servers).await;
 }
 

@@ -9,8 +9,10 @@
 //! QUORATE_SIM_SECONDS=120 cargo sim                             # ... for 2 minutes
 //! QUORATE_SIM_FROM=1 QUORATE_SIM_SEEDS=10000 cargo sim          # these
 //! QUORATE_SIM_FROM=17 QUORATE_SIM_SEEDS=1 QUORATE_SIM_TRACE=/tmp/trace cargo sim   # one, with everything that happened in a file
-//! QUORATE_SIM_FAULT=EarlyAcknowledgement QUORATE_SIM_SEEDS=100 cargo sim           # with a mistake built in, which is to be found
+//! QUORATE_SIM_FAULT=EarlyAcknowledgement QUORATE_SIM_FROM=1 cargo sim whatever     # with a mistake built in, which is to be found
 //! ```
+//! That the judges see something is itself tested: `the_judges_find_what_is_built_in` plays each of the mistakes that can be built into
+//! the members. And that there was something to see: who runs [`ENOUGH`] seeds or more has to have seen all of [`TO_BE_SEEN`].
 #[path = "checkers/mod.rs"]
 mod checkers;
 #[path = "simulation/faults.rs"]
@@ -24,7 +26,7 @@ mod requests;
 #[path = "simulation/scenario.rs"]
 mod scenario;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError};
@@ -36,12 +38,48 @@ use scenario::Report;
 /// Seeds that have found something, each with a word on what it was. They are run each time.
 const FAILED_BEFORE: &[(u64, &str)] = &[(1762, "one that was removed before it was sent anything went on for ever")];
 
+/// What so many seeds must have seen between them; otherwise something is no longer tried at all.
+const TO_BE_SEEN: &[&str] = &[
+    "bookmarks",
+    "calls of InstallSnapshot",
+    "calls of Propose",
+    "calls of PutSnapshot",
+    "calls of ReadIndex",
+    "calls of Renew",
+    "calls of TransferLeader",
+    "calls of Vote",
+    "compactions",
+    "earlier revisions read",
+    "guards that held",
+    "leases",
+    "leases whose end was timed",
+    "members joined",
+    "members removed",
+    "moves of the lead",
+    "promotions",
+    "spans read",
+    "writes without an answer that took effect",
+];
+const ENOUGH: u64 = 200;
+
+/// The mistakes that can be built in, and a word by which a judge is known that has found it.
+const MISTAKES: [(Fault, &str); 4] = [
+    (Fault::RestoredLeader, "stale: "),
+    (Fault::EarlyAcknowledgement, ""),
+    (Fault::UnconfirmedReads, "stale: "),
+    (Fault::UnsureRenewals, "lease"),
+];
+
+/// How many seeds a mistake may stay hidden: several times what it takes.
+const HIDDEN_MAX: u64 = 20;
+
 /// How long new seeds are tried, unless told otherwise.
 const SECONDS: u64 = 20;
 
 thread_local! {
     /// Panics of tasks, which tokio keeps to itself.
     static PANICS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+    static IS_EXPECTED: Cell<bool> = const { Cell::new(false) };
 }
 
 fn setting(name: &str) -> Option<u64> {
@@ -51,7 +89,7 @@ fn setting(name: &str) -> Option<u64> {
 
 fn fault() -> Option<Fault> {
     let name = std::env::var("QUORATE_SIM_FAULT").ok()?;
-    let all = [Fault::RestoredLeader, Fault::EarlyAcknowledgement, Fault::UnconfirmedReads, Fault::UnsureRenewals];
+    let all = MISTAKES.map(|(fault, _)| fault);
     let found = all.into_iter().find(|fault| format!("{fault:?}") == name);
     Some(found.unwrap_or_else(|| panic!("QUORATE_SIM_FAULT={name}: there are {all:?}")))
 }
@@ -62,17 +100,27 @@ fn listen_for_panics() {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             PANICS.with_borrow_mut(|panics| panics.push(info.to_string()));
-            before(info);
+            // With a mistake built in they are to be expected, and to say where they come from takes longer than a run.
+            if !IS_EXPECTED.get() {
+                before(info);
+            }
         }));
     });
 }
 
 /// Runs one seed, and judges it.
 fn run(seed: u64, fault: Option<Fault>, keep_lines: bool) -> Report {
+    play(seed, fault, fault, keep_lines)
+}
+
+/// The same, with what brings a mistake to light whether or not it is built in.
+fn play(seed: u64, fault: Option<Fault>, aim: Option<Fault>, keep_lines: bool) -> Report {
     listen_for_panics();
     PANICS.take();
+    IS_EXPECTED.set(fault.is_some());
     let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");
-    let mut report = quorate::sim::run(seed, fault, dir.path(), |cluster| scenario::play(cluster, seed, keep_lines));
+    let mut report = quorate::sim::run(seed, fault, dir.path(), |cluster| scenario::play(cluster, seed, aim, keep_lines));
+    IS_EXPECTED.set(false);
     report.wrong.extend(PANICS.take().into_iter().map(|panic| format!("a task has panicked: {panic}")));
     report
 }
@@ -143,9 +191,26 @@ fn whatever_the_seed_they_keep_their_word() {
     let before = FAILED_BEFORE.iter().map(|(seed, _)| *seed).filter(|_| fault.is_none());
     println!("new seeds from {from}");
     let (failed, sums) = run_all(before.chain(seeds), fault);
+    let unseen: Vec<&str> = TO_BE_SEEN.iter().copied().filter(|what| sums.get(*what).is_none_or(|times| *times == 0)).collect();
+    let seeds = sums.get("seeds").copied().unwrap_or(0);
     let sums: String = sums.iter().map(|(what, times)| format!("\n  {times} {what}")).collect();
     println!("in {:?}:{sums}", began.elapsed());
     assert!(failed.is_empty(), "{} seeds failed; the first: {}", failed.len(), failed.first().map_or("", String::as_str));
+    assert!(fault.is_some() || seeds < ENOUGH || unseen.is_empty(), "{seeds} seeds have never seen {unseen:?}");
+}
+
+/// A judge that has gone blind is as content as one that has nothing to find. And what is found is the mistake: the same without it is right.
+#[test]
+fn the_judges_find_what_is_built_in() {
+    for (fault, word) in MISTAKES {
+        let began = Instant::now();
+        let find = |seed: u64| run(seed, Some(fault), false).wrong.into_iter().find(|wrong| wrong.contains(word));
+        let found = (1..=HIDDEN_MAX).find_map(|seed| Some((seed, find(seed)?)));
+        let Some((seed, wrong)) = found else { panic!("{fault:?}: in {HIDDEN_MAX} seeds nothing was wrong") };
+        let sound = play(seed, None, Some(fault), false);
+        assert!(sound.wrong.is_empty(), "{fault:?} is not built in, and with seed {seed} this is wrong: {:#?}", sound.wrong);
+        println!("{fault:?}: found by seed {seed} after {:.1?}: {}", began.elapsed(), wrong.lines().next().unwrap_or_default());
+    }
 }
 
 /// Twice the same, to the last message: otherwise no seed could be run again.

@@ -183,6 +183,8 @@ pub const NULL_ROWS: &[Row] = &[
 pub const EMBEDDED_ROWS: &[Row] = &[
     row("embedded-sget", "serializable get in the process, 64 tasks", SERIALIZABLE, 64, &[faster(20.0, 50.0)]),
     row("embedded-put", "put in the process, 64 tasks", Work::Put, 64, &[faster(1.5, 2.0)]),
+    row("embedded-sget-1", "serializable get in the process, 1 task", SERIALIZABLE, 1, &[]),
+    row("embedded-put-1", "put in the process, 1 task", Work::Put, 1, &[]),
 ];
 
 /// Memory with a million keys, and the start on them.

@@ -4,15 +4,16 @@
 //! begins with few keys and grows towards [`CHUNK_BYTES`], so that the first keys are there at once and a large range
 //! costs few messages. The revision is held from the first chunk to the last.
 
-use std::pin::Pin;
+use std::sync::Arc;
 
 use futures_util::Stream;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
 use crate::error::Result;
-use crate::mvcc::range::{self, RangeResult};
-use crate::node::RangeAnswer;
+use crate::mvcc::Pin;
+use crate::mvcc::range::{self, Hit, RangeResult};
+use crate::node::{Node, RangeAnswer};
 use crate::proto::EncodedKv;
 use crate::proto::etcdserverpb::kv_server::Kv;
 use crate::proto::etcdserverpb::range_request::{SortOrder, SortTarget};
@@ -41,14 +42,19 @@ impl RangeAnswer {
     }
 }
 
+/// The whole answer in memory. What of it has to be read from the disk is read elsewhere, so that nobody's thread stands still meanwhile.
+pub(crate) async fn collect(node: &Node, answer: RangeAnswer) -> Result<RangeResponse> {
+    if answer.result.held { answer.collect() } else { node.blocking(move || answer.collect()).await? }
+}
+
 #[tonic::async_trait]
 impl Kv for Api {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
         let answer = self.node.range(&request.into_inner()).await.map_err(status)?;
-        Ok(Response::new(answer.collect().map_err(status)?))
+        Ok(Response::new(collect(&self.node, answer).await.map_err(status)?))
     }
 
-    type RangeStreamStream = Pin<Box<dyn Stream<Item = Result<RangeStreamResponse, Status>> + Send>>;
+    type RangeStreamStream = std::pin::Pin<Box<dyn Stream<Item = Result<RangeStreamResponse, Status>> + Send>>;
 
     async fn range_stream(&self, request: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
         let request = request.into_inner();
@@ -62,7 +68,7 @@ impl Kv for Api {
             return Err(Status::unimplemented("etcdserver: range stream does not sort or filter"));
         }
         let answer = self.node.range(&request).await.map_err(status)?;
-        Ok(Response::new(Box::pin(stream_range(answer))))
+        Ok(Response::new(Box::pin(stream_range(self.node.clone(), answer))))
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -82,33 +88,66 @@ impl Kv for Api {
     }
 }
 
+/// What is left of an answer that is sent in parts: pairs, and what holds their revision.
+pub(super) struct Left {
+    hits: std::vec::IntoIter<Hit>,
+    pin: Option<Pin>,
+    keys_only: bool,
+}
+
+impl Left {
+    pub fn new(hits: Vec<Hit>, pin: Option<Pin>, keys_only: bool) -> Left {
+        Left { hits: hits.into_iter(), pin, keys_only }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.hits.as_slice().is_empty()
+    }
+
+    /// The next pair.
+    pub fn fetch(&mut self) -> Result<Option<EncodedKv>> {
+        self.hits.next().map(|hit| hit.fetch(self.pin.as_ref(), self.keys_only)).transpose()
+    }
+
+    /// Makes the next part: elsewhere, when what it begins with is not held, for then it is on the disk, and this thread does everything else.
+    pub async fn part<T: Send + 'static>(
+        mut self,
+        node: &Node,
+        make: impl FnOnce(&mut Left) -> Result<T> + Send + 'static,
+    ) -> Result<(Left, T)> {
+        let held = self.hits.as_slice().first().is_none_or(|hit| hit.kv.is_some());
+        let make = move || make(&mut self).map(|part| (self, part));
+        if held { make() } else { node.blocking(make).await? }
+    }
+}
+
 /// Cuts an answer into chunks, fetching what it does not hold when its turn comes.
-fn stream_range(answer: RangeAnswer) -> impl Stream<Item = Result<RangeStreamResponse, Status>> + Send {
+fn stream_range(node: Arc<Node>, answer: RangeAnswer) -> impl Stream<Item = Result<RangeStreamResponse, Status>> + Send {
     let RangeAnswer { result: RangeResult { hits, more, count, .. }, pin, keys_only, header } = answer;
-    let state = (hits.into_iter().peekable(), CHUNK_KEYS, false);
-    futures_util::stream::unfold(state, move |(mut hits, keys, done)| {
-        let chunk = (!done).then(|| {
-            let mut kvs: Vec<EncodedKv> = Vec::new();
-            let mut bytes = 0;
-            while kvs.len() < keys && bytes < CHUNK_BYTES {
-                let Some(hit) = hits.next() else { break };
-                let kv = hit.fetch(pin.as_ref(), keys_only).map_err(status)?;
-                bytes += kv.encoded_len();
-                kvs.push(kv);
-            }
-            let last = hits.peek().is_none();
-            let response = if last {
-                RangeResponse { header: Some(header), kvs, more, count }
-            } else {
-                RangeResponse { kvs, ..RangeResponse::default() }
-            };
-            Ok((RangeStreamResponse { range_response: Some(response) }, last))
-        });
-        async move {
-            match chunk? {
-                Ok((response, last)) => Some((Ok(response), (hits, keys * 2, last))),
-                Err(err) => Some((Err(err), (hits, keys, true))),
-            }
-        }
+    let begin = (node, Some(Left::new(hits, pin, keys_only)), CHUNK_KEYS);
+    futures_util::stream::try_unfold(begin, move |(node, left, keys)| async move {
+        // None: the last chunk was made.
+        let Some(left) = left else { return Ok(None) };
+        let (left, kvs) = left.part(&node, move |left| chunk(left, keys)).await.map_err(status)?;
+        let left = Some(left).filter(|left| !left.is_empty());
+        let response = match left {
+            None => RangeResponse { header: Some(header), kvs, more, count },
+            Some(_) => RangeResponse { kvs, ..RangeResponse::default() },
+        };
+        // Beyond this a chunk is bounded by its bytes alone.
+        let keys = CHUNK_BYTES.min(2 * keys);
+        Ok(Some((RangeStreamResponse { range_response: Some(response) }, (node, left, keys))))
     })
+}
+
+/// The next chunk of an answer.
+fn chunk(left: &mut Left, keys: usize) -> Result<Vec<EncodedKv>> {
+    let mut kvs: Vec<EncodedKv> = Vec::new();
+    let mut bytes = 0;
+    while kvs.len() < keys && bytes < CHUNK_BYTES {
+        let Some(kv) = left.fetch()? else { break };
+        bytes += kv.encoded_len();
+        kvs.push(kv);
+    }
+    Ok(kvs)
 }

@@ -50,16 +50,17 @@ impl Api {
             let name = AlarmType::try_from(alarm.alarm).ok()?.as_str_name();
             Some(format!("memberID:{} alarm:{name} ", alarm.member_id))
         });
+        let leader = node.present_leader();
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         StatusResponse {
             header: Some(node.header_now()),
             version: ETCD_VERSION.into(),
             db_size: signed(stats.disk_bytes),
-            leader: node.leader(),
+            leader,
             raft_index: log.last.map_or(0, |last| last.index),
             raft_term: node.term(),
             raft_applied_index: applied,
-            errors: if node.leader() == 0 { vec!["etcdserver: no leader".into()] } else { errors.collect() },
+            errors: if leader == 0 { vec!["etcdserver: no leader".into()] } else { errors.collect() },
             db_size_in_use: signed(stats.live_bytes),
             is_learner: node.is_learner(),
             storage_version: STORAGE_VERSION.into(),

@@ -31,6 +31,7 @@ use crate::proto::peer::{
 };
 use crate::raft::members::Members;
 use crate::raft::network::{self, MESSAGE_BYTES_MAX};
+use crate::slow::Refusals;
 use crate::storage::dir::Identity;
 
 use super::status;
@@ -75,9 +76,19 @@ pub(crate) fn router(node: &Arc<Node>, say: Option<&Say>, slow: Duration, metric
             }
         };
     }
-    let ours = node.clone();
+    let (ours, refused) = (node.clone(), Refusals::new());
+    let guard = move |path: &str, headers: &HeaderMap| {
+        let checked = check(&ours.identity, path, headers, &lock(&ours.machine.members));
+        if let Err(status) = &checked
+            && let Some(unreported) = refused.tell()
+        {
+            // Who calls does not end by that, and may not be looked at by anybody: so it can be found from either side.
+            tracing::warn!(path, error = status.message(), unreported, "refused a call on the peer port");
+        }
+        checked
+    };
     let router = Router::new(MESSAGE_BYTES_MAX, slow, metrics.clone())
-        .guard(move |path, headers| check(&ours.identity, path, headers, &lock(&ours.machine.members)))
+        .guard(guard)
         .unary(PEER, "Append", node, of!(peer_append, AppendRequest))
         .unary(PEER, "Vote", node, of!(peer_vote, VoteRequest))
         .unary(PEER, "Propose", node, of!(peer_propose, ProposeRequest))

@@ -14,8 +14,9 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 use tonic::service::Routes;
 use tonic::{Request, Status};
 
+use crate::error::Result;
 use crate::metrics::{MethodKind, Metrics};
-use crate::node::RangeAnswer;
+use crate::node::{Node, RangeAnswer};
 use crate::proto::FILE_DESCRIPTOR_SET;
 use crate::proto::etcdserverpb::cluster_server::Cluster;
 use crate::proto::etcdserverpb::kv_server::KvServer;
@@ -28,6 +29,7 @@ use crate::proto::health::health_server::{Health, HealthServer};
 
 use super::cluster::check_learner;
 use super::conversation::Conversation;
+use super::kv::Left;
 use super::unary::{Either, MESSAGE_OVERHEAD, Pace, Router, Streamed, check_leader};
 use super::watch::WatchService;
 use super::{Api, status};
@@ -112,39 +114,40 @@ async fn range_answer(api: Api, request: RangeRequest) -> Result<Either<RangeRes
     if answer.result.held {
         return answer.collect().map(Either::Message).map_err(status);
     }
-    Ok(Either::Streamed(stream_answer(answer)))
+    Ok(Either::Streamed(stream_answer(api.node, answer)))
 }
 
 /// A large answer as one message in pieces: header first, then the pairs, then the rest.
-fn stream_answer(answer: RangeAnswer) -> Streamed {
+fn stream_answer(node: Arc<Node>, answer: RangeAnswer) -> Streamed {
     let RangeAnswer { result, pin, keys_only, header } = answer;
     let head = RangeResponse { header: Some(header), ..RangeResponse::default() }.encode_to_vec();
     let tail = RangeResponse { more: result.more, count: result.count, ..RangeResponse::default() }.encode_to_vec();
     let field = |len: usize| 1 + encoded_len_varint(len as u64) + len;
     let len = head.len() + result.hits.iter().map(|hit| field(hit.len)).sum::<usize>() + tail.len();
-    let hits = result.hits.into_iter();
-    let pieces = futures_util::stream::unfold((hits, pin, Some(tail)), move |(mut hits, pin, mut tail)| {
-        let piece = tail.is_some().then(|| {
-            let mut piece = BytesMut::with_capacity(PIECE_BYTES);
-            while piece.len() < PIECE_BYTES {
-                let Some(hit) = hits.next() else {
-                    piece.put_slice(&tail.take().unwrap_or_default());
-                    break;
-                };
-                let kv = hit.fetch(pin.as_ref(), keys_only).map_err(status)?;
-                encode_key(KVS_FIELD, WireType::LengthDelimited, &mut piece);
-                encode_varint(kv.encoded_len() as u64, &mut piece);
-                kv.encode_raw(&mut piece);
-            }
-            Ok(piece.freeze())
-        });
-        async move {
-            match piece? {
-                Ok(piece) => Some((Ok(piece), (hits, pin, tail))),
-                Err(err) => Some((Err(err), (hits, pin, None))),
-            }
-        }
+    let begin = (node, Left::new(result.hits, pin, keys_only), Some(tail));
+    let pieces = futures_util::stream::try_unfold(begin, |(node, left, tail)| async move {
+        let Some(tail) = tail else { return Ok(None) };
+        let (left, mut piece) = left.part(&node, piece).await.map_err(status)?;
+        let tail = if left.is_empty() {
+            piece.put_slice(&tail);
+            None
+        } else {
+            Some(tail)
+        };
+        Ok(Some((piece.freeze(), (node, left, tail))))
     });
     let first = futures_util::stream::once(std::future::ready(Ok(Bytes::from(head))));
     Streamed { len, chunks: first.chain(pieces).boxed() }
+}
+
+/// The next piece of an answer.
+fn piece(left: &mut Left) -> Result<BytesMut> {
+    let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+    while piece.len() < PIECE_BYTES {
+        let Some(kv) = left.fetch()? else { break };
+        encode_key(KVS_FIELD, WireType::LengthDelimited, &mut piece);
+        encode_varint(kv.encoded_len() as u64, &mut piece);
+        kv.encode_raw(&mut piece);
+    }
+    Ok(piece)
 }

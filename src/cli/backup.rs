@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::utf8;
-use crate::config::{RestoreOptions, Url, without_user};
+use crate::config::{RestoreOptions, TlsFiles, Url, without_user};
 use crate::error::{Error, Result};
 
 /// What is to be done with backups.
@@ -29,6 +29,8 @@ pub enum BackupCommand {
         endpoints: Vec<Url>,
         /// How many are kept; 0: all.
         keep: usize,
+        /// The files for members with `https` URLs.
+        tls: TlsFiles,
     },
     /// Tell which there are.
     List {
@@ -57,7 +59,11 @@ pub(super) const BACKUP_HELP: &str = "Usage:
     Make a backup of a running member into a directory: synced, read back, and only then given its name, which is printed.
 
   --endpoints 'http://localhost:2379'
-    Where members are, with commas between; the first that can be reached is asked.
+    Where members are, with commas between; the first that can be reached is asked. Those with https:// are asked in TLS.
+  --cacert ''
+    The file with the CA of https endpoints.
+  --cert '', --key ''
+    The certificate to show to them, and its key.
   --keep 0
     Remove the oldest backups beyond so many, once the new one is there. 0: none.
 
@@ -139,7 +145,10 @@ fn flag(name: &str, value: &Option<String>) -> Result<bool> {
 }
 
 fn urls(name: &str, text: &str) -> Result<Vec<Url>> {
-    let wrong = |err| Error::Config(format!("invalid value {:?} for --{name}: {err}", without_user(text)));
+    let wrong = |err| match err {
+        Error::Config(what) => Error::Config(format!("invalid value {:?} for --{name}: {what}", without_user(text))),
+        err => err,
+    };
     text.split(',').map(|url| url.trim().parse::<Url>().map_err(wrong)).collect()
 }
 
@@ -153,6 +162,7 @@ pub(super) fn parse_backup(args: impl IntoIterator<Item = OsString>) -> Result<O
         _ => return Err(Error::Config("`quorate backup` is followed by save or list, and a directory".into())),
     };
     let (mut dir, mut endpoints, mut keep, mut verify, mut json) = (None, "http://localhost:2379".to_owned(), 0, true, false);
+    let mut tls = TlsFiles::default();
     while let Some(word) = words.next()? {
         match word {
             Word::Plain(word) if dir.is_none() && !word.is_empty() => dir = Some(PathBuf::from(word)),
@@ -160,6 +170,9 @@ pub(super) fn parse_backup(args: impl IntoIterator<Item = OsString>) -> Result<O
             Word::Flag { name, value } => match name.as_str() {
                 "help" | "h" => return Ok(None),
                 "endpoints" if is_save => endpoints = words.value(&name, value)?,
+                "cacert" if is_save => tls.ca = Some(words.value(&name, value)?.into()),
+                "cert" if is_save => tls.cert = Some(words.value(&name, value)?.into()),
+                "key" if is_save => tls.key = Some(words.value(&name, value)?.into()),
                 "keep" if is_save => keep = words.parsed(&name, value, "a number of backups")?,
                 "no-verify" if !is_save => verify = !flag(&name, &value)?,
                 "json" if !is_save => json = flag(&name, &value)?,
@@ -168,8 +181,14 @@ pub(super) fn parse_backup(args: impl IntoIterator<Item = OsString>) -> Result<O
         }
     }
     let dir = dir.ok_or_else(|| Error::Config("`quorate backup` needs the directory of the backups".into()))?;
-    let endpoints = urls("endpoints", &endpoints)?;
-    Ok(Some(if is_save { BackupCommand::Save { dir, endpoints, keep } } else { BackupCommand::List { dir, verify, json } }))
+    // As etcdctl takes them: what has no scheme is spoken to in plain text.
+    let endpoints: Vec<_> =
+        endpoints.split(',').map(str::trim).map(|url| if url.contains("://") { url.into() } else { format!("http://{url}") }).collect();
+    let endpoints = urls("endpoints", &endpoints.join(","))?;
+    if tls.ca.is_none() && endpoints.iter().any(Url::is_tls) {
+        return Err(Error::Config("--endpoints has https URLs: --cacert has to name the file with their CA".into()));
+    }
+    Ok(Some(if is_save { BackupCommand::Save { dir, endpoints, keep, tls } } else { BackupCommand::List { dir, verify, json } }))
 }
 
 /// Understands what follows `restore`; None if help is asked for.
@@ -218,7 +237,10 @@ mod tests {
     fn what_is_asked_for_is_understood() {
         let save = parse_backup(args("save --endpoints=http://127.0.0.1:1,http://127.0.0.1:2 /b --keep 3")).unwrap().unwrap();
         let endpoints = urls("endpoints", "http://127.0.0.1:1,http://127.0.0.1:2").unwrap();
-        assert_eq!(save, BackupCommand::Save { dir: "/b".into(), endpoints, keep: 3 });
+        assert_eq!(save, BackupCommand::Save { dir: "/b".into(), endpoints: endpoints.clone(), keep: 3, tls: TlsFiles::default() });
+        let save = parse_backup(args("save --endpoints=127.0.0.1:1,http://127.0.0.1:2 /b --cacert=ca --cert c --key k")).unwrap().unwrap();
+        let tls = TlsFiles { ca: Some("ca".into()), cert: Some("c".into()), key: Some("k".into()) };
+        assert_eq!(save, BackupCommand::Save { dir: "/b".into(), endpoints, keep: 0, tls });
         let list = parse_backup(args("list /b --json --no-verify")).unwrap().unwrap();
         assert_eq!(list, BackupCommand::List { dir: "/b".into(), verify: false, json: true });
         let text = "q --data-dir d --name a --initial-cluster a=http://127.0.0.1:1 --initial-advertise-peer-urls http://127.0.0.1:1 \
@@ -244,7 +266,9 @@ mod tests {
             ("list /a /b", "\"/b\""),
             ("list /a --keep=1", "--keep"),
             ("save /a --keep=x", "--keep"),
-            ("save /a --endpoints=x", "--endpoints"),
+            ("save /a --endpoints=x:y", "--endpoints"),
+            ("list /a --cacert=ca", "--cacert"),
+            ("save /a --endpoints=https://127.0.0.1:1", "--cacert"),
             ("list /a --json=1", "--json"),
         ] {
             let error = parse_backup(args(text)).unwrap_err().to_string();

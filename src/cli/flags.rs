@@ -191,7 +191,7 @@ pub(super) static FLAGS: &[Flag] = &[
     noop("experimental-enable-lease-checkpoint", Bool, "false", CHECKPOINTS),
     noop("experimental-enable-lease-checkpoint-persist", Bool, "false", CHECKPOINTS),
     noop("feature-gates", List, "", "there are no feature gates"),
-    noop("enable-grpc-gateway", Bool, "true", "the JSON gateway is not built yet"),
+    noop("enable-grpc-gateway", Bool, "false", "the JSON gateway is not built yet"),
     noop("enable-pprof", Bool, "false", "profiles of the Go runtime do not exist here"),
     noop("metrics", Text, "basic", "there is one set of metrics"),
     noop("disable-log-sampling", Bool, "false", "log lines are never sampled"),

@@ -435,6 +435,7 @@ fn help() -> String {
         "Usage:\n\n  quorate [flags]\n    Start a server.\n\n  quorate log --data-dir DIR\n    Print the requests in a member's log; `quorate log --help` says more.\n\n\
          \x20 quorate backup save|list DIR\n    Make a backup of a running member, or list those that there are; `quorate backup --help` says more.\n\n\
          \x20 quorate restore FILE --data-dir DIR\n    Make a backup into a new cluster; `quorate restore --help` says more.\n\n\
+         \x20 quorate embed\n    Run one node of the embedded mode, told by variables; `quorate embed --help` lists them.\n\n\
          A flag is written --flag value, --flag=value or -flag=value, and one of true or false also --flag alone.\n\
          Each can be given as a variable too: --data-dir is ETCD_DATA_DIR. A flag goes before its variable.\n",
     );

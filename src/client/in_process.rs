@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval_at};
@@ -9,6 +10,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval_at};
 use super::watch::{EventKind, WatchEvent, WatchMessage, decode, ended};
 use super::{LeaseTime, Result};
 use crate::api::Api;
+use crate::api::kv::collect;
 use crate::api::maintenance::Backup;
 use crate::error::{ApplyError, Error};
 use crate::lock::lock;
@@ -28,7 +30,8 @@ pub(super) struct InProcess {
 
 impl InProcess {
     pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse> {
-        self.node.range(&request).await?.collect()
+        let answer = self.node.range(&request).await?;
+        collect(&self.node, answer).await
     }
 
     pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
@@ -177,7 +180,7 @@ impl InProcessWatch {
     async fn answer(&mut self) -> Result<WatchAnswer> {
         let mut health = self.node.health();
         loop {
-            let (session, bookmarks) = (&mut self.session, &mut self.bookmarks);
+            let (session, bookmarks, node) = (&mut self.session, &mut self.bookmarks, &self.node);
             let tick = async {
                 match bookmarks {
                     Some(bookmarks) => drop(bookmarks.tick().await),
@@ -187,7 +190,11 @@ impl InProcessWatch {
             tokio::select! {
                 biased;
                 _ = health.wait_for(|health| !matches!(health, Health::Running)) => return Err(Error::Stopped),
-                answer = poll_fn(|cx| session.poll_next(cx)) => return answer,
+                answer = poll_fn(|cx| match session.poll_next(cx) {
+                    // Looked at only now: it is woken when that changes.
+                    Poll::Pending if node.is_condemned() => Poll::Ready(Err(ApplyError::Corrupt.into())),
+                    polled => polled,
+                }) => return answer,
                 () = tick => {}
             }
             self.session.notify_progress();

@@ -3,7 +3,7 @@
 //! | client | made by | its calls |
 //! |---|---|---|
 //! | in process | [`Server::client`](crate::Server::client) | are the member's own: no socket, no encoding, and any executor will do |
-//! | remote | [`Client::remote`] | go to the members of a quorate cluster, or of an etcd, over gRPC, and from one that fails to the next |
+//! | remote | [`Client::remote`] | go to the members of a quorate cluster, or of an etcd, over gRPC, and from one that fails to the next; in TLS where an endpoint's URL says so, and as a user where there are users |
 //!
 //! Requests and answers are etcd's messages; [`Client::put`], [`Client::get`], [`Client::delete`] and others are shorthands. Errors are of
 //! the same [kinds](crate::ErrorKind) everywhere. A client is cheap to clone. One in process outlives its server: then its calls end with
@@ -78,10 +78,11 @@ use in_process::{InProcess, InProcessWatch};
 use namespace::Namespace;
 use watch::{Source, decode};
 
+pub use crate::config::TlsFiles;
 pub use election::{Election, Leadership, Observer};
 pub use list::{ListUpdate, ListWatch, Listing, Pages};
 pub use lock::Lock;
-pub use remote::{Endpoints, RemoteOptions};
+pub use remote::{Endpoints, RemoteOptions, Secret};
 pub use session::Session;
 pub use swap::Swap;
 pub use watch::{EventKind, WatchEvent, WatchMessage, Watcher};
@@ -142,7 +143,8 @@ impl Client {
     /// lives.
     ///
     /// # Errors
-    /// `Config` when there is no runtime, or an option makes no sense. Endpoints that cannot be reached are told by the calls.
+    /// `Config` when there is no runtime, an option makes no sense, a file for TLS cannot be used, or an endpoint has an `https` URL and there
+    /// are no files. Endpoints that cannot be reached are told by the calls.
     pub fn remote(endpoints: impl Into<Endpoints>, options: RemoteOptions) -> Result<Client> {
         Self::remote_until(endpoints, options, RuntimeEnd::default())
     }

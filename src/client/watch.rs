@@ -58,7 +58,8 @@ pub(super) fn decode(kv: &EncodedKv) -> Result<KeyValue> {
 
 /// Why a server has ended a watch for another reason than a compaction: before it has begun because of the request, or afterwards.
 pub(super) fn ended(at_once: bool, reason: String) -> Error {
-    match ApplyError::of_text(&reason) {
+    // etcd's own words may come with gRPC's around them.
+    match ApplyError::of_text(reason.rsplit_once(" desc = ").map_or(&*reason, |(_, text)| text)) {
         Some(err) => err.into(),
         None if at_once => Error::Config(reason),
         None => Error::Refused { code: CANCELLED, message: if reason.is_empty() { "the watch was ended".into() } else { reason } },

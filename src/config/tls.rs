@@ -52,6 +52,36 @@ pub struct TransportSecurity {
     pub skip_client_san_verification: bool,
 }
 
+/// What a client speaks TLS with: files, in PEM. They are read again when they change, and count for connections that are made from then on.
+///
+/// That TLS is spoken, and with whom, the URLs of its endpoints say: those that begin with `https://`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The CAs whose certificates are good for who is connected to, which has to be made out to the host in the URL. Needed for `https`;
+    /// the CAs of the operating system are none unless their file is named here.
+    pub ca: Option<PathBuf>,
+    /// The certificate to show, followed by those between it and its CA.
+    pub cert: Option<PathBuf>,
+    /// The private key of `cert`.
+    pub key: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// Whether there are any.
+    pub fn is_empty(&self) -> bool {
+        *self == TlsFiles::default()
+    }
+}
+
+/// What the files of a client are called where they were set, for complaints about them.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "tls"), allow(dead_code, reason = "then no file is read"))]
+pub(crate) struct FileNames {
+    pub ca: &'static str,
+    pub cert: &'static str,
+    pub key: &'static str,
+}
+
 /// A version of TLS. None is spoken that is older.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TlsVersion {

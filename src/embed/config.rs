@@ -39,7 +39,6 @@
 //! - A validated configuration has a `JOIN` list of distinct `host:port`, all of them on loopback if this node is, and none if it is not.
 //! - Nothing here asks the network: names in `JOIN` are looked up by the node, once it runs.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,6 +46,7 @@ use std::time::Duration;
 use super::address;
 use super::founding::agree::JOIN_MAX;
 use super::founding::wire::{Token, is_name};
+use crate::client::{Secret, TlsFiles};
 use crate::config::{Config, Url, parse_duration, without_user};
 use crate::error::{Error, Result};
 
@@ -81,39 +81,6 @@ pub enum Servers {
     One,
     /// Three.
     Three,
-}
-
-/// A text that is never shown.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Hides a text.
-    pub fn new(text: impl Into<String>) -> Secret {
-        Secret(text.into())
-    }
-
-    /// The text, for whoever must send it.
-    pub fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_empty() { "none" } else { "(hidden)" })
-    }
-}
-
-/// Files for TLS, in PEM.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TlsFiles {
-    /// Who may sign the other side's certificate.
-    pub ca: Option<PathBuf>,
-    /// This side's certificate.
-    pub cert: Option<PathBuf>,
-    /// Its key.
-    pub key: Option<PathBuf>,
 }
 
 /// What a node is told. See the [module](self); a program may set the fields itself.
@@ -282,7 +249,7 @@ impl EmbedConfig {
 
     #[cfg(feature = "cli")]
     fn read_file(&mut self, path: &Path) -> Result<()> {
-        let about = |why: &dyn fmt::Display| Error::Config(format!("{} cannot be used as configuration file: {why}", path.display()));
+        let about = |why: &dyn std::fmt::Display| Error::Config(format!("{} cannot be used as configuration file: {why}", path.display()));
         let bytes = crate::cli::read_config_file(path).map_err(|err| about(&err))?;
         let text = String::from_utf8(bytes).map_err(|_| about(&"it is not UTF-8"))?;
         self.read_text(&text).map_err(|err| match err {

@@ -78,9 +78,10 @@ use crate::metrics::Metrics;
 use crate::server::{Server, member_id};
 
 pub use self::availability::{Access, Availability};
-pub use self::config::{Backend, EmbedConfig, Secret, Servers, TlsFiles};
+pub use self::config::{Backend, EmbedConfig, Servers};
 pub use self::founding::agree::Role;
 pub use self::founding::wire::Token;
+pub use crate::client::{Secret, TlsFiles};
 
 /// Threads for looking up names, those of other nodes. Lookups beyond it wait for each other; nothing else uses these threads.
 const LOOKUP_THREADS: usize = 4;

@@ -111,7 +111,7 @@ pub(crate) struct Local(pub Client);
 impl Store for Local {
     fn probe(&mut self) -> BoxFuture<'_, Tried> {
         Box::pin(async move {
-            let limit = PROBE_TIMEOUT.mul_f32(0.8);
+            let limit = PROBE_TIMEOUT * 4 / 5;
             let began = Instant::now();
             let probe = match tokio::time::timeout(limit, self.0.range(request(false))).await {
                 Ok(Ok(_)) => refused(&self.0.last_alarms()).unwrap_or(Probe::Good),
@@ -173,13 +173,13 @@ impl Store for Remote {
                 return Tried { probe: Probe::Bad("no server is known".into()), read: false, by: None };
             }
             let (endpoint, channel) = channels.swap_remove(first);
-            let mut why = match write_probe(&endpoint, channel.clone(), look, FIRST_TIMEOUT).await {
+            let mut why = match write_probe(channel.clone(), look, FIRST_TIMEOUT).await {
                 Ok(found) => return self.found(endpoint, found),
                 Err(status) => format!("{endpoint}: {}", status.message()),
             };
-            let others = channels.iter().map(|(endpoint, channel)| async move {
-                (endpoint.clone(), write_probe(endpoint, channel.clone(), look, OTHERS_TIMEOUT).await)
-            });
+            let others = channels
+                .iter()
+                .map(|(endpoint, channel)| async move { (endpoint.clone(), write_probe(channel.clone(), look, OTHERS_TIMEOUT).await) });
             let reads = channels.iter().map(|(_, channel)| channel.clone()).chain([channel]).map(read_probe);
             let (others, reads) = tokio::join!(join_all(others), join_all(reads));
             for (endpoint, found) in others {
@@ -206,7 +206,7 @@ impl Remote {
     }
 }
 
-async fn write_probe(endpoint: &str, channel: Channel, look: bool, limit: Duration) -> Result<Found, Status> {
+async fn write_probe(channel: Channel, look: bool, limit: Duration) -> Result<Found, Status> {
     let asked = async {
         let began = Instant::now();
         match KvClient::new(channel.clone()).range(request(false)).await {
@@ -223,9 +223,7 @@ async fn write_probe(endpoint: &str, channel: Channel, look: bool, limit: Durati
         let alarms = MaintenanceClient::new(channel).alarm(all).await;
         Ok((took, alarms.ok().map(|alarms| alarms.into_inner().alarms)))
     };
-    tokio::time::timeout(limit, asked)
-        .await
-        .unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("{endpoint}: no answer within {limit:?}"))))
+    tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))))
 }
 
 async fn read_probe(channel: Channel) -> bool {

@@ -18,13 +18,15 @@
 //! # Source
 //! etcd's `server/storage/mvcc/hash.go`; compared with a live one by `tests/differential.rs`.
 
+use std::sync::Arc;
+
 use crate::error::{ApplyError, Result};
 use crate::lock::lock;
 use crate::proto::EncodedKv;
 use crate::storage::{Record, Revision};
 
 use super::tree::Bound;
-use super::{STEP_KEYS, State, Store};
+use super::{Pin, STEP_KEYS, State, Store};
 
 /// Hashes of compactions that are remembered, as many as etcd does; beyond it the one of the oldest revision is forgotten.
 const REMEMBERED: usize = 10;
@@ -119,39 +121,70 @@ impl HashScan {
     }
 }
 
+/// A hash that is being computed.
+pub(crate) struct Hashing {
+    store: Arc<Store>,
+    scan: HashScan,
+    /// What is hashed stays until it is. None where there is nothing to hash.
+    pin: Option<Pin>,
+    /// The newest revision at the beginning.
+    newest: i64,
+}
+
+impl Hashing {
+    /// Hashes what comes to `max_bytes`. Returns whether there is more.
+    ///
+    /// # Errors
+    /// A record that cannot be read.
+    pub fn step(&mut self, max_bytes: usize) -> Result<bool> {
+        if self.pin.is_none() { Ok(false) } else { self.scan.step(&self.store, usize::MAX, max_bytes) }
+    }
+
+    /// The hash, when there is no more.
+    pub fn finish(self) -> KvHash {
+        self.scan.finish(self.newest)
+    }
+}
+
 impl Store {
     /// The hash of the history up to `at` (0: all), as etcd's HashKV computes it. Long; others work meanwhile.
     ///
     /// # Errors
     /// `Compacted` or `FutureRevision`; or a record that cannot be read.
-    pub fn hash(self: &std::sync::Arc<Self>, at: i64) -> Result<KvHash> {
-        if let Some(known) = lock(&self.hashes).iter().find(|known| known.hashed == at) {
-            return Ok(KvHash { revision: self.revision(), ..*known });
+    pub fn hash(self: &Arc<Self>, at: i64) -> Result<KvHash> {
+        if let Some(known) = self.known_hash(at) {
+            return Ok(known);
         }
-        self.computed_hash(at)
+        let mut hashing = self.begin_hash(at)?;
+        while hashing.step(usize::MAX)? {}
+        Ok(hashing.finish())
     }
 
-    /// The same, without a look at what compactions have remembered: theirs differs where the revision is the last deletion of all keys
-    /// there were. So members compare either what all of them compute, or what all of them remember.
+    /// The hash that a compaction has remembered of a revision.
+    pub fn known_hash(&self, at: i64) -> Option<KvHash> {
+        lock(&self.hashes).iter().find(|known| known.hashed == at).map(|known| KvHash { revision: self.revision(), ..*known })
+    }
+
+    /// Begins with a hash that is taken in steps; what it is of is held until it is done. Without a look at what compactions have remembered:
+    /// theirs differs where the revision is the last deletion of all keys there were. So members compare either what all of them compute, or
+    /// what all of them remember.
     ///
     /// # Errors
     /// As [`hash`](Self::hash).
-    pub fn computed_hash(self: &std::sync::Arc<Self>, at: i64) -> Result<KvHash> {
+    pub fn begin_hash(self: &Arc<Self>, at: i64) -> Result<Hashing> {
         let (newest, compacted) = self.revisions();
         if at > newest {
             return Err(ApplyError::FutureRevision.into());
         }
         // As in etcd, only 0 stands for the newest; up to a revision below it there is nothing to hash.
+        let scan = |upto, compacted, keep| HashScan { upto, compacted, keep, next: Revision::default(), crc: crc32c::crc32c(SEED) };
         if at < 0 {
-            return Ok(KvHash { hash: crc32c::crc32c(SEED), revision: newest, compacted, hashed: at });
+            return Ok(Hashing { store: self.clone(), pin: None, newest, scan: scan(at, compacted, Keep::Live) });
         }
         let pin = self.pin(at)?;
         let upto = pin.at();
-        let compacted = compacted.min(upto);
         let keep = if self.any_live(upto) { Keep::Live } else { Keep::Left };
-        let mut scan = HashScan { upto, compacted, keep, next: Revision::default(), crc: crc32c::crc32c(SEED) };
-        while scan.step(self, usize::MAX, usize::MAX)? {}
-        Ok(scan.finish(newest))
+        Ok(Hashing { store: self.clone(), pin: Some(pin), newest, scan: scan(upto, compacted.min(upto), keep) })
     }
 
     /// What compactions have remembered, oldest first.

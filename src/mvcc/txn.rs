@@ -45,7 +45,7 @@ pub(crate) const NESTING_MAX: usize = 32;
 
 /// Bytes of pairs that the answer to one Txn or DeleteRange may have. They are held in memory until it is sent, and unlike
 /// those of a Range cannot be fetched a second time; a request that asks for more is refused before it has changed anything.
-pub(crate) const ANSWER_BYTES_MAX: usize = 64 << 20;
+pub(crate) const ANSWER_BYTES_MAX: usize = 48 << 20;
 
 /// Pairs that an answer may have without being measured beforehand: each is as large as a request at most.
 const PAIRS_UNMEASURED: usize = 32;

@@ -388,6 +388,11 @@ impl WatchHub {
         }
     }
 
+    /// Has all sessions looked at, those too that have nothing to tell.
+    pub fn wake_all(&self) {
+        lock(&self.inner).sessions.values().for_each(|queue| queue.waker.wake());
+    }
+
     /// How many stores there were before the present one, and that one, if there were any.
     fn store(&self) -> (u64, Option<Arc<Store>>) {
         let inner = lock(&self.inner);

@@ -46,6 +46,9 @@ const COMPARE_LIMIT: Duration = Duration::from_secs(120);
 /// How long a member that is asked waits for a revision that it has not applied yet.
 const REVISION_WAIT: Duration = Duration::from_secs(2);
 
+/// What is hashed at once. Beyond it whoever waits for a thread for long work comes first.
+const HASH_STEP_BYTES: usize = 16 << 20;
+
 /// How often it looks whether it has.
 const REVISION_LOOK: Duration = Duration::from_millis(10);
 
@@ -109,6 +112,8 @@ impl Node {
         if named {
             let state = self.store().history().backend().path();
             tracing::error!(state = %state.display(), "the state of this member is not what the majority has: it serves no client. {REMEDY}");
+            // Watches that have nothing to tell, too, are to go elsewhere.
+            self.machine.hub.wake_all();
         } else {
             tracing::info!("the CORRUPT alarm of this member was taken back: it serves again");
         }
@@ -126,6 +131,29 @@ impl Node {
         }
     }
 
+    /// Hashes the history up to a revision: one after the other, whoever asks, and in steps, so that the threads for long work are there
+    /// for others in between, and nothing goes on for those who have given up waiting.
+    ///
+    /// # Errors
+    /// `Compacted` or `FutureRevision`; or a record that cannot be read.
+    pub(super) async fn compute_hash(&self, revision: i64) -> Result<KvHash> {
+        let _one = self.hashing.lock().await;
+        let store = self.store();
+        let mut hashing = self.blocking(move || store.begin_hash(revision)).await??;
+        loop {
+            let (back, more) = self
+                .blocking(move || {
+                    let more = hashing.step(HASH_STEP_BYTES);
+                    (hashing, more)
+                })
+                .await?;
+            if !more? {
+                return Ok(back.finish());
+            }
+            hashing = back;
+        }
+    }
+
     // ---- Comparing
 
     /// Compares the state with the other members' before this one serves.
@@ -137,15 +165,14 @@ impl Node {
             return Ok(());
         }
         let (store, began) = (self.store(), Instant::now());
-        let hashed = store.clone();
-        let own = self.within(INITIAL_LIMIT, self.blocking(move || hashed.computed_hash(hashed.revision()))).await;
+        let own = self.within(INITIAL_LIMIT, self.compute_hash(store.revision())).await;
         let own = match own {
             Err(Error::Timeout) => {
                 self.counters().corruption_skipped.inc();
                 tracing::warn!(limit = ?INITIAL_LIMIT, "the state takes too long to be hashed: it was not compared before serving");
                 return Ok(());
             }
-            own => own???,
+            own => own??,
         };
         let wanted = Wanted { revision: own.hashed, compacted: own.compacted, of_compaction: false };
         let mut hashes = self.ask_all(wanted, INITIAL_LIMIT.saturating_sub(began.elapsed())).await;
@@ -185,11 +212,9 @@ impl Node {
             }
             // Once more when something is found: with all of it computed anew.
             for again in [false, true] {
-                let store = self.store();
-                let own = self.blocking(move || store.computed_hash(store.revision())).await;
-                let own = match own {
-                    Ok(Ok(own)) => own,
-                    Ok(Err(err)) | Err(err) => {
+                let own = match self.compute_hash(self.store().revision()).await {
+                    Ok(own) => own,
+                    Err(err) => {
                         tracing::warn!(error = %err, "hashing the history");
                         break;
                     }
@@ -329,8 +354,7 @@ impl Node {
                 None => return skipped(format!("it has no hash of a compaction at revision {revision}")),
             }
         } else {
-            let _one = self.hashing.lock().await;
-            match self.blocking(move || store.computed_hash(revision)).await? {
+            match self.compute_hash(revision).await {
                 Ok(hash) => hash,
                 Err(Error::Apply(err)) => return skipped(err.to_string()),
                 Err(err) => return Err(err),

@@ -29,8 +29,11 @@ impl Node {
                 removed = removed || self.stop_if_removed();
                 self.term.store(now.current_term, Ordering::Relaxed);
                 let leader = now.current_leader.unwrap_or(0);
-                if leader != self.leader.swap(leader, Ordering::Relaxed) && leader != 0 {
-                    self.counters().leader_changes_seen.inc();
+                if leader != self.leader.swap(leader, Ordering::Relaxed) {
+                    self.leader_changed.notify_waiters();
+                    if leader != 0 {
+                        self.counters().leader_changes_seen.inc();
+                    }
                 }
                 let membership = now.membership_config.membership();
                 let only = membership.voter_ids().eq([self.identity.member_id]);
@@ -138,12 +141,12 @@ impl Node {
                     let op = Some(Op::LeaseCheckpoints(LeaseCheckpoints { term, checkpoints }));
                     // In the queue before anybody can renew one of these leases, whose renewal undoes this. What finds no room there is offered
                     // again after another interval.
-                    noted = self.enqueue_at_once(internal::Command { id: 0, op });
+                    noted = self.enqueue_at_once(internal::Command { id: 0, op }).ok();
                 }
                 (expired, noted, term)
             };
             if let Some(noted) = noted
-                && let Err(err) = self.outcome_of(noted, self.request_timeout()).await
+                && let Err(err) = self.outcome_of(noted, self.deadline()).await
                 && !matches!(err, Error::Apply(ApplyError::NotLeader))
             {
                 tracing::warn!(error = %err, "noting what leases have left");
@@ -153,7 +156,7 @@ impl Node {
             // and what is still queued then may go into an entry of a term in which this member leads anew.
             let revoked = expired.into_iter().map(|id| {
                 let op = Some(Op::LeaseExpiry(LeaseExpiry { id, term }));
-                self.propose_here(internal::Command { id: 0, op })
+                self.propose_here(internal::Command { id: 0, op }, self.deadline())
             });
             for result in futures_util::future::join_all(revoked).await {
                 match result {

@@ -61,25 +61,24 @@ const ALONE: i64 = -1;
 
 impl Node {
     /// Has the leader carry out a command, and waits until this member has applied it, too.
-    pub(super) async fn propose_elsewhere(&self, command: internal::Command) -> Result<Reply> {
-        let began = Instant::now();
+    pub(super) async fn propose_elsewhere(&self, command: internal::Command, until: Instant) -> Result<Reply> {
+        let mut pause = LEADER_RETRY;
         loop {
-            let left = self.request_timeout().saturating_sub(began.elapsed());
-            if left.is_zero() {
+            if Instant::now() >= until {
                 return Err(Error::Timeout);
             }
             if self.is_leader() {
-                match self.propose_here(command.clone()).await {
+                match self.propose_here(command.clone(), until).await {
                     // It hands over, or has lost its quorum: nothing was appended.
                     Err(Error::Apply(ApplyError::NotLeader)) => {
-                        self.pause(LEADER_RETRY).await?;
+                        self.leader_settles(&mut pause).await?;
                         continue;
                     }
                     outcome => return outcome,
                 }
             }
-            match self.send_along(command.clone(), left).await? {
-                Handed::Refused => self.pause(LEADER_RETRY).await?,
+            match self.send_along(command.clone(), until).await? {
+                Handed::Refused => self.leader_settles(&mut pause).await?,
                 Handed::Unknown => return Err(ApplyError::TimeoutLeaderFail.into()),
                 Handed::Done(outcome) => return Ok(from_answer(outcome)?),
             }
@@ -87,12 +86,12 @@ impl Node {
     }
 
     /// Sends a command to the leader with the next message.
-    async fn send_along(&self, command: internal::Command, left: Duration) -> Result<Handed<Answer>> {
+    async fn send_along(&self, command: internal::Command, until: Instant) -> Result<Handed<Answer>> {
         let bytes = command.encoded_len();
         let answer_bytes = answer_bytes(&command, self.options.max_request_bytes);
         let room = match self.queue_room.clone().try_acquire_many_owned(bytes as u32) {
             Ok(room) => room,
-            Err(_) => match self.within(left, self.queue_room.clone().acquire_many_owned(bytes as u32)).await {
+            Err(_) => match self.by(until, self.queue_room.clone().acquire_many_owned(bytes as u32)).await {
                 Ok(room) => room.map_err(|_| Error::Stopped)?,
                 Err(Error::Timeout) => return Err(ApplyError::TooManyRequests.into()),
                 Err(err) => return Err(err),
@@ -108,7 +107,7 @@ impl Node {
         }
         self.outbox.wanted.notify_one();
         // Once it is sent nobody can say what became of it before the answer is there; and until then it may be sent any moment.
-        self.within(left, wait).await?.map_err(|_| Error::Stopped)
+        self.by(until, wait).await?.map_err(|_| Error::Stopped)
     }
 
     /// Sends what waits, a message at a time.
@@ -155,7 +154,9 @@ impl Node {
             None => Handed::Refused,
         };
         let outcomes: Vec<_> = match sent {
-            Handed::Done(answer) if answer.outcomes.len() == waiting.len() && self.applied_upto(answer.index).await.is_ok() => {
+            Handed::Done(answer)
+                if answer.outcomes.len() == waiting.len() && self.applied_upto(answer.index, self.deadline()).await.is_ok() =>
+            {
                 answer.outcomes.into_iter().map(handed).collect()
             }
             Handed::Refused => waiting.iter().map(|_| Handed::Refused).collect(),
@@ -285,6 +286,22 @@ impl Node {
         Ok(RenewResponse { ttls, ..RenewResponse::default() })
     }
 
+    /// Checks a command of another member's client, as that one should have: once it is in the log there is no refusing it any more, and
+    /// one that the leader does not know would be the end of all members.
+    fn check_forwarded(&self, command: &internal::Command) -> Result<(), ApplyError> {
+        if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
+            return Err(ApplyError::RequestTooLarge);
+        }
+        match &command.op {
+            Some(Op::Put(put)) => txn::check_put(put),
+            Some(Op::DeleteRange(delete)) => txn::check_delete(delete),
+            Some(Op::Txn(txn)) => txn::check_txn(txn, self.options.max_txn_ops),
+            Some(_) => Ok(()),
+            // Of a later release, whose members follow when all of them are of it.
+            None => Err(ApplyError::NotCapable),
+        }
+    }
+
     /// Carries out commands of another member's clients: all of them are queued before the first is waited for.
     pub async fn peer_propose(&self, request: ProposeRequest) -> Result<ProposeResponse> {
         // One whose state is wrong leads only until another does: its outcomes would be wrong, too.
@@ -293,17 +310,23 @@ impl Node {
             return Ok(ProposeResponse { index: 0, outcomes });
         }
         self.check_running()?;
-        let until = Instant::now() + self.request_timeout();
+        let until = self.deadline();
         let mut queued = Vec::with_capacity(request.commands.len());
+        let mut has_room = true;
         for command in request.commands {
-            let is_too_large = command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes;
-            queued.push(if is_too_large { Err(ApplyError::RequestTooLarge.into()) } else { self.enqueue(command).await });
+            queued.push(match self.check_forwarded(&command) {
+                Err(refused) => Err(refused.into()),
+                Ok(()) if has_room => self.enqueue(command, until).await,
+                // Time was spent on waiting for room already: what became of the others has to be told before it is up.
+                Ok(()) => self.enqueue_at_once(command),
+            });
+            has_room = has_room && !matches!(queued.last(), Some(Err(Error::Apply(ApplyError::TooManyRequests))));
         }
         let mut outcomes = Vec::with_capacity(queued.len());
         let mut bytes = 0;
         for queued in queued {
             let outcome = match queued {
-                Ok(wait) => self.outcome_of(wait, until.saturating_duration_since(Instant::now())).await,
+                Ok(wait) => self.outcome_of(wait, until).await,
                 Err(err) => Err(err),
             };
             let mut outcome = Proposed {

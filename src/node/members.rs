@@ -192,12 +192,16 @@ impl View {
                 if self.members.get(id).is_some_and(|seen| seen.voter) {
                     return Err(ApplyError::MemberNotLearner.into());
                 }
-                if !self.in_sync(*id) {
+                // Other than in etcd one that is not there is not ready, whatever it once had: it would cost a voter that is.
+                if !self.in_sync(*id) || (strict && !self.is_active(*id)) {
                     return Err(ApplyError::LearnerNotReady.into());
                 }
                 // The promoted one counts as started.
                 if strict && 1 + self.count(|seen| seen.started) < quorum(1 + self.count(|_| true)) {
                     return Err(ApplyError::NotEnoughStarted.into());
+                }
+                if strict && 1 + self.count(|seen| seen.active) < quorum(1 + self.count(|_| true)) {
+                    return Err(ApplyError::UnhealthyCluster.into());
                 }
                 self.with(|voters, _| voters.extend([*id]))
             }
@@ -306,9 +310,9 @@ impl Node {
     async fn change(&self, change: Change) -> Result<u64> {
         self.check_running()?;
         self.check_voter()?;
-        let began = Instant::now();
+        let (until, mut pause) = (self.deadline(), LEADER_RETRY);
         loop {
-            let left = self.request_timeout().saturating_sub(began.elapsed());
+            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::Timeout);
             }
@@ -317,11 +321,11 @@ impl Node {
                 Handed::Done((index, id)) => {
                     // Who is removed is not sent what removes it.
                     if change != Change::Remove(self.identity.member_id) {
-                        self.applied_upto(index).await?;
+                        self.applied_upto(index, until).await?;
                     }
                     return Ok(id);
                 }
-                Handed::Refused => self.pause(LEADER_RETRY).await?,
+                Handed::Refused => self.leader_settles(&mut pause).await?,
                 Handed::Unknown => return Err(ApplyError::TimeoutLeaderFail.into()),
             }
         }
@@ -481,8 +485,8 @@ impl Node {
         if to == self.identity.member_id {
             return Ok(());
         }
-        if !active || !near {
-            // Nothing is proposed while leadership is handed over: not to one who is not there, or has much to fetch first.
+        if !active || !near || (self.machine.is_corrupt(to) && !self.machine.is_all_corrupt()) {
+            // Nothing is proposed while leadership is handed over: not to one who is not there, has much to fetch first, or would not take it.
             return Err(ApplyError::TimeoutLeaderTransfer.into());
         }
         tracing::info!(to = %format_args!("{to:x}"), "leadership is handed over");
@@ -811,6 +815,9 @@ mod tests {
             (4, &[(4, LEARNER)], Change::Promote(4), None),
             (4, &[(4, Seen { matched: 89, ..LEARNER })], Change::Promote(4), Some(LearnerNotReady)),
             (4, &[(4, Seen { matched: 90, ..LEARNER })], Change::Promote(4), None),
+            // Two for which there is no oracle: etcd promotes both, and may have lost its quorum by that.
+            (4, &[(4, Seen { active: false, ..LEARNER })], Change::Promote(4), Some(LearnerNotReady)),
+            (4, &[(4, LEARNER), (2, DOWN), (3, DOWN)], Change::Promote(4), Some(UnhealthyCluster)),
         ] {
             assert_eq!(refused(&view(n, but), &change), outcome, "{n} {but:?} {change:?}");
         }

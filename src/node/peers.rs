@@ -21,8 +21,9 @@ use crate::raft::network::{self, Link};
 use crate::raft::wire::Wire;
 use crate::raft::{log_id_from_proto, log_id_to_proto, vote_from_proto, vote_to_proto};
 
-/// How long a request waits before it looks again for a leader.
+/// How long a request waits before it looks again for a leader: at first, and at most.
 pub(super) const LEADER_RETRY: Duration = Duration::from_millis(10);
+const LEADER_RETRY_MAX: Duration = Duration::from_millis(160);
 
 /// What came of handing something to the leader.
 pub(super) enum Handed<T> {
@@ -58,7 +59,7 @@ impl Node {
     }
 
     /// Waits until this member has applied the log up to an index.
-    pub(super) async fn applied_upto(&self, index: u64) -> Result<()> {
+    pub(super) async fn applied_upto(&self, index: u64, until: Instant) -> Result<()> {
         let applied = || self.machine.applied().log_id.is_some_and(|id| id.index >= index);
         if applied() {
             return Ok(());
@@ -70,15 +71,16 @@ impl Node {
             }
             Ok(())
         };
-        self.within(self.request_timeout(), reached).await?
+        self.by(until, reached).await?
     }
 
     /// Waits for the next confirmation that a leader leads, and until this member has applied what it had committed by then.
     pub(super) async fn confirm_read(&self) -> Result<()> {
+        let until = self.deadline();
         let (answer, wait) = oneshot::channel();
         lock(&self.reads).push(answer);
         self.read_wanted.notify_one();
-        let index = match self.within(self.request_timeout(), wait).await {
+        let index = match self.by(until, wait).await {
             Ok(Ok(index)) => index,
             Ok(Err(_)) => return Err(Error::Stopped),
             Err(err) => {
@@ -88,7 +90,7 @@ impl Node {
                 return Err(err);
             }
         };
-        self.applied_upto(index).await
+        self.applied_upto(index, until).await
     }
 
     /// Confirms reads, all that wait in one round.
@@ -117,6 +119,17 @@ impl Node {
                     }
                 }
             }
+        }
+    }
+
+    /// Waits before a leader is asked again, or asked for: `pause` at first and longer each time, but not when another leads meanwhile, or
+    /// none does: all that wait here would keep those busy who elect one.
+    pub(super) async fn leader_settles(&self, pause: &mut Duration) -> Result<()> {
+        let waited = self.within(*pause, self.leader_changed.notified()).await;
+        *pause = LEADER_RETRY_MAX.min(2 * *pause);
+        match waited {
+            Ok(()) | Err(Error::Timeout) => Ok(()),
+            Err(err) => Err(err),
         }
     }
 
@@ -192,10 +205,15 @@ impl Node {
         leader != 0 && self.machine.now().saturating_sub(heard) < recent
     }
 
+    /// Who leads, as it is told to clients: 0 when nobody does, by [`has_leader`](Self::has_leader).
+    pub fn present_leader(&self) -> u64 {
+        if self.has_leader() { self.leader() } else { 0 }
+    }
+
     /// The time that a lease has left, in seconds; -1 when there is no such lease.
     pub async fn lease_remaining(&self, id: i64) -> Result<i64> {
         self.check_sound()?;
-        let began = Instant::now();
+        let (until, mut pause) = (self.deadline(), LEADER_RETRY);
         loop {
             {
                 let lessor = lock(&self.machine.lessor);
@@ -203,7 +221,7 @@ impl Node {
                     return Ok(lessor.time_to_live(id, self.machine.now(), false).map_or(-1, |found| found.remaining));
                 }
             }
-            let limit = self.request_timeout().saturating_sub(began.elapsed());
+            let limit = until.saturating_duration_since(Instant::now());
             let asked =
                 self.ask_leader(TimeToLiveRequest { id }, limit, |mut client, request| async move { client.time_to_live(request).await });
             if let Some(answer) = asked.await
@@ -211,10 +229,10 @@ impl Node {
             {
                 return Ok(answer.remaining);
             }
-            if began.elapsed() >= self.request_timeout() {
+            if Instant::now() >= until {
                 return Err(Error::Timeout);
             }
-            self.pause(LEADER_RETRY).await?;
+            self.leader_settles(&mut pause).await?;
         }
     }
 

@@ -21,13 +21,14 @@ impl Node {
             return Err(ApplyError::RequestTooLarge.into());
         }
         // The only voter has nobody to turn to.
+        let until = self.deadline();
         if self.alone.load(Ordering::Acquire) {
-            self.propose_here(command).await.map_err(|err| match err {
+            self.propose_here(command, until).await.map_err(|err| match err {
                 Error::Apply(ApplyError::NotLeader) => ApplyError::LeaderChanged.into(),
                 err => err,
             })
         } else {
-            self.propose_elsewhere(command).await
+            self.propose_elsewhere(command, until).await
         }
     }
 
@@ -35,29 +36,29 @@ impl Node {
     ///
     /// # Errors
     /// `NotLeader` when nothing was appended, because this member does not lead, or hands over.
-    pub(super) async fn propose_here(&self, command: internal::Command) -> Result<Reply> {
-        let wait = self.enqueue(command).await?;
-        self.outcome_of(wait, self.request_timeout()).await
+    pub(super) async fn propose_here(&self, command: internal::Command, until: Instant) -> Result<Reply> {
+        let wait = self.enqueue(command, until).await?;
+        self.outcome_of(wait, until).await
     }
 
     /// Puts a command into the queue, for the next entry of the log.
     ///
     /// # Errors
     /// That there is no room for it; nothing was proposed then.
-    pub(super) async fn enqueue(&self, command: internal::Command) -> Result<oneshot::Receiver<Outcome>> {
+    pub(super) async fn enqueue(&self, command: internal::Command, until: Instant) -> Result<oneshot::Receiver<Outcome>> {
         let bytes = command.encoded_len();
         let room = match self.room_at_once(bytes) {
             Some(room) => room,
-            None => self.wait_for_room(bytes).await?,
+            None => self.wait_for_room(bytes, until).await?,
         };
         self.put_into_queue(command, bytes, room)
     }
 
     /// As [`enqueue`](Self::enqueue), if there is room now.
-    pub(super) fn enqueue_at_once(&self, command: internal::Command) -> Option<oneshot::Receiver<Outcome>> {
+    pub(super) fn enqueue_at_once(&self, command: internal::Command) -> Result<oneshot::Receiver<Outcome>> {
         let bytes = command.encoded_len();
-        let room = self.room_at_once(bytes)?;
-        self.put_into_queue(command, bytes, room).ok()
+        let room = self.room_at_once(bytes).ok_or(ApplyError::TooManyRequests)?;
+        self.put_into_queue(command, bytes, room)
     }
 
     fn room_at_once(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
@@ -100,8 +101,8 @@ impl Node {
     ///
     /// # Errors
     /// It, if it is a refusal; `Timeout` and `Stopped` leave open what becomes of it.
-    pub(super) async fn outcome_of(&self, wait: oneshot::Receiver<Outcome>, limit: Duration) -> Result<Reply> {
-        match self.within(limit, wait).await {
+    pub(super) async fn outcome_of(&self, wait: oneshot::Receiver<Outcome>, until: Instant) -> Result<Reply> {
+        match self.by(until, wait).await {
             Ok(Ok(outcome)) => Ok(outcome?),
             // The member stopped before it knew the outcome.
             Ok(Err(_)) | Err(Error::Stopped) => Err(Error::Stopped),
@@ -116,8 +117,8 @@ impl Node {
     ///
     /// # Errors
     /// `too many requests` when it does not come to that in time; `NotLeader` when another leads meanwhile.
-    pub(super) async fn wait_for_room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
-        let waited = self.within(self.request_timeout(), async {
+    pub(super) async fn wait_for_room(&self, bytes: usize, until: Instant) -> Result<OwnedSemaphorePermit> {
+        let waited = self.by(until, async {
             loop {
                 while self.is_behind() {
                     if !self.is_leader() {

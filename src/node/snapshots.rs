@@ -69,6 +69,13 @@ impl Node {
         self.check_running()?;
         let refused = |what: String| Ok(PutSnapshotResponse { have: 0, refused: what });
         let mut receiving = self.receiving.lock().await;
+        if self.wal.space_low() && !receiving.as_ref().is_some_and(Incoming::is_busy) {
+            // What there is is wanted for the log. The leader waits until there is more, and begins anew.
+            if let Some(old) = receiving.take() {
+                self.blocking(move || remove(&old.path)).await?;
+            }
+            return refused("its disk is full".into());
+        }
         if receiving.as_ref().is_none_or(|incoming| incoming.id != request.id) {
             match &*receiving {
                 Some(incoming) if incoming.is_busy() => return refused("another snapshot is being installed".into()),

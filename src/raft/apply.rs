@@ -319,9 +319,10 @@ impl Machine {
         }
         let applied = lock(&self.applied);
         let membership = applied.membership.membership();
-        // Those that are not named have to be a majority, or they are not known to be right.
+        // Those that are not named have to be a majority, or they are not known to be right. Who is named and was removed is no
+        // member any more, and 0 stands for nobody in particular.
         let sound = membership.voter_ids().filter(|id| !named.contains(id)).count();
-        named.iter().any(|member| membership.get_node(member).is_none()) || sound * 2 <= membership.voter_ids().count()
+        named.contains(&0) || sound * 2 <= membership.voter_ids().count()
     }
 
     /// What is kept beside the history, by name, as it is stored. Asked for between two entries.

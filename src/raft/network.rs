@@ -37,6 +37,7 @@ use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
+use crate::cork::{self, Corked};
 use crate::error::Error;
 use crate::lock::lock;
 use crate::metrics::Counters;
@@ -46,6 +47,7 @@ use crate::proto::peer::append_response::Outcome;
 use crate::proto::peer::install_snapshot_response::Outcome as Installed;
 use crate::proto::peer::peer_client::PeerClient;
 use crate::proto::peer::{self, AppendRequest, AppendResponse, LogEntry};
+use crate::slow::Refusals;
 use crate::storage::dir::Identity;
 use crate::tls::Connector;
 use crate::world;
@@ -108,6 +110,8 @@ pub(crate) struct Network {
     machine: Option<Arc<Machine>>,
     /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
     book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
+    /// Members that refuse this one: each heartbeat comes to a refusal.
+    refused: Arc<Refusals>,
 }
 
 /// The way to one member.
@@ -159,7 +163,7 @@ type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Wire>, Status>>>;
 
 impl Network {
     pub fn new(identity: Identity, counters: Arc<Counters>, machine: Option<Arc<Machine>>, tls: Option<Connector>) -> Network {
-        Network { identity, counters, machine, tls, book: Arc::default() }
+        Network { identity, counters, machine, tls, book: Arc::default(), refused: Arc::new(Refusals::new()) }
     }
 
     /// What every call to a member says of both.
@@ -266,8 +270,10 @@ impl Link {
     }
 
     fn unreachable(&self, status: &Status) -> RPCError<TypeConfig> {
-        if status.code() == Code::FailedPrecondition {
-            tracing::warn!(peer = %format_args!("{:x}", self.id), error = status.message(), "a member refuses this one");
+        if status.code() == Code::FailedPrecondition
+            && let Some(unreported) = self.ours.refused.tell()
+        {
+            tracing::warn!(peer = %format_args!("{:x}", self.id), error = status.message(), unreported, "a member refuses this one");
         }
         RPCError::Unreachable(Unreachable::new(&AnyError::error(format!("member {:x}: {}", self.id, status.message()))))
     }
@@ -303,11 +309,11 @@ async fn connect(url: String, tls: Option<Connector>) -> Result<PeerClient<Wire>
         return Err(Status::unavailable(format!("{url}: {what}")));
     }
     let endpoint = Endpoint::from_shared(url.clone()).map_err(|err| Status::unavailable(format!("{url}: {err}")))?;
-    let endpoint = endpoint.tcp_nodelay(true).http2_adaptive_window(true);
+    let endpoint = endpoint.http2_adaptive_window(true);
     let connecting = async {
         match tls {
-            Some(tls) if is_tls => endpoint.connect_with_connector(tls).await,
-            _ => endpoint.connect().await,
+            Some(tls) if is_tls => endpoint.connect_with_connector(Corked(tls)).await,
+            _ => endpoint.connect_with_connector(cork::plain()).await,
         }
     };
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await;

@@ -18,7 +18,6 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, oneshot};
-use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -27,7 +26,7 @@ use super::files::Watched;
 use super::settings::Settings;
 use crate::error::Result;
 use crate::lock::lock;
-use crate::slow::Slow;
+use crate::slow::Refusals;
 
 /// How long a handshake may take, with all that is checked in it. Beyond it the connection is closed.
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -51,8 +50,7 @@ struct Inner {
     check_address: bool,
     /// Names are looked up one at a time, so that it takes no more than one of the threads that may wait.
     lookup: Arc<Semaphore>,
-    began: Instant,
-    refused: Slow,
+    refused: Refusals,
 }
 
 /// Those under way, by age.
@@ -96,8 +94,7 @@ impl Acceptor {
             handshakes: Mutex::default(),
             check_address,
             lookup: Arc::new(Semaphore::new(1)),
-            began: Instant::now(),
-            refused: Slow::new(Duration::ZERO),
+            refused: Refusals::new(),
         })))
     }
 
@@ -118,7 +115,7 @@ impl Acceptor {
     }
 
     fn refuse(&self, remote: Option<SocketAddr>, error: &str) -> Option<ServerStream> {
-        if let Some(unreported) = self.0.refused.tell(self.0.began.elapsed()) {
+        if let Some(unreported) = self.0.refused.tell() {
             let remote = remote.map(|remote| remote.to_string()).unwrap_or_default();
             match self.0.plane {
                 "peer" => tracing::warn!(remote, error, unreported, "rejected connection on peer endpoint"),

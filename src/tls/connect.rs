@@ -1,4 +1,4 @@
-//! The side that connects: to another member, whose certificate has to be from the plane's CA and made out to the host that was asked for.
+//! The side that connects: to a member, whose certificate has to be from the CA that is trusted and made out to the host that was asked for.
 
 use std::fmt;
 use std::io;
@@ -36,10 +36,28 @@ impl Connector {
     /// # Errors
     /// Those of the connection; and what is wrong with the other's certificate, or what it says is wrong with ours.
     pub async fn connect(&self, host: &str, port: u16) -> io::Result<TlsStream<TcpStream>> {
-        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         let stream = TcpStream::connect((host, port)).await?;
         stream.set_nodelay(true)?;
-        TlsConnector::from(self.0.current().await).connect(name, stream).await
+        self.shake(host, stream).await
+    }
+
+    /// Shakes hands with that host, over a connection that leads to it.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn shake(&self, host: &str, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        TlsConnector::from(self.0.current().await).connect(name, stream).await.map_err(describe)
+    }
+}
+
+/// Why a handshake failed, in words that say whether the other side speaks TLS at all.
+fn describe(err: io::Error) -> io::Error {
+    let cause = err.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match cause {
+        Some(rustls::Error::InvalidMessage(_)) => io::Error::new(err.kind(), format!("it does not answer in TLS: {err}")),
+        None if err.kind() == io::ErrorKind::UnexpectedEof => io::Error::new(err.kind(), format!("it may not speak TLS: {err}")),
+        _ => err,
     }
 }
 

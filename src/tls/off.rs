@@ -10,8 +10,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tonic::codegen::Service;
 
-use crate::config::Config;
-use crate::error::Result;
+use crate::config::tls::FileNames;
+use crate::config::{Config, TlsFiles};
+use crate::error::{Error, Result};
+
+/// # Errors
+/// Always: a client that has files for TLS is not to go on without.
+pub(crate) fn connector(names: FileNames, _: &TlsFiles) -> Result<Connector> {
+    Err(Error::Config(format!("{} is set, but this build has no TLS (the cargo feature `tls`)", names.ca)))
+}
 
 /// No plane speaks TLS.
 pub(crate) struct Tls {
@@ -70,6 +77,14 @@ impl AsyncWrite for ServerStream {
 /// There is none.
 #[derive(Clone, Debug)]
 pub(crate) enum Connector {}
+
+impl Connector {
+    /// # Errors
+    /// None.
+    pub async fn shake(&self, _: &str, _: TcpStream) -> io::Result<TcpStream> {
+        match *self {}
+    }
+}
 
 impl Service<Uri> for Connector {
     type Response = TokioIo<TcpStream>;

@@ -19,8 +19,8 @@ use rustls::{
 };
 
 use super::certificate;
-use crate::config::tls::cipher_suite;
-use crate::config::{Config, TlsVersion, TransportSecurity};
+use crate::config::tls::{FileNames, cipher_suite};
+use crate::config::{Config, TlsFiles, TlsVersion, TransportSecurity};
 use crate::error::{Error, Result};
 
 /// Largest file of certificates or a key. Beyond it, it is refused: all the CAs of an operating system take a fifth of it.
@@ -34,6 +34,8 @@ const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 pub(super) struct Settings {
     /// What stands before the names of its settings.
     prefix: &'static str,
+    /// What those of a client are called.
+    names: Option<FileNames>,
     files: TransportSecurity,
     allowed: Allowed,
     versions: Vec<&'static SupportedProtocolVersion>,
@@ -63,11 +65,36 @@ impl Settings {
         }
         Ok(Settings {
             prefix,
+            names: None,
             files: files.clone(),
             allowed: Allowed { names: files.allowed_cn.clone(), hosts },
             versions: versions.map(|(_, version)| version).collect(),
             provider: Arc::new(provider),
         })
+    }
+
+    /// Those of a client of a cluster, whose files are called `names`.
+    ///
+    /// # Errors
+    /// `Config`, when some of them are of no use without another.
+    pub fn of_client(names: FileNames, files: &TlsFiles) -> Result<Settings> {
+        let FileNames { ca, cert, key } = names;
+        for (name, needed, why) in [
+            (ca, files.ca.is_some(), "without it there is nobody whose certificates could be trusted"),
+            (cert, files.cert.is_some() || files.key.is_none(), "there is a key that belongs to it"),
+            (key, files.key.is_some() || files.cert.is_none(), "there is a certificate that it belongs to"),
+        ] {
+            if !needed {
+                return Err(Error::Config(format!("{name} is not set: {why}")));
+            }
+        }
+        let files = TransportSecurity {
+            trusted_ca_file: files.ca.clone(),
+            client_cert_file: files.cert.clone(),
+            client_key_file: files.key.clone(),
+            ..TransportSecurity::default()
+        };
+        Ok(Settings { names: Some(names), ..Settings::new("", &files, &Config::default())? })
     }
 
     /// Whether it is known whose certificates are good.
@@ -138,12 +165,26 @@ impl Settings {
         Ok(config)
     }
 
+    /// A setting as whoever set it knows it.
+    fn named(&self, name: &str) -> String {
+        match (&self.names, name) {
+            (Some(names), "trusted-ca-file") => names.ca.into(),
+            (Some(names), "client-cert-file") => names.cert.into(),
+            (Some(names), "client-key-file") => names.key.into(),
+            _ => format!("{}{name}", self.prefix),
+        }
+    }
+
     fn wrong(&self, name: &str, path: &Path, what: impl std::fmt::Display) -> Error {
-        Error::Config(format!("{}{name} is {}; {what}", self.prefix, path.display()))
+        Error::Config(format!("{} is {}; {what}", self.named(name), path.display()))
     }
 
     fn unusable(&self, err: &dyn std::fmt::Display) -> Error {
-        let plane = if self.prefix.is_empty() { "clients" } else { "peers" };
+        let plane = match self.names {
+            Some(_) => "servers",
+            None if self.prefix.is_empty() => "clients",
+            None => "peers",
+        };
         Error::Config(format!("TLS cannot be spoken with {plane}: {err}"))
     }
 
@@ -151,8 +192,8 @@ impl Settings {
     fn mismatch(&self, cert: &str, key: &str, path: Option<&Path>, err: &rustls::Error) -> Error {
         let path = path.unwrap_or(Path::new(""));
         match err {
-            rustls::Error::InconsistentKeys(_) => self.wrong(cert, path, format!("the key in {}{key} is not its own", self.prefix)),
-            err => self.wrong(cert, path, format!("it cannot be used with {}{key}: {err}", self.prefix)),
+            rustls::Error::InconsistentKeys(_) => self.wrong(cert, path, format!("the key in {} is not its own", self.named(key))),
+            err => self.wrong(cert, path, format!("it cannot be used with {}: {err}", self.named(key))),
         }
     }
 
@@ -181,7 +222,7 @@ impl Settings {
         cert: Option<&Path>,
         key: Option<&Path>,
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let missing = |name: &str| Error::Config(format!("{}{name} is not set", self.prefix));
+        let missing = |name: &str| Error::Config(format!("{} is not set", self.named(name)));
         let (cert, key) = (cert.ok_or_else(|| missing(cert_name))?, key.ok_or_else(|| missing(key_name))?);
         let chain = self.certificates(cert_name, cert)?;
         if let Some((from, until)) = chain.first().and_then(|first| certificate::validity(first)) {

@@ -10,6 +10,10 @@ pub struct Item {
     pub value: u64,
     /// The revision that wrote it.
     pub modified: i64,
+    /// The revision that wrote it first since it was not there.
+    pub created: i64,
+    /// How often it was written since then, with that.
+    pub version: i64,
 }
 
 /// One key changed: put, or deleted.
@@ -28,13 +32,17 @@ pub struct Request {
     /// No key stands twice here.
     pub writes: Vec<Change>,
     pub reads: Vec<Key>,
+    /// Read all keys from the first up to but without the second. Nothing else is asked for then.
+    pub span: Option<(Key, Key)>,
+    /// Read what the store held at this revision; 0: what it holds. Nothing is written then.
+    pub at: i64,
     /// Read what the member has, which may be old. Nothing is written then.
     pub serializable: bool,
     /// The lease that what is put is attached to; 0: none.
     pub lease: i64,
 }
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct Answer {
     /// That of the changes, if there are any, or the one that was read at.
     pub revision: i64,
@@ -44,6 +52,8 @@ pub struct Answer {
     pub deleted: i64,
     /// What the keys to read hold, in their order.
     pub found: Vec<Option<Item>>,
+    /// What there is in the span to read, in the order of keys.
+    pub span: Vec<(Key, Item)>,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -128,6 +138,12 @@ impl fmt::Debug for Request {
         for key in &self.reads {
             write!(f, "{} {key} ", if self.serializable { "peek" } else { "get" })?;
         }
+        if let Some((from, to)) = &self.span {
+            write!(f, "{} {from}..{to} ", if self.serializable { "peek" } else { "get" })?;
+        }
+        if self.at != 0 {
+            write!(f, "at {} ", self.at)?;
+        }
         Ok(())
     }
 }
@@ -146,6 +162,9 @@ impl fmt::Debug for Answer {
                 Some(item) => write!(f, ", {}@{}", item.value, item.modified)?,
                 None => write!(f, ", nothing")?,
             }
+        }
+        for (key, item) in &self.span {
+            write!(f, ", {key}={}@{}", item.value, item.modified)?;
         }
         Ok(())
     }

@@ -5,7 +5,8 @@
 //! - *Nothing lost, nothing invented, nothing twice.* Each revision is the work of one request, whole; each request whose answer says
 //!   that it changed something has its revision; one that was refused, or whose guard is said not to have held, has none.
 //! - *Real time.* An operation has a revision no lower than any that had been answered before it was sent; a change has a higher one.
-//! - *Reads.* What was found is what the log gives at the answer's revision, and a guard held or not as the log says.
+//! - *Reads.* What was found, also in a whole span of keys, is what the log gives at the answer's revision, or at the earlier one that
+//!   was asked for, with how often and since when the keys were written; and a guard held or not as the log says.
 //! - *No member goes back.* Revisions of one member's answers, serializable reads too, do not fall from its start to its end.
 //!
 //! A delete without an answer cannot be told from another one of the same key: each unclaimed deletion in the log is given to the one
@@ -29,17 +30,28 @@ pub struct Log {
 pub fn apply(items: &mut BTreeMap<Key, Item>, revision: i64, changes: &[Change]) {
     for change in changes {
         match change.value {
-            Some(value) => items.insert(change.key.clone(), Item { value, modified: revision }),
+            Some(value) => items.insert(change.key.clone(), written(items.get(&change.key), value, revision)),
             None => items.remove(&change.key),
         };
     }
 }
 
+/// What a key holds after a revision has written it.
+pub fn written(before: Option<&Item>, value: u64, revision: i64) -> Item {
+    let (created, version) = before.map_or((revision, 0), |before| (before.created, before.version));
+    Item { value, modified: revision, created, version: version + 1 }
+}
+
 impl Log {
     /// What the store holds at the end.
     pub fn last(&self) -> BTreeMap<Key, Item> {
+        self.at(self.end)
+    }
+
+    /// What it holds after a revision.
+    pub fn at(&self, upto: i64) -> BTreeMap<Key, Item> {
         let mut items = self.start.clone();
-        self.revisions.iter().for_each(|(revision, changes)| apply(&mut items, *revision, changes));
+        self.revisions.range(..=upto).for_each(|(revision, changes)| apply(&mut items, *revision, changes));
         items
     }
 }
@@ -182,8 +194,21 @@ fn check_states(log: &Log, ops: &[Op], verdict: &mut Verdict) {
         }
         let Some((_, answer)) = op.answer() else { continue };
         let deleted = if is_effect { changes.iter().filter(|change| change.value.is_none()).count() as i64 } else { 0 };
+        let earlier = match op.request.at {
+            0 => None,
+            // Of that nothing is known any more.
+            at if at < log.base => continue,
+            at if at > revision => {
+                verdict.wrong.push(format!("read at a revision that it had not reached: {op:?}"));
+                continue;
+            }
+            at => Some(log.at(at)),
+        };
+        let items = earlier.as_ref().unwrap_or(&items);
         let found: Vec<Option<Item>> = op.request.reads.iter().map(|key| items.get(key).copied()).collect();
-        if answer.applied != applied || answer.deleted != deleted || answer.found != found {
+        let within = op.request.span.iter().flat_map(|(from, to)| items.range(from.clone()..to.clone()));
+        let span: Vec<(Key, Item)> = within.map(|(key, item)| (key.clone(), *item)).collect();
+        if answer.applied != applied || answer.deleted != deleted || answer.found != found || answer.span != span {
             verdict.wrong.push(format!("revision {revision} has {items:?}: {op:?}"));
         } else if applied && !is_effect && op.request.writes.iter().any(|write| items.contains_key(&write.key)) {
             verdict.wrong.push(format!("revision {revision} has {items:?}, and nothing was deleted: {op:?}"));

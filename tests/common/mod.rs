@@ -23,6 +23,7 @@ pub mod pb;
 pub mod ports;
 pub mod raw;
 pub mod render;
+pub mod trio;
 pub mod watch;
 
 use std::fs::File;
@@ -105,7 +106,7 @@ impl Kind {
         matches!(self, Kind::Etcd(_))
     }
 
-    fn program(&self) -> &Path {
+    pub fn program(&self) -> &Path {
         match self {
             Kind::Etcd(path) | Kind::Quorate(path) => path,
         }
@@ -119,6 +120,9 @@ pub struct Process {
     pub name: String,
     pub client_port: u16,
     pub peer_port: u16,
+    /// Where it listens in TLS as well, if it does.
+    pub tls_port: u16,
+    tls_flags: Vec<String>,
     flags: Vec<String>,
     dir: TempDir,
     child: Option<Child>,
@@ -127,11 +131,22 @@ pub struct Process {
 impl Process {
     /// Starts a member with `flags` added to the usual ones and waits until it answers.
     pub async fn start(kind: Kind, flags: &[&str]) -> Process {
+        Process::start_with_tls(kind, flags, None).await
+    }
+
+    /// The same, with a second port for clients: that one speaks TLS, with this certificate and key, and asks for certificates from this CA.
+    pub async fn start_with_tls(kind: Kind, flags: &[&str], tls: Option<[&Path; 3]>) -> Process {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("m{}x{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let flags = flags.iter().map(|f| f.to_string()).collect();
         let dir = tempfile::Builder::new().prefix("quorate-test-").tempdir().expect("a temporary directory");
-        let mut member = Process { kind, name, client_port: 0, peer_port: 0, flags, dir, child: None };
+        let tls_flags = tls.map(|[cert, key, ca]| {
+            let flags = [("--cert-file", cert), ("--key-file", key), ("--trusted-ca-file", ca)];
+            let flags = flags.into_iter().flat_map(|(name, path)| [name.to_owned(), path.display().to_string()]);
+            flags.chain(["--client-cert-auth".to_owned()]).collect()
+        });
+        let tls_flags: Vec<String> = tls_flags.unwrap_or_default();
+        let mut member = Process { kind, name, client_port: 0, peer_port: 0, tls_port: 0, tls_flags, flags, dir, child: None };
         member.launch(true).await;
         member
     }
@@ -153,7 +168,7 @@ impl Process {
     async fn launch(&mut self, choose_ports: bool) {
         for _ in 0..START_TRIES {
             if choose_ports {
-                (self.client_port, self.peer_port) = (free_port(), free_port());
+                (self.client_port, self.peer_port, self.tls_port) = (free_port(), free_port(), free_port());
                 // A try that failed may have left a half-made directory with the old URLs in it.
                 let _ = std::fs::remove_dir_all(self.data_dir());
             }
@@ -173,14 +188,16 @@ impl Process {
     fn spawn(&mut self) {
         let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file opens");
         let (client, peer) = (self.url(), format!("http://127.0.0.1:{}", self.peer_port));
+        let listen = if self.tls_flags.is_empty() { client.clone() } else { format!("{client},{}", self.tls_url()) };
         let mut command = Command::new(self.kind.program());
         command
             .env_clear()
             .args(["--name", &self.name, "--data-dir"])
             .arg(self.data_dir())
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-client-urls", &listen, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("{}={peer}", self.name)])
+            .args(&self.tls_flags)
             .args(&self.flags);
         if self.kind.is_etcd() {
             // Only speed: the reference is never the one whose durability is tested here.
@@ -213,6 +230,10 @@ impl Process {
 
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.client_port)
+    }
+
+    pub fn tls_url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.tls_port)
     }
 
     pub fn data_dir(&self) -> PathBuf {

@@ -2,24 +2,43 @@
 
 use std::collections::BTreeMap;
 
+use quorate::proto::EncodedKv;
 use quorate::proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use quorate::proto::etcdserverpb::request_op::Request as Union;
 use quorate::proto::etcdserverpb::response_op::Response as Reply;
+use quorate::proto::etcdserverpb::watch_create_request::FilterType;
 use quorate::proto::etcdserverpb::*;
 use rand::prelude::*;
 use rand::rngs::StdRng;
 
-use crate::checkers::history::{Answer, Change, Item, Request};
+use crate::checkers::history::{Answer, Change, Item, Key, Request};
+use crate::checkers::watch::Scope;
 
 /// Keys that requests name one by one, and two that are also written together, and read together.
 const KEYS: [&str; 6] = ["a", "b", "c", "d", "left", "right"];
 const PAIR: [&str; 2] = ["left", "right"];
 
+/// Spans to read: one with the single keys, one with one of the pair and what leases hold, and almost everything.
+const SPANS: [(&str, &str); 3] = [("a", "e"), ("l", "m"), ("a", "zz")];
+
+/// What watchers besides those of everything ask for.
+pub const SCOPES: [Scope; 3] = [Scope::Key("a"), Scope::Prefix("l"), Scope::Deletions("")];
+
 /// The next request of a client that knows of these revisions of keys; `value` gives one that no other request has.
 pub fn choose(rng: &mut StdRng, known: &BTreeMap<String, i64>, value: impl Fn() -> u64) -> Request {
     let key = *KEYS.choose(rng).expect("not empty");
     match rng.random_range(0..100) {
-        0..25 => Request::get(key),
+        0..15 => Request::get(key),
+        15..20 => {
+            let span = *SPANS.choose(rng).expect("not empty");
+            let span = Some((span.0.to_owned(), span.1.to_owned()));
+            Request { span, serializable: rng.random_ratio(1, 4), ..Request::default() }
+        }
+        20..25 => {
+            // Some revision that the client has heard of; none: what it holds.
+            let at = known.values().copied().filter(|revision| *revision > 0).choose(rng).unwrap_or(0);
+            Request { at, serializable: rng.random_ratio(1, 4), ..Request::get(key) }
+        }
         25..35 => Request { serializable: true, ..Request::get(key) },
         35..40 => Request { reads: PAIR.map(String::from).into(), serializable: rng.random_ratio(1, 4), ..Request::default() },
         40..62 => Request::put(key, value()),
@@ -48,6 +67,46 @@ pub fn delete(key: &str) -> DeleteRangeRequest {
 
 pub fn range(key: &str, serializable: bool) -> RangeRequest {
     RangeRequest { key: key.to_owned().into(), serializable, ..Default::default() }
+}
+
+/// A request that reads one key or a span, and does nothing else.
+pub fn read(request: &Request) -> Option<RangeRequest> {
+    if request.guard.is_some() || !request.writes.is_empty() {
+        return None;
+    }
+    let (from, to) = match (&request.span, &request.reads[..]) {
+        (Some((from, to)), []) => (from.as_str(), to.clone()),
+        (None, [key]) => (key.as_str(), String::new()),
+        _ => return None,
+    };
+    Some(RangeRequest { range_end: to.into(), revision: request.at, ..range(from, request.serializable) })
+}
+
+/// The answer to such a read.
+pub fn answer_of_read(request: &Request, answer: &RangeResponse, decode: impl Fn(&EncodedKv) -> (Key, Item)) -> Answer {
+    let mut pairs: Vec<(Key, Item)> = answer.kvs.iter().map(decode).collect();
+    assert!(answer.count == pairs.len() as i64 && !answer.more, "{} of {} keys, more: {}", pairs.len(), answer.count, answer.more);
+    let told = Answer { revision: revision(answer.header), applied: true, ..Answer::default() };
+    match request.span {
+        Some(_) => Answer { span: pairs, ..told },
+        None => Answer { found: vec![pairs.pop().map(|(_, item)| item)], ..told },
+    }
+}
+
+/// A watch with bookmarks and with what keys held before.
+pub fn watch(scope: Scope, start_revision: i64) -> WatchCreateRequest {
+    let (key, range_end) = match scope {
+        Scope::All | Scope::Deletions("") => (vec![0], vec![0]),
+        Scope::Key(key) => (key.into(), Vec::new()),
+        Scope::Prefix(prefix) | Scope::Deletions(prefix) => {
+            let mut end = prefix.as_bytes().to_vec();
+            *end.last_mut().expect("no prefix is all keys") += 1;
+            (prefix.into(), end)
+        }
+    };
+    let filters = if matches!(scope, Scope::Deletions(_)) { vec![FilterType::Noput as i32] } else { Vec::new() };
+    let (key, range_end) = (key.into(), range_end.into());
+    WatchCreateRequest { key, range_end, start_revision, filters, progress_notify: true, prev_kv: true, ..Default::default() }
 }
 
 /// Any request as a Txn.
@@ -79,5 +138,5 @@ pub fn answer_of(answer: TxnResponse, found: impl Fn(&RangeResponse) -> Option<I
             Reply::ResponsePut(_) | Reply::ResponseTxn(_) => {}
         }
     }
-    Answer { revision: revision(answer.header), applied: answer.succeeded, deleted, found: seen }
+    Answer { revision: revision(answer.header), applied: answer.succeeded, deleted, found: seen, ..Answer::default() }
 }

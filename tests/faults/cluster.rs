@@ -3,12 +3,14 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use quorate::storage::wal;
 use rand::prelude::*;
 use rand::rngs::StdRng;
 use rustix::process::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::checkers::history::Request;
 use crate::disk::PowerDisk;
@@ -32,7 +34,7 @@ pub const ELECTION_MS: u64 = 1_000;
 /// A disk of its own for each member; it takes only what is written of the real one.
 const DISK_BYTES: u64 = 3 << 30;
 
-const FLAGS: &[&str] = &["--experimental-watch-progress-notify-interval=200ms", "--experimental-snapshot-catchup-entries=100000000"];
+const FLAGS: &[&str] = &["--experimental-watch-progress-notify-interval=200ms"];
 
 pub struct Cluster {
     // In the order in which they have to go.
@@ -197,7 +199,9 @@ impl Cluster {
                 self.spawn_for_good(leader, rng).await;
             }
             Fault::KillAll => self.kill_all(rng).await,
-            Fault::PauseLeader => self.pause_leader().await?,
+            Fault::PauseLeader => {
+                self.pause_leader().await?;
+            }
             Fault::PauseAny => {
                 self.signal(any, Signal::STOP);
                 pause().await;
@@ -294,12 +298,14 @@ impl Cluster {
 
     /// Kills all, three times, while each of them defragments as often as it can, and compacts up to a revision that all watchers have.
     pub async fn kill_busy(&mut self, compact_at: i64, rng: &mut StdRng) -> Result<(), String> {
+        let defragmented = Arc::new(AtomicU32::new(0));
         let mut busy = Vec::new();
         for at in 0..MEMBERS {
-            let mut client = self.client(at);
+            let (mut client, defragmented) = (self.client(at), defragmented.clone());
             busy.push(tokio::spawn(async move {
                 loop {
-                    let _ = tokio::time::timeout(TRY, client.defragment()).await;
+                    let done = tokio::time::timeout(TRY, client.defragment()).await;
+                    defragmented.fetch_add(u32::from(done.is_ok_and(|done| done.is_ok())), SeqCst);
                     let _ = tokio::time::timeout(TRY, client.compact(compact_at)).await;
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
@@ -307,6 +313,9 @@ impl Cluster {
         }
         let mut outcome = Ok(());
         for _ in 0..3 {
+            // Only who can defragment is killed while it does.
+            let before = defragmented.load(SeqCst);
+            outcome = outcome.and(self.insist("a defragmentation", async || defragmented.load(SeqCst) > before).await);
             tokio::time::sleep(Duration::from_millis(rng.random_range(300..1_000))).await;
             self.kill_all(rng).await;
             for at in 0..MEMBERS {
@@ -317,13 +326,38 @@ impl Cluster {
         outcome
     }
 
-    /// Cuts a member off until the others have cut their logs off behind it, so that it needs a snapshot.
-    pub async fn cut_off_past_the_log(&mut self, at: usize) {
+    /// Cuts a member off until the others have cut their logs off behind it, so that it needs a snapshot; and waits until it has got one.
+    pub async fn cut_off_past_the_log(&mut self, at: usize) -> Result<(), String> {
         self.record.note(&format!("member {at} is cut off until it needs a snapshot"));
         self.links.change(|from, to, link| link.is_cut = from == at || to == at);
+        if self.members[at].program.is_etcd {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            self.links.heal(true);
+            return Ok(());
+        }
+        let log = |at: usize| wal::dump(self.members[at].data.join("member/wal")).map(|(log, _)| log.state);
+        let end = log(at).map_err(|err| err.to_string())?.next();
         // The state is synced every few seconds, and with it the log cut off.
-        tokio::time::sleep(Duration::from_secs(20)).await;
+        let others: Vec<usize> = (0..MEMBERS).filter(|other| *other != at).collect();
+        // A file that is just being removed is no log that was cut off.
+        let behind = async || others.iter().all(|other| log(*other).is_ok_and(|log| log.first > end));
+        self.insist("cutting the logs off", behind).await?;
         self.links.heal(true);
+        self.record.note(&format!("the logs begin after entry {end}, and member {at} is back"));
+        self.insist("a snapshot", async || self.received_snapshots(at).await.is_some_and(|received| received > 0)).await
+    }
+
+    /// How many snapshots a member has received since it was started.
+    async fn received_snapshots(&self, at: usize) -> Option<u64> {
+        let address = self.members[at].client_url().strip_prefix("http://")?.to_owned();
+        let mut text = String::new();
+        let read = async {
+            let mut stream = tokio::net::TcpStream::connect(&address).await?;
+            stream.write_all(format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+            stream.read_to_string(&mut text).await
+        };
+        tokio::time::timeout(TRY, read).await.ok()?.ok()?;
+        text.lines().find_map(|line| line.strip_prefix("quorate_snapshots_received_total "))?.trim().parse().ok()
     }
 
     /// Asks each member in turn to stop, and starts it again once it has.
@@ -446,16 +480,21 @@ impl Cluster {
         led.map(|()| Some(took))
     }
 
-    /// The same with the leader's, once it is known who leads.
-    pub async fn leaders_disk_stands_still(&self) -> Result<(), String> {
+    /// Who leads, once that is known.
+    async fn known_leader(&self) -> Result<usize, String> {
         let began = Instant::now();
-        let leader = loop {
+        loop {
             match self.leader(None).await {
-                Some(leader) => break leader,
+                Some(leader) => return Ok(leader),
                 None if began.elapsed() > PATIENCE => return Err("there is no leader".into()),
                 None => tokio::time::sleep(Duration::from_millis(20)).await,
             }
-        };
+        }
+    }
+
+    /// The same with the leader's, once it is known who leads.
+    pub async fn leaders_disk_stands_still(&self) -> Result<(), String> {
+        let leader = self.known_leader().await?;
         if let Some(took) = self.disk_stands_still(leader, Duration::from_millis(3 * ELECTION_MS)).await? {
             println!("the disk of the leader, member {leader}, stood still; somebody else led after {took:.1?}");
         }
@@ -476,11 +515,9 @@ impl Cluster {
     ///
     /// It is stopped until the others have a new leader and have acknowledged a write. Then it is sent reads, which wait in its sockets,
     /// and goes on: what it answers has to show that write.
-    pub async fn pause_leader(&mut self) -> Result<(), String> {
-        let Some(leader) = self.leader(None).await else {
-            self.record.note("there is no leader to pause");
-            return Ok(());
-        };
+    /// Returns how many reads it answered.
+    pub async fn pause_leader(&mut self) -> Result<usize, String> {
+        let leader = self.known_leader().await?;
         let mut warm = self.members[leader].client();
         let (number, record) = (self.record.client(), self.record.clone());
         record.send(number, leader, &mut warm, Request::get("a"), TRY).await;
@@ -519,7 +556,7 @@ impl Cluster {
             answered += usize::from(read.await.expect("it does not panic"));
         }
         record.note(&format!("of {READS} reads sent to the paused leader {answered} were answered"));
-        if is_written { Ok(()) } else { Err(format!("no write while member {leader} is paused")) }
+        if is_written { Ok(answered) } else { Err(format!("no write while member {leader} is paused")) }
     }
 
     /// Waits until a member takes a write and answers a linearizable read.

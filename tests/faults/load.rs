@@ -1,7 +1,7 @@
 //! Clients of a cluster under fault, and the record of everything that they ask and are told.
 //!
-//! Each client speaks with one member, one request at a time; each member has a watcher of everything besides, which resumes where its
-//! stream broke off.
+//! Each client speaks with one member, one request at a time; each member has a watcher of everything besides, and one of something,
+//! which resume where their streams broke off.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -14,11 +14,19 @@ use tokio::task::JoinHandle;
 use tonic::Code;
 
 use crate::checkers::history::{Op, Outcome, Request};
-use crate::checkers::watch::Told;
+use crate::checkers::watch::{Scope, Told};
 use crate::leases::{self, Held};
 use crate::links::MEMBERS;
-use crate::requests::choose;
+use crate::requests::{SCOPES, choose};
 use crate::wire::Client;
+
+/// Watchers: one of everything for each member, and then one of something for each.
+pub const WITNESSES: usize = MEMBERS + SCOPES.len();
+
+/// What a watcher asks for.
+pub fn scope(witness: usize) -> Scope {
+    witness.checked_sub(MEMBERS).map_or(Scope::All, |at| SCOPES[at])
+}
 
 /// Clients of each member.
 const CLIENTS: usize = 2;
@@ -42,8 +50,8 @@ const ASK_INTERVAL: Duration = Duration::from_millis(70);
 pub struct Record {
     began: Instant,
     ops: Mutex<Vec<Op>>,
-    /// What each member's watcher was told.
-    told: [Mutex<Vec<Told>>; MEMBERS],
+    /// What each watcher was told.
+    told: [Mutex<Vec<Told>>; WITNESSES],
     /// How often each member was started.
     pub starts: [AtomicU32; MEMBERS],
     /// What was done to the cluster, and when.
@@ -129,8 +137,8 @@ impl Record {
         self.values.fetch_add(1, SeqCst)
     }
 
-    pub fn told(&self, member: usize) -> MutexGuard<'_, Vec<Told>> {
-        lock(&self.told[member])
+    pub fn told(&self, witness: usize) -> MutexGuard<'_, Vec<Told>> {
+        lock(&self.told[witness])
     }
 
     /// Sends a request and writes down what came of it; false after an error.
@@ -142,6 +150,10 @@ impl Record {
         let outcome = match answer {
             Ok(Ok(answer)) => Outcome::Answered { at, answer },
             Ok(Err(status)) => {
+                if request.at > 0 && !request.serializable && status.message() == "etcdserver: mvcc: required revision is a future revision"
+                {
+                    self.wrong(format!("a revision that had been seen is said to be still to come: {request:?}"));
+                }
                 *lock(&self.errors).entry(format!("{:?}: {}", status.code(), status.message())).or_default() += 1;
                 if is_refusal(&status) { Outcome::Refused } else { Outcome::Unknown }
             }
@@ -230,12 +242,12 @@ async fn work(record: Arc<Record>, stop: Arc<AtomicBool>, member: usize, mut cli
     }
 }
 
-/// Watches everything at one member, from one revision on, for ever.
-pub async fn witness(record: Arc<Record>, member: usize, url: String, mut next: i64) {
+/// Watches at one member, from one revision on, for ever.
+pub async fn witness(record: Arc<Record>, witness: usize, url: String, mut next: i64) {
     loop {
         let mut client = Client::new(&url);
-        if let Ok(Ok(mut watching)) = tokio::time::timeout(STREAM_LIMIT, client.watch(next)).await {
-            record.told(member).push(Told::Opened(next));
+        if let Ok(Ok(mut watching)) = tokio::time::timeout(STREAM_LIMIT, client.watch(scope(witness), next)).await {
+            record.told(witness).push(Told::Opened(next));
             let mut ask = tokio::time::interval(ASK_INTERVAL);
             loop {
                 let told = tokio::select! {
@@ -248,12 +260,12 @@ pub async fn witness(record: Arc<Record>, member: usize, url: String, mut next: 
                 match told {
                     Ok(Some(told)) => {
                         next = crate::checkers::watch::next_revision(std::slice::from_ref(&told), next);
-                        record.told(member).push(told);
+                        record.told(witness).push(told);
                     }
                     Ok(None) => break,
                     Err(status) => {
                         if status.code() == Code::Aborted {
-                            record.note(&format!("the watcher of member {member} at revision {next}: {}", status.message()));
+                            record.note(&format!("watcher {witness} at revision {next}: {}", status.message()));
                         }
                         break;
                     }
@@ -271,8 +283,8 @@ pub fn told_upto(told: &mut Vec<Told>, end: i64) -> Vec<Told> {
         match &mut told[0] {
             Told::Progress(revision) if *revision > end => break,
             Told::Opened(next) if *next > end + 1 => break,
-            Told::Events(header, events) if events.iter().any(|(revision, _)| *revision > end) => {
-                let first: Vec<_> = events.extract_if(.., |(revision, _)| *revision <= end).collect();
+            Told::Events(header, events) if events.iter().any(|event| event.revision > end) => {
+                let first: Vec<_> = events.extract_if(.., |event| event.revision <= end).collect();
                 if !first.is_empty() {
                     upto.push(Told::Events(*header, first));
                 }

@@ -110,7 +110,7 @@ impl Order {
                 }
                 self.commit(changes);
             }
-            "compact" | "lease_checkpoint" | "cluster_version" | "member_attributes" => {}
+            "compact" | "alarm" | "lease_checkpoint" | "lease_checkpoints" | "cluster_version" | "member_attributes" => {}
             other => return Err(format!("{other}, of which this test knows nothing")),
         }
         Ok(())

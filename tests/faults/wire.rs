@@ -17,14 +17,11 @@ use tonic::{Status, Streaming};
 
 use crate::checkers::history::{Answer, Change, Item, Request};
 use crate::checkers::log::Hash;
-use crate::checkers::watch::Told;
-use crate::requests::{answer_of, delete, put, range, revision, txn};
+use crate::checkers::watch::{Event, Scope, Told};
+use crate::requests::{answer_of, answer_of_read, delete, put, read, revision, txn, watch};
 
 /// How long a connection may take to come about.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
-
-/// The range that holds all keys begins and ends with this.
-const ALL: &[u8] = b"\0";
 
 #[derive(Clone)]
 pub struct Client {
@@ -56,28 +53,26 @@ impl Client {
 
     /// Sends a request, in the plainest form that etcd has for it.
     pub async fn send(&mut self, request: &Request) -> Result<Answer, Status> {
+        if let Some(range) = read(request) {
+            let answer = self.kv.range(range).await?.into_inner();
+            return Ok(answer_of_read(request, &answer, decode));
+        }
         match (&request.guard, &request.writes[..], &request.reads[..]) {
             (None, [Change { key, value: Some(value) }], []) => {
                 let answer = self.kv.put(put(key, *value, request.lease)).await?.into_inner();
-                Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() })
+                Ok(Answer { revision: revision(answer.header), applied: true, ..Answer::default() })
             }
             (None, [Change { key, value: None }], []) => {
                 let answer = self.kv.delete_range(delete(key)).await?.into_inner();
-                Ok(Answer { revision: revision(answer.header), applied: true, deleted: answer.deleted, found: Vec::new() })
-            }
-            (None, [], [key]) => {
-                let answer = self.kv.range(range(key, request.serializable)).await?.into_inner();
-                Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: vec![found(&answer)] })
+                Ok(Answer { revision: revision(answer.header), applied: true, deleted: answer.deleted, ..Answer::default() })
             }
             _ => Ok(answer_of(self.kv.txn(txn(request)).await?.into_inner(), found)),
         }
     }
 
-    /// Watches all keys from a revision on, with bookmarks. Whatever is sent into the watch's channel asks for one more.
-    pub async fn watch(&mut self, start_revision: i64) -> Result<Watching, Status> {
-        let request =
-            WatchCreateRequest { key: ALL.into(), range_end: ALL.into(), start_revision, progress_notify: true, ..Default::default() };
-        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(request)) };
+    /// Watches from a revision on, with bookmarks. Whatever is sent into the watch's channel asks for one more.
+    pub async fn watch(&mut self, scope: Scope, start_revision: i64) -> Result<Watching, Status> {
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(watch(scope, start_revision))) };
         let (requests, receiver) = mpsc::channel(1);
         requests.send(request).await.expect("there is room for one");
         let answers = self.watch.watch(tokio_stream::wrappers::ReceiverStream::new(receiver)).await?.into_inner();
@@ -96,6 +91,12 @@ impl Client {
     pub async fn hash(&mut self, at: i64) -> Result<Hash, Status> {
         let answer = self.maintenance.hash_kv(HashKvRequest { revision: at }).await?.into_inner();
         Ok(Hash { revision: at, compacted: answer.compact_revision, hash: answer.hash })
+    }
+
+    /// The alarms that are raised.
+    pub async fn alarms(&mut self) -> Result<Vec<AlarmMember>, Status> {
+        let request = AlarmRequest { action: alarm_request::AlarmAction::Get as i32, ..Default::default() };
+        Ok(self.maintenance.alarm(request).await?.into_inner().alarms)
     }
 
     /// Grants a lease; its TTL in seconds.
@@ -161,9 +162,11 @@ impl Watching {
                 return Ok(Some(Told::Progress(header)));
             }
             let events = answer.events.iter().map(|event| {
-                let kv = decode(event.kv.as_ref().expect("an event has a key"));
-                let value = (event.r#type != EventType::Delete as i32).then_some(kv.1.value);
-                (kv.1.modified, Change { key: kv.0, value })
+                let (key, item) = decode(event.kv.as_ref().expect("an event has a key"));
+                let value = (event.r#type != EventType::Delete as i32).then_some(item.value);
+                let before = event.prev_kv.as_ref().map(|kv| decode(kv).1);
+                let Item { modified: revision, created, version, .. } = item;
+                Event { revision, change: Change { key, value }, created, version, before }
             });
             return Ok(Some(Told::Events(header, events.collect())));
         }
@@ -183,5 +186,6 @@ fn found(answer: &RangeResponse) -> Option<Item> {
 fn decode(kv: &EncodedKv) -> (String, Item) {
     let kv = kv.decode().expect("a member sends well-formed pairs");
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("only texts are written");
-    (text(&kv.key), Item { value: text(&kv.value).parse().unwrap_or(0), modified: kv.mod_revision })
+    let value = text(&kv.value).parse().unwrap_or(0);
+    (text(&kv.key), Item { value, modified: kv.mod_revision, created: kv.create_revision, version: kv.version })
 }

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use quorate::sim::{Cluster, End, Surroundings, Weather};
+use quorate::sim::{Cluster, End, Fault, Surroundings, Weather};
 use quorate::{ApplyError, Config, Error};
 use rand::prelude::*;
 use rand::rngs::StdRng;
@@ -48,10 +49,12 @@ async fn rest(rng: &mut StdRng, from: u64, to: u64) {
 }
 
 /// Crashes members, one or all, and pauses them.
-pub async fn crashes(cluster: Arc<Cluster>, mut rng: StdRng, until: Duration) {
+pub async fn crashes(record: Arc<Record>, mut rng: StdRng, until: Duration) {
+    let cluster = &record.cluster;
     while cluster.now() < until {
         rest(&mut rng, 100, 3000).await;
-        let member = victim(&cluster, &mut rng);
+        let began = cluster.now();
+        let member = victim(cluster, &mut rng);
         match rng.random_range(0..100) {
             0..45 => {
                 cluster.end(member, if rng.random_ratio(2, 3) { End::Powerless } else { End::Killed });
@@ -78,14 +81,17 @@ pub async fn crashes(cluster: Arc<Cluster>, mut rng: StdRng, until: Duration) {
                 cluster.resume(member);
             }
         }
+        record.has_befallen(began);
     }
 }
 
 /// Cuts the network, and changes the weather.
-pub async fn cuts(cluster: Arc<Cluster>, mut rng: StdRng, until: Duration) {
+pub async fn cuts(record: Arc<Record>, mut rng: StdRng, until: Duration) {
+    let cluster = &record.cluster;
     while cluster.now() < until {
         rest(&mut rng, 100, 3000).await;
-        let (member, all) = (victim(&cluster, &mut rng), cluster.places());
+        let began = cluster.now();
+        let (member, all) = (victim(cluster, &mut rng), cluster.places());
         let other = (member + rng.random_range(1..all.max(2))) % all;
         let net = cluster.net();
         let kind = rng.random_range(0..7);
@@ -110,11 +116,43 @@ pub async fn cuts(cluster: Arc<Cluster>, mut rng: StdRng, until: Duration) {
                     }
                 }
             }
-            _ => net.set(weather(&mut rng)),
+            _ => {
+                net.set(weather(&mut rng));
+                record.is_rough.store(true, SeqCst);
+            }
         }
         rest(&mut rng, 50, 4000).await;
         net.heal();
         cluster.note("the network is whole");
+        record.has_befallen(began);
+    }
+}
+
+/// What brings a mistake that is built in to light, over and over, so that a few seeds are enough.
+pub async fn aimed(cluster: Arc<Cluster>, fault: Fault, mut rng: StdRng, until: Duration) {
+    while cluster.now() < until {
+        rest(&mut rng, 300, 1500).await;
+        let Some(leader) = cluster.leader() else { continue };
+        match fault {
+            // Back before anybody misses it.
+            Fault::RestoredLeader => {
+                cluster.end(leader, End::Killed);
+                rest(&mut rng, 1, 200).await;
+                cluster.start(leader);
+            }
+            // Whatever only one of them has on its disk, or nobody, is lost.
+            Fault::EarlyAcknowledgement => {
+                (0..cluster.places()).for_each(|member| cluster.end(member, End::Powerless));
+                (0..cluster.places()).for_each(|member| cluster.start(member));
+                rest(&mut rng, 2000, 3000).await;
+            }
+            // It sleeps over an election, and has requests to answer when it wakes up.
+            Fault::UnconfirmedReads | Fault::UnsureRenewals => {
+                cluster.pause(leader);
+                rest(&mut rng, 2000, 4000).await;
+                cluster.resume(leader);
+            }
+        }
     }
 }
 
@@ -131,16 +169,28 @@ pub async fn changes(record: Arc<Record>, config: Config, mut rng: StdRng, until
                     let at = rng.random_range(0..cluster.places());
                     let done = record.ask(at, PATIENCE, move |client| async move { client.compact(revision).await }).await;
                     cluster.note(&format!("compacted to {revision}: {}", matches!(done, Some(Ok(_)))));
+                    record.count("compactions", usize::from(matches!(done, Some(Ok(_)))));
                 }
             }
             40..60 => {
                 let Some(leader) = cluster.leader() else { continue };
                 let Some(to) = cluster.id(rng.random_range(0..cluster.places())) else { continue };
+                let began = cluster.now();
                 let moved = tokio::time::timeout(PATIENCE, cluster.move_leader(leader, to)).await;
-                cluster.note(&format!("the lead moves from {leader} to {to:x}: {}", matches!(moved, Ok(Some(Ok(()))))));
+                record.has_befallen(began);
+                let has_moved = matches!(moved, Ok(Some(Ok(()))));
+                cluster.note(&format!("the lead moves from {leader} to {to:x}: {has_moved}"));
+                record.count("moves of the lead", usize::from(has_moved && cluster.id(leader) != Some(to)));
             }
-            60..80 if members => add(&record, &config, &mut rng).await,
-            80..100 if members => remove(&record, &mut rng).await,
+            60..100 if members => {
+                let began = cluster.now();
+                if rng.random() {
+                    add(&record, &config, &mut rng).await;
+                } else {
+                    remove(&record, &mut rng).await;
+                }
+                record.has_befallen(began);
+            }
             _ => {}
         }
     }
@@ -177,6 +227,7 @@ async fn add(record: &Arc<Record>, config: &Config, rng: &mut StdRng) {
         let at = rng.random_range(0..cluster.places());
         let promoted = tokio::time::timeout(PATIENCE, cluster.member_promote(at, id)).await;
         cluster.note(&format!("member {member} is promoted at {at}: {promoted:?}"));
+        record.count("promotions", usize::from(matches!(promoted, Ok(Some(Ok(()))))));
         if matches!(promoted, Ok(Some(Ok(()) | Err(Error::Apply(ApplyError::MemberNotLearner | ApplyError::MemberNotFound))))) {
             return;
         }

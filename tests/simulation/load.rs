@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use quorate::client::{EventKind, WatchMessage};
-use quorate::proto::EncodedKv;
 use quorate::proto::etcdserverpb::*;
+use quorate::proto::{EncodedKv, KeyValue};
 use quorate::sim::Cluster;
 use quorate::{ApplyError, Client, Error};
 use rand::prelude::*;
 use rand::rngs::StdRng;
 
 use crate::checkers::history::{Answer, Change, Item, Op, Outcome, Request};
-use crate::checkers::watch::{Told, next_revision};
-use crate::requests::{answer_of, choose, delete, put, range, revision, txn};
+use crate::checkers::watch::{Event, Scope, Told, next_revision};
+use crate::requests::{SCOPES, answer_of, answer_of_read, choose, delete, put, read, revision, txn, watch};
 
 /// How long a client waits for an answer: at most longer than a member does, and often too short.
 const PATIENCE: Duration = Duration::from_secs(9);
@@ -25,15 +25,20 @@ const IMPATIENCE: Duration = Duration::from_millis(300);
 const REST_MS: u64 = 120;
 const REST_AFTER_ERROR: Duration = Duration::from_millis(50);
 
-/// The watchers of everything.
-pub const WITNESSES: usize = 3;
+/// The watchers, and how many of them ask for everything.
+pub const WITNESSES: usize = ALL_SEEING + SCOPES.len();
+pub const ALL_SEEING: usize = 3;
+
+/// What a witness asks for.
+pub fn scope(witness: usize) -> Scope {
+    witness.checked_sub(ALL_SEEING).map_or(Scope::All, |at| SCOPES[at])
+}
 
 /// How long a watcher is content with silence, before it asks for a bookmark, and how many times before it goes elsewhere.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 const SILENCES_MAX: u32 = 10;
 
-/// The range of all keys, and the first letters of those that leases hold.
-const ALL: &[u8] = b"\0";
+/// The first letters of the keys that leases hold.
 pub const LEASED: &str = "leased-";
 
 /// What is known of a lease.
@@ -47,6 +52,8 @@ pub struct Leased {
     pub key: String,
     /// Until when it must not have expired: as it was granted or renewed by the newest request that was answered, from when that was sent.
     pub safe_until: Duration,
+    /// When it may have been granted or renewed for the last time.
+    pub touched: Duration,
     /// It was revoked by a client, or may have been.
     pub revoked: bool,
 }
@@ -59,9 +66,14 @@ pub struct Record {
     /// When a witness was first told that a lease's key was deleted.
     deleted: Mutex<BTreeMap<String, Duration>>,
     pub leases: Mutex<BTreeMap<i64, Leased>>,
+    /// From when to when something befell the cluster.
+    befallen: Mutex<Vec<(Duration, Duration)>>,
+    /// The network is not calm, or was not at some time.
+    pub is_rough: AtomicBool,
     /// Members that were removed for certain, by place and id.
     pub removed: Mutex<BTreeSet<(usize, u64)>>,
     errors: Mutex<BTreeMap<String, u64>>,
+    counts: Mutex<BTreeMap<&'static str, u64>>,
     wrong: Mutex<Vec<String>>,
     values: AtomicU64,
     clients: AtomicU64,
@@ -81,8 +93,11 @@ impl Record {
             told: Default::default(),
             deleted: Mutex::default(),
             leases: Mutex::default(),
+            befallen: Mutex::default(),
+            is_rough: AtomicBool::new(false),
             removed: Mutex::default(),
             errors: Mutex::default(),
+            counts: Mutex::default(),
             wrong: Mutex::default(),
             values: AtomicU64::new(1),
             clients: AtomicU64::new(0),
@@ -114,6 +129,15 @@ impl Record {
         lock(&self.errors).clone()
     }
 
+    /// Counts something that has been seen, so that nobody believes to have tried what never happened.
+    pub fn count(&self, what: &'static str, times: usize) {
+        *lock(&self.counts).entry(what).or_default() += times as u64;
+    }
+
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        lock(&self.counts).clone()
+    }
+
     pub fn wrong(&self) -> Vec<String> {
         lock(&self.wrong).clone()
     }
@@ -123,6 +147,18 @@ impl Record {
         lock(&self.wrong).push(what);
     }
 
+    /// Something has befallen the cluster until now.
+    pub fn has_befallen(&self, from: Duration) {
+        lock(&self.befallen).push((from, self.cluster.now()));
+    }
+
+    /// What has, by its beginning.
+    pub fn befallen(&self) -> Vec<(Duration, Duration)> {
+        let mut befallen = lock(&self.befallen).clone();
+        befallen.sort_unstable();
+        befallen
+    }
+
     fn now(&self) -> u64 {
         self.cluster.now().as_nanos() as u64
     }
@@ -130,6 +166,16 @@ impl Record {
     /// The first revision of which some witness has not been told.
     pub fn told_before(&self) -> i64 {
         (0..WITNESSES).map(|witness| next_revision(&lock(&self.told[witness]), 2)).min().unwrap_or(2)
+    }
+
+    /// A witness was told something.
+    fn tell(&self, witness: usize, one: Told) {
+        if let Told::Events(_, events) = &one {
+            for gone in events.iter().map(|event| &event.change).filter(|change| change.value.is_none() && change.key.starts_with(LEASED)) {
+                lock(&self.deleted).entry(gone.key.clone()).or_insert(self.cluster.now());
+            }
+        }
+        lock(&self.told[witness]).push(one);
     }
 
     /// Adds an operation whose outcome is not known.
@@ -157,6 +203,9 @@ impl Record {
         let outcome = match answer {
             Some(Ok(answer)) => Outcome::Answered { at, answer },
             Some(Err(err)) => {
+                if request.at > 0 && !request.serializable && matches!(err, Error::Apply(ApplyError::FutureRevision)) {
+                    self.blame(format!("a revision that had been seen is said to be still to come: {request:?}"));
+                }
                 *lock(&self.errors).entry(err.to_string()).or_default() += 1;
                 if leaves_open(&err) { Outcome::Unknown } else { Outcome::Refused }
             }
@@ -174,7 +223,7 @@ impl Record {
     fn outcome_of_put(&self, answer: Option<quorate::Result<PutResponse>>) -> Outcome {
         match answer {
             Some(Ok(answer)) => {
-                let answer = Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() };
+                let answer = Answer { revision: revision(answer.header), applied: true, ..Answer::default() };
                 Outcome::Answered { at: self.now(), answer }
             }
             Some(Err(err)) if !leaves_open(&err) => Outcome::Refused,
@@ -189,18 +238,22 @@ pub fn leaves_open(err: &Error) -> bool {
 }
 
 async fn send(client: &Client, request: &Request) -> Result<Answer, Error> {
+    if let Some(range) = read(request) {
+        let answer = client.range(range).await?;
+        let decode = |kv: &EncodedKv| {
+            let kv = kv.decode().expect("a member has well-formed pairs");
+            (text(&kv.key), item(&kv))
+        };
+        return Ok(answer_of_read(request, &answer, decode));
+    }
     match (&request.guard, &request.writes[..], &request.reads[..]) {
         (None, [Change { key, value: Some(value) }], []) => {
             let answer = client.put_with(put(key, *value, request.lease)).await?;
-            Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: Vec::new() })
+            Ok(Answer { revision: revision(answer.header), applied: true, ..Answer::default() })
         }
         (None, [Change { key, value: None }], []) => {
             let answer = client.delete_with(delete(key)).await?;
-            Ok(Answer { revision: revision(answer.header), applied: true, deleted: answer.deleted, found: Vec::new() })
-        }
-        (None, [], [key]) => {
-            let answer = client.range(range(key, request.serializable)).await?;
-            Ok(Answer { revision: revision(answer.header), applied: true, deleted: 0, found: vec![found(&answer)] })
+            Ok(Answer { revision: revision(answer.header), applied: true, deleted: answer.deleted, ..Answer::default() })
         }
         _ => Ok(answer_of(client.txn(txn(request)).await?, found)),
     }
@@ -217,7 +270,11 @@ fn number(value: &[u8]) -> u64 {
 
 fn found(answer: &RangeResponse) -> Option<Item> {
     let kv = answer.kvs.first().map(EncodedKv::decode)?.expect("a member has well-formed pairs");
-    Some(Item { value: number(&kv.value), modified: kv.mod_revision })
+    Some(item(&kv))
+}
+
+fn item(kv: &KeyValue) -> Item {
+    Item { value: number(&kv.value), modified: kv.mod_revision, created: kv.create_revision, version: kv.version }
 }
 
 /// A client at work.
@@ -246,6 +303,33 @@ pub async fn work(record: Arc<Record>, mut rng: StdRng) {
     }
 }
 
+/// A client that waits for no answer long, but asks somebody else: whoever answers late answers what was asked a moment ago.
+pub async fn impatient(record: Arc<Record>, mut rng: StdRng) {
+    let number = record.client();
+    while !record.stop.load(SeqCst) {
+        let member = rng.random_range(0..record.cluster.places());
+        let request = choose(&mut rng, &BTreeMap::new(), || record.value());
+        record.send(number, member, request, IMPATIENCE).await;
+        tokio::time::sleep(Duration::from_millis(rng.random_range(1..50))).await;
+    }
+}
+
+/// A client that renews one lease for a while, at whichever member, and waits for no answer long.
+pub async fn renewals(record: Arc<Record>, mut rng: StdRng) {
+    while !record.stop.load(SeqCst) {
+        let (id, ttl) = (record.value() as i64 + 1_000_000, rng.random_range(2..5));
+        let pick = |rng: &mut StdRng| rng.random_range(0..record.cluster.places());
+        if !grant(&record, id, ttl, pick(&mut rng), pick(&mut rng)).await {
+            tokio::time::sleep(REST_AFTER_ERROR).await;
+            continue;
+        }
+        let until = record.cluster.now() + Duration::from_millis(rng.random_range(1000..4000));
+        while record.cluster.now() < until && renew(&record, id, pick(&mut rng), IMPATIENCE).await {
+            tokio::time::sleep(Duration::from_millis(rng.random_range(1..200))).await;
+        }
+    }
+}
+
 /// A client that writes much that nobody else looks at, so that members that lag need snapshots, and the log goes through segments.
 pub async fn bulk(record: Arc<Record>, mut rng: StdRng, rest_ms: u64) {
     let number = record.client();
@@ -268,49 +352,18 @@ pub async fn bulk(record: Arc<Record>, mut rng: StdRng, rest_ms: u64) {
 
 /// A client that holds leases for some time, each with a key.
 pub async fn lease(record: Arc<Record>, mut rng: StdRng) {
-    let number = record.client();
     let pick = |rng: &mut StdRng| rng.random_range(0..record.cluster.places());
     while !record.stop.load(SeqCst) {
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..1500))).await;
         let (id, ttl) = (record.value() as i64 + 1_000_000, rng.random_range(2..6));
-        let called = record.cluster.now();
-        let granted = record.ask(pick(&mut rng), PATIENCE, move |client| async move { client.lease_grant(id, ttl).await }).await;
-        record.cluster.note(&format!("lease {id}, ttl {ttl}: granted {}", matches!(granted, Some(Ok(_)))));
-        let Some(Ok(granted)) = granted else {
+        if !grant(&record, id, ttl, pick(&mut rng), pick(&mut rng)).await {
             // It may be there, and expires by itself.
             continue;
-        };
-        let key = format!("{LEASED}{id}");
-        let safe_until = called + Duration::from_secs(granted.ttl as u64);
-        lock(&record.leases).insert(id, Leased { id, ttl: granted.ttl, key: key.clone(), safe_until, revoked: false });
-        // Whenever it expires, its key goes, and nobody has asked for it.
-        record.add_unknown(Request::delete(&key), called);
-        let (value, member) = (record.value(), pick(&mut rng));
-        let (request, start, call) = (Request::put(&key, value), record.cluster.starts(member) as u32, record.now());
-        let put = put(&key, value, id);
-        let answer = record.ask(member, PATIENCE, move |client| async move { client.put_with(put).await }).await;
-        let outcome = record.outcome_of_put(answer);
-        lock(&record.ops).push(Op { client: number, member, start, call, request, outcome });
+        }
         for _ in 0..rng.random_range(0..8) {
             tokio::time::sleep(Duration::from_millis(rng.random_range(100..ttl as u64 * 700))).await;
-            let (called, member) = (record.cluster.now(), pick(&mut rng));
-            let renewed = record.ask(member, PATIENCE, move |client| async move { client.lease_keep_alive(id).await }).await;
-            record.cluster.note(&format!("lease {id}: renewed at member {member} {renewed:?}"));
-            match renewed {
-                Some(Ok(ttl)) => {
-                    if let Some(lease) = lock(&record.leases).get_mut(&id) {
-                        lease.safe_until = lease.safe_until.max(called + Duration::from_secs(ttl as u64));
-                    }
-                }
-                Some(Err(Error::Apply(ApplyError::LeaseNotFound))) => {
-                    let lease = lock(&record.leases).get(&id).cloned().unwrap_or_default();
-                    let now = record.cluster.now();
-                    if now < early(&lease) {
-                        record.blame(format!("at {now:?} member {member} has no {lease:?}"));
-                    }
-                    break;
-                }
-                _ => {}
+            if !renew(&record, id, pick(&mut rng), PATIENCE).await {
+                break;
             }
         }
         if rng.random_ratio(1, 5) {
@@ -318,6 +371,58 @@ pub async fn lease(record: Arc<Record>, mut rng: StdRng) {
                 lease.revoked = true;
             }
             let _ = record.ask(pick(&mut rng), PATIENCE, move |client| async move { client.lease_revoke(id).await }).await;
+        }
+    }
+}
+
+/// Grants a lease at one member, and puts its key at another. False if the first was not answered.
+async fn grant(record: &Record, id: i64, ttl: i64, at: usize, member: usize) -> bool {
+    let called = record.cluster.now();
+    let granted = record.ask(at, PATIENCE, move |client| async move { client.lease_grant(id, ttl).await }).await;
+    record.cluster.note(&format!("lease {id}, ttl {ttl}: granted {}", matches!(granted, Some(Ok(_)))));
+    let Some(Ok(granted)) = granted else { return false };
+    let key = format!("{LEASED}{id}");
+    let safe_until = called + Duration::from_secs(granted.ttl as u64);
+    lock(&record.leases)
+        .insert(id, Leased { id, ttl: granted.ttl, key: key.clone(), safe_until, touched: record.cluster.now(), revoked: false });
+    // Whenever it expires, its key goes, and nobody has asked for it.
+    record.add_unknown(Request::delete(&key), called);
+    let value = record.value();
+    let (request, start, call) = (Request::put(&key, value), record.cluster.starts(member) as u32, record.now());
+    let put = put(&key, value, id);
+    let answer = record.ask(member, PATIENCE, move |client| async move { client.put_with(put).await }).await;
+    let outcome = record.outcome_of_put(answer);
+    lock(&record.ops).push(Op { client: record.client(), member, start, call, request, outcome });
+    true
+}
+
+/// Renews a lease at a member. False if it says that there is none.
+async fn renew(record: &Record, id: i64, member: usize, limit: Duration) -> bool {
+    let called = record.cluster.now();
+    let renewed = record.ask(member, limit, move |client| async move { client.lease_keep_alive(id).await }).await;
+    record.cluster.note(&format!("lease {id}: renewed at member {member} {renewed:?}"));
+    match renewed {
+        Some(Ok(ttl)) => {
+            if let Some(lease) = lock(&record.leases).get_mut(&id) {
+                lease.safe_until = lease.safe_until.max(called + Duration::from_secs(ttl as u64));
+                lease.touched = lease.touched.max(record.cluster.now());
+            }
+            true
+        }
+        Some(Err(Error::Apply(ApplyError::LeaseNotFound))) => {
+            let lease = lock(&record.leases).get(&id).cloned().unwrap_or_default();
+            let now = record.cluster.now();
+            if now < early(&lease) {
+                record.blame(format!("at {now:?} member {member} has no {lease:?}"));
+            }
+            false
+        }
+        _ => {
+            // It may be under way still.
+            if let Some(lease) = lock(&record.leases).get_mut(&id) {
+                lease.touched = lease.touched.max(record.cluster.now() + PATIENCE);
+            }
+            true
         }
     }
 }
@@ -331,18 +436,12 @@ pub fn early(lease: &Leased) -> Duration {
     }
 }
 
-/// Watches everything, now at this member, now at that, for ever.
+/// Watches, now at this member, now at that, for ever.
 pub async fn witness(record: Arc<Record>, witness: usize, mut rng: StdRng) {
     let mut next = 2;
     loop {
-        let member = if rng.random_ratio(2, 3) { witness } else { rng.random_range(0..record.cluster.places()) };
-        let request = WatchCreateRequest {
-            key: ALL.into(),
-            range_end: ALL.into(),
-            start_revision: next,
-            progress_notify: true,
-            ..Default::default()
-        };
+        let member = if rng.random_ratio(2, 3) { witness % ALL_SEEING } else { rng.random_range(0..record.cluster.places()) };
+        let request = watch(scope(witness), next);
         let (tell, mut told) = tokio::sync::mpsc::channel::<Told>(16);
         let watching = record.cluster.at(member, move |client| async move {
             let mut watcher = client.watch(request)?;
@@ -360,11 +459,13 @@ pub async fn witness(record: Arc<Record>, witness: usize, mut rng: StdRng) {
                             .into_iter()
                             .map(|event| {
                                 let value = (event.kind == EventKind::Put).then(|| number(&event.kv.value));
-                                (event.kv.mod_revision, Change { key: text(&event.kv.key), value })
+                                let Item { modified: revision, created, version, .. } = item(&event.kv);
+                                let before = event.prev_kv.as_ref().map(item);
+                                Event { revision, change: Change { key: text(&event.kv.key), value }, created, version, before }
                             })
                             .collect();
                         // There is no header here; what it would say is no less.
-                        Told::Events(events.iter().map(|(revision, _)| *revision).max().unwrap_or(0), events)
+                        Told::Events(events.iter().map(|event: &Event| event.revision).max().unwrap_or(0), events)
                     }
                     Some(WatchMessage::Progress { revision }) => Told::Progress(revision),
                     Some(WatchMessage::Compacted { revision }) => return Err(Error::Failed(format!("compacted at {revision}"))),
@@ -387,12 +488,7 @@ pub async fn witness(record: Arc<Record>, witness: usize, mut rng: StdRng) {
                     silences = 0;
                     next = next_revision(std::slice::from_ref(&one), next);
                     record.cluster.note(&format!("witness {witness} at member {member}: {one:?}"));
-                    if let Told::Events(_, events) = &one {
-                        for (_, gone) in events.iter().filter(|(_, change)| change.value.is_none() && change.key.starts_with(LEASED)) {
-                            lock(&record.deleted).entry(gone.key.clone()).or_insert(record.cluster.now());
-                        }
-                    }
-                    lock(&record.told[witness]).push(one);
+                    record.tell(witness, one);
                     if rng.random_ratio(1, 400) {
                         break;
                     }
@@ -404,7 +500,7 @@ pub async fn witness(record: Arc<Record>, witness: usize, mut rng: StdRng) {
                     // What it was told before its end is not lost.
                     while let Ok(one) = told.try_recv() {
                         next = next_revision(std::slice::from_ref(&one), next);
-                        lock(&record.told[witness]).push(one);
+                        record.tell(witness, one);
                     }
                     break;
                 }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use quorate::Config;
-use quorate::sim::{Cluster, Surroundings, Weather};
+use quorate::sim::{Cluster, Fault, Surroundings, Weather};
 use rand::prelude::*;
 use rand::rngs::StdRng;
 
@@ -16,6 +16,9 @@ use crate::{faults, judge};
 
 /// How long clients work and adversaries do harm, from and to, in milliseconds.
 const WORK_MS: std::ops::Range<u64> = 4_000..14_000;
+
+/// Clients of either kind that ask again and again, where a mistake is built in.
+const IMPATIENT: usize = 4;
 
 /// What a run has come to.
 #[derive(Default)]
@@ -27,8 +30,8 @@ pub struct Report {
     pub counts: BTreeMap<String, u64>,
 }
 
-/// Plays one run.
-pub async fn play(cluster: Arc<Cluster>, seed: u64, keep_lines: bool) -> Report {
+/// Plays one run. With an aim it is played such that this mistake shows, if it is built in.
+pub async fn play(cluster: Arc<Cluster>, seed: u64, aim: Option<Fault>, keep_lines: bool) -> Report {
     if keep_lines {
         cluster.keep_lines();
     }
@@ -40,10 +43,15 @@ pub async fn play(cluster: Arc<Cluster>, seed: u64, keep_lines: bool) -> Report 
     config.snapshot_catchup_entries = *[0, 5, 50, 5000].choose(rng).expect("not empty");
     config.watch_progress_notify_interval = Duration::from_millis(500);
     let founders = *[1, 2, 3, 3, 3, 3, 3, 3, 3, 5].choose(rng).expect("not empty");
+    let founders = if aim.is_some() { 3 } else { founders };
     cluster.found(founders, &config);
-    let is_calm = rng.random_ratio(1, 4);
+    let is_calm = rng.random_ratio(1, 4) || aim.is_some();
     for member in 0..founders {
-        cluster.surround(member, faults::surroundings(rng));
+        let mut surroundings = faults::surroundings(rng);
+        if aim == Some(Fault::EarlyAcknowledgement) {
+            surroundings.sync_ms = (50, 200);
+        }
+        cluster.surround(member, surroundings);
     }
     if !is_calm {
         cluster.net().set(faults::weather(rng));
@@ -53,6 +61,8 @@ pub async fn play(cluster: Arc<Cluster>, seed: u64, keep_lines: bool) -> Report 
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..300))).await;
     }
     let record = Record::new(cluster.clone());
+    // Where a mistake may be built in, what befalls the cluster is not counted.
+    record.is_rough.store(!is_calm || aim.is_some(), SeqCst);
     let mut clients = Vec::new();
     for _ in 0..rng.random_range(2..7) {
         clients.push(tokio::spawn(load::work(record.clone(), StdRng::from_rng(rng))));
@@ -67,15 +77,25 @@ pub async fn play(cluster: Arc<Cluster>, seed: u64, keep_lines: bool) -> Report 
     for witness in 0..WITNESSES {
         tokio::spawn(load::witness(record.clone(), witness, StdRng::from_rng(rng)));
     }
+    if aim.is_some() {
+        for _ in 0..IMPATIENT {
+            clients.push(tokio::spawn(load::impatient(record.clone(), StdRng::from_rng(rng))));
+            clients.push(tokio::spawn(load::renewals(record.clone(), StdRng::from_rng(rng))));
+        }
+    }
     let until = cluster.now() + Duration::from_millis(rng.random_range(WORK_MS));
     let mut adversaries = Vec::new();
-    if rng.random_ratio(3, 4) {
-        adversaries.push(tokio::spawn(faults::crashes(cluster.clone(), StdRng::from_rng(rng), until)));
+    if let Some(fault) = aim {
+        adversaries.push(tokio::spawn(faults::aimed(cluster.clone(), fault, StdRng::from_rng(rng), until)));
     }
-    if rng.random_ratio(2, 3) {
-        adversaries.push(tokio::spawn(faults::cuts(cluster.clone(), StdRng::from_rng(rng), until)));
+    let any = aim.is_none();
+    if any && rng.random_ratio(3, 4) {
+        adversaries.push(tokio::spawn(faults::crashes(record.clone(), StdRng::from_rng(rng), until)));
     }
-    if rng.random_ratio(2, 3) {
+    if any && rng.random_ratio(2, 3) {
+        adversaries.push(tokio::spawn(faults::cuts(record.clone(), StdRng::from_rng(rng), until)));
+    }
+    if any && rng.random_ratio(2, 3) {
         let members = rng.random_ratio(1, 2);
         adversaries.push(tokio::spawn(faults::changes(record.clone(), config.clone(), StdRng::from_rng(rng), until, members)));
     }
@@ -108,6 +128,7 @@ pub async fn play(cluster: Arc<Cluster>, seed: u64, keep_lines: bool) -> Report 
     counts.insert("seconds of simulated time".into(), cluster.now().as_secs());
     counts.insert("members removed".into(), load::lock(&record.removed).len() as u64);
     counts.insert("members joined".into(), (founders..cluster.places()).filter(|member| cluster.id(*member).is_some()).count() as u64);
+    counts.extend(record.counts().into_iter().map(|(what, times)| (what.to_owned(), times)));
     counts.extend(record.errors().into_iter().map(|(text, times)| (format!("times: {text}"), times)));
     Report { wrong, trace: cluster.trace(), lines: cluster.lines(), counts }
 }

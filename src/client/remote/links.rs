@@ -4,27 +4,18 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::watch::Receiver;
-use tonic::transport::{Channel, Endpoint};
 
+use super::dial::{Line, Lines};
 use super::{RemoteOptions, Timers};
 use crate::config::Url;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 
-/// What a member may send of one answer, or one watch, before it was taken: a large answer shall not wait for a round trip every 64 KiB. Beyond
-/// it the member waits; so much memory may each hold here that nobody reads.
-const STREAM_WINDOW: u32 = 1 << 20;
-
-/// The same for all of them together, which share the connection: some thousand times as much, so that a watcher that nobody reads takes
-/// nothing away from others. Beyond a thousand such watchers all would wait for them. hyper's adaptive windows are of no use for that reason:
-/// there both are of one size.
-const CONNECTION_WINDOW: u32 = 1 << 30;
-
 /// A connection to a member.
 #[derive(Clone)]
 pub(super) struct Link {
     pub url: Url,
-    pub channel: Channel,
+    pub line: Line,
     /// Tells it from the one before to the same place.
     serial: u64,
 }
@@ -35,8 +26,8 @@ pub(super) struct Links {
     state: Mutex<State>,
     /// Held while a connection is made, so that many calls make one.
     connecting: tokio::sync::Mutex<()>,
+    lines: Lines,
     connect_timeout: Duration,
-    keep_alive: (Duration, Duration),
 }
 
 #[derive(Default)]
@@ -52,14 +43,15 @@ struct State {
 }
 
 impl Links {
-    pub fn new(given: Receiver<Vec<Url>>, options: &RemoteOptions) -> Self {
-        Links {
-            given,
-            state: Mutex::default(),
-            connecting: tokio::sync::Mutex::new(()),
-            connect_timeout: options.connect_timeout,
-            keep_alive: (options.keep_alive_interval, options.keep_alive_timeout),
+    /// # Errors
+    /// `Config`: an option makes no sense, a file is not what it should be, or an endpoint asks for more than the options have.
+    pub fn new(given: Receiver<Vec<Url>>, options: &RemoteOptions) -> Result<Self> {
+        let lines = Lines::new(options)?;
+        for url in given.borrow().iter() {
+            lines.can_reach(url).map_err(|why| Error::Config(format!("the endpoint {url}: {why}")))?;
         }
+        let (state, connecting) = (Mutex::default(), tokio::sync::Mutex::new(()));
+        Ok(Links { given, state, connecting, lines, connect_timeout: options.connect_timeout })
     }
 
     /// All endpoints, those given first.
@@ -116,12 +108,12 @@ impl Links {
         if let Some(spare) = state.spares.iter().find(|spare| spare.url == *url) {
             return Ok(spare.clone());
         }
-        let channel = {
+        let line = {
             let _entered = timers.runtime().enter();
-            self.endpoint(url).map_err(|err| Error::Unavailable(format!("{url}: {err}")))?.connect_lazy()
+            self.lines.lazy(url).map_err(|err| Error::Unavailable(format!("{url}: {err}")))?
         };
         state.serial += 1;
-        let spare = Link { url: url.clone(), channel, serial: state.serial };
+        let spare = Link { url: url.clone(), line, serial: state.serial };
         state.spares.push(spare.clone());
         Ok(spare)
     }
@@ -143,7 +135,7 @@ impl Links {
     /// The connection in use, or a new one to the next endpoint that takes it.
     ///
     /// # Errors
-    /// `Unavailable` when none does, with what each has failed with; `Config` when none ever can.
+    /// `Unavailable` when none does, with what each has failed with.
     pub async fn link(&self, timers: &Timers) -> Result<Link> {
         if let Some(link) = self.current() {
             return Ok(link);
@@ -163,10 +155,10 @@ impl Links {
         let mut failures = Vec::new();
         for url in urls {
             match self.connect(&url, timers).await {
-                Ok(channel) => {
+                Ok(line) => {
                     let mut state = lock(&self.state);
                     state.serial += 1;
-                    let link = Link { url, channel, serial: state.serial };
+                    let link = Link { url, line, serial: state.serial };
                     state.current = Some(link.clone());
                     tracing::debug!(endpoint = %link.url, "connected");
                     return Ok(link);
@@ -180,46 +172,12 @@ impl Links {
         Err(Error::Unavailable(failures.join("; ")))
     }
 
-    /// How a connection is made. Where one in TLS is made, it is here.
-    fn endpoint(&self, url: &Url) -> Result<Endpoint, String> {
-        if url.is_tls() {
-            return Err("TLS is not built".into());
-        }
-        let (interval, timeout) = self.keep_alive;
-        let endpoint = Endpoint::from_shared(url.to_string()).map_err(|err| err.to_string())?;
-        Ok(endpoint
-            .connect_timeout(self.connect_timeout)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(interval)
-            .keep_alive_timeout(timeout)
-            // An etcd takes offence at pings while nothing is under way.
-            .keep_alive_while_idle(false)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW))
-    }
-
-    async fn connect(&self, url: &Url, timers: &Timers) -> Result<Channel, String> {
-        let endpoint = self.endpoint(url)?;
+    async fn connect(&self, url: &Url, timers: &Timers) -> Result<Line, String> {
         // The connection's task belongs to our runtime, whoever asks.
-        let connecting = timers.runtime().spawn(async move { endpoint.connect().await });
+        let connecting = timers.runtime().spawn(self.lines.connect(url)?);
         let connected = timers.within(Some(self.connect_timeout), connecting).await;
         let connected =
             connected.map_err(|err| if matches!(err, Error::Timeout) { "no connection in time".into() } else { err.to_string() })?;
-        connected.map_err(|err| err.to_string())?.map_err(|err| chain(&err))
+        connected.map_err(|err| err.to_string())?
     }
-}
-
-/// An error and what caused it, for tonic says little more of its own than "transport error".
-fn chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut source = err.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -14,11 +14,13 @@
 //! - A read is tried again until it is answered, or its time is up. A member that is silent is given half of that time.
 //! - Each call but a serializable read, a status and a backup carries `hasleader: true`: a member that has lost its leader refuses it at
 //!   once, and the next is asked.
+//! - Whether TLS is spoken, the URL of an endpoint says (`dial.rs`). A user's calls show a token (`login.rs`); one that is refused for its token
+//!   has done nothing, and is made again with another.
 //! - All calls of a client share one connection. It is replaced when it fails, for all of them. Only renewals of sessions that the member in use
 //!   does not answer in time go to all members at once (`renew.rs`).
 //!
 //! # Caveats
-//! - Name resolution is the system's, within the connect timeout. TLS is not built: `https` endpoints are refused by name.
+//! - Name resolution is the system's, within the connect timeout.
 //! - Pings keep to what etcd's servers allow (none while nothing is under way, and not more often than every five seconds).
 
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -29,7 +31,6 @@ use bytes::Bytes;
 use futures_util::stream;
 use rand::Rng;
 use tokio::runtime::Handle;
-use tokio::sync::watch::Receiver;
 use tokio::time::Instant;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::{Request, Response, Status, Streaming};
@@ -51,13 +52,20 @@ use crate::proto::etcdserverpb::{
     PutRequest, PutResponse, RangeRequest, RangeResponse, ResponseHeader, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
     TxnRequest, TxnResponse, WatchCreateRequest, alarm_request::AlarmAction,
 };
+use dial::Line;
 use links::{Link, Links};
+use login::{ENTRIES_MAX, Ticket};
 use verdict::{Verdict, verdict};
 
+mod dial;
 mod links;
+mod login;
+mod options;
 pub(super) mod renew;
 mod verdict;
 pub(super) mod watch;
+
+pub use options::{Endpoints, RemoteOptions, Secret};
 
 /// Pauses between attempts once every endpoint has failed: the first, and what doubling it comes to at most. A random part is added, so
 /// that many clients do not come back all at once.
@@ -69,76 +77,6 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The same, after it has failed.
 const FOLLOW_RETRY: Duration = Duration::from_secs(2);
-
-/// Where members are: a list, or one that somebody keeps up to date.
-///
-/// ```
-/// # fn main() -> quorate::Result<()> {
-/// use quorate::client::Endpoints;
-/// let fixed = Endpoints::from(vec!["http://127.0.0.1:2379".parse()?]);
-/// let (known, changing) = tokio::sync::watch::channel(vec!["http://127.0.0.1:2379".parse()?]);
-/// let followed = Endpoints::from(changing);
-/// known.send_replace(vec!["http://127.0.0.1:2381".parse()?]); // its clients leave a member that is not among them any more
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Debug)]
-pub struct Endpoints(Receiver<Vec<Url>>);
-
-impl From<Vec<Url>> for Endpoints {
-    fn from(urls: Vec<Url>) -> Self {
-        Endpoints(tokio::sync::watch::channel(urls).1)
-    }
-}
-
-impl From<Url> for Endpoints {
-    fn from(url: Url) -> Self {
-        vec![url].into()
-    }
-}
-
-impl From<Receiver<Vec<Url>>> for Endpoints {
-    fn from(urls: Receiver<Vec<Url>>) -> Self {
-        Endpoints(urls)
-    }
-}
-
-/// How a remote client goes about it.
-///
-/// ```
-/// use quorate::client::RemoteOptions;
-/// let mut options = RemoteOptions::default();
-/// options.follow_members = true;
-/// options.request_timeout = std::time::Duration::from_secs(30);
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct RemoteOptions {
-    /// How long a call may take, all its attempts together: 10 s. What the server itself gives a request is 7 s by default. Physical
-    /// compactions, defragmentation, hashes and backups may take longer.
-    pub request_timeout: Duration,
-    /// How long making a connection to one endpoint may take: 2 s.
-    pub connect_timeout: Duration,
-    /// After how long a silence a member is pinged while a call is under way: 6 s. An etcd takes offence at less than 5 s.
-    pub keep_alive_interval: Duration,
-    /// How long the answer to a ping may take before the connection is given up: 3 s.
-    pub keep_alive_timeout: Duration,
-    /// Whether to ask the members for each other, and to use those, too: so a client that knows one finds all, and keeps finding them as they
-    /// change. Off by default, for the addresses that members advertise need not be reachable from here.
-    pub follow_members: bool,
-}
-
-impl Default for RemoteOptions {
-    fn default() -> Self {
-        RemoteOptions {
-            request_timeout: Duration::from_secs(10),
-            connect_timeout: Duration::from_secs(2),
-            keep_alive_interval: Duration::from_secs(6),
-            keep_alive_timeout: Duration::from_secs(3),
-            follow_members: false,
-        }
-    }
-}
 
 #[derive(Clone)]
 pub(super) struct Remote {
@@ -201,6 +139,11 @@ impl Pauses {
     }
 }
 
+/// Logging in has failed, so what it was for was not sent.
+fn not_sent(err: Error) -> Error {
+    if err.kind().nothing_was_done() { err } else { Error::Unavailable(format!("logging in: {err}")) }
+}
+
 /// A request that a member without a leader refuses.
 fn led<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
@@ -211,13 +154,8 @@ fn led<T>(message: T) -> Request<T> {
 impl Remote {
     pub fn new(endpoints: Endpoints, options: RemoteOptions, end: RuntimeEnd) -> Result<Self> {
         let runtime = Handle::try_current().map_err(|err| Error::Config(format!("a remote client has to be made on a runtime: {err}")))?;
-        for (name, value) in [("request_timeout", options.request_timeout), ("connect_timeout", options.connect_timeout)] {
-            if value.is_zero() {
-                return Err(Error::Config(format!("{name} is 0: nothing could be done in that time")));
-            }
-        }
         let shared = Arc::new(Shared {
-            links: Links::new(endpoints.0, &options),
+            links: Links::new(endpoints.0, &options)?,
             options,
             revision: AtomicI64::new(0),
             heard: Mutex::default(),
@@ -258,7 +196,7 @@ impl Remote {
         self.timers.check()?;
         let deadline = Instant::now() + options.request_timeout;
         let mut pauses = Pauses::new();
-        let mut failures = 0;
+        let (mut failures, mut entries) = (0, 0);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let err = match self.timers.within(Some(left), links.link(&self.timers)).await {
@@ -272,15 +210,22 @@ impl Remote {
                         (false, true) => Some((options.request_timeout / 2).min(left)),
                         (false, false) => Some(left),
                     };
-                    let (err, again) = match self.timers.within(limit, attempt(link.clone())).await {
-                        Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                        Ok(Err(status)) => match verdict(&status) {
-                            Verdict::Answer(err) => return Err(err),
-                            Verdict::NotDone(err) => (err, true),
-                            Verdict::Open(err) => (err, terms.is_read),
+                    let (err, again) = match self.enter(&link, left).await? {
+                        Err(err) => (err, true),
+                        Ok(ticket) => match self.timers.within(limit, attempt(link.clone())).await {
+                            Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                            Ok(Err(status)) => match verdict(&status) {
+                                Verdict::Entry(err) if entries < ENTRIES_MAX && link.line.renew(ticket, &err) => {
+                                    entries += 1;
+                                    continue;
+                                }
+                                Verdict::Answer(err) | Verdict::Entry(err) => return Err(err),
+                                Verdict::NotDone(err) => (err, true),
+                                Verdict::Open(err) => (err, terms.is_read),
+                            },
+                            Err(Error::Timeout) => (Error::Timeout, terms.is_read),
+                            Err(err) => return Err(err),
                         },
-                        Err(Error::Timeout) => (Error::Timeout, terms.is_read),
-                        Err(err) => return Err(err),
                     };
                     tracing::debug!(endpoint = %link.url, error = %err, again, "a call has failed");
                     links.leave(&link);
@@ -299,6 +244,23 @@ impl Remote {
                 return Err(err);
             }
             self.timers.sleep(pause).await?;
+        }
+    }
+
+    /// Sees to it that a call over that link can show who calls. The inner error is one after which another member may be asked: nothing of
+    /// the call was sent.
+    ///
+    /// # Errors
+    /// That the user is not taken; `Stopped`.
+    async fn enter(&self, link: &Link, left: Duration) -> Result<Result<Ticket>> {
+        match self.timers.within(Some(left), link.line.enter()).await {
+            Ok(Ok(ticket)) => Ok(Ok(ticket)),
+            Ok(Err(status)) => match verdict(&status) {
+                Verdict::Answer(err) | Verdict::Entry(err) => Err(err),
+                Verdict::NotDone(err) | Verdict::Open(err) => Ok(Err(not_sent(err))),
+            },
+            Err(Error::Timeout) => Ok(Err(Error::Unavailable(format!("{}: logging in took too long", link.url)))),
+            Err(err) => Err(err),
         }
     }
 
@@ -393,14 +355,23 @@ impl Remote {
                 Way::InUse(link) => link,
                 Way::To(url) => links.spare(&url, &self.timers)?,
             };
-            match keep_alive(link.clone(), id).await {
+            let asked = async {
+                let ticket = link.line.enter().await?;
+                let answer = keep_alive(link.clone(), id).await;
+                if let Err(Verdict::Entry(err)) = answer.as_ref().map_err(verdict) {
+                    // It is asked again in a moment.
+                    link.line.renew(ticket, &err);
+                }
+                answer
+            };
+            match asked.await {
                 Ok(answer) => {
                     links.adopt(link);
                     Ok(answer.into_inner().ttl.max(0))
                 }
                 // A connection that has failed is made anew with the next call on it.
                 Err(status) => {
-                    let (Verdict::Answer(err) | Verdict::NotDone(err) | Verdict::Open(err)) = verdict(&status);
+                    let (Verdict::Answer(err) | Verdict::Entry(err) | Verdict::NotDone(err) | Verdict::Open(err)) = verdict(&status);
                     Err(err)
                 }
             }
@@ -439,7 +410,7 @@ impl Remote {
 
     pub async fn member_list(&self) -> Result<Vec<Member>> {
         let request = MemberListRequest { linearizable: true };
-        let answer = self.call(Terms::READ, |link| async move { ClusterClient::new(link.channel).member_list(led(request)).await });
+        let answer = self.call(Terms::READ, |link| async move { ClusterClient::new(link.line).member_list(led(request)).await });
         let mut members = answer.await?.members;
         members.sort_unstable_by_key(|member| member.id);
         lock(&self.shared.heard).members.clone_from(&members);
@@ -472,13 +443,13 @@ impl Remote {
     }
 }
 
-fn kv(link: Link) -> KvClient<tonic::transport::Channel> {
+fn kv(link: Link) -> KvClient<Line> {
     // Large answers are the user's own: of as many keys as were asked for.
-    KvClient::new(link.channel).max_decoding_message_size(usize::MAX)
+    KvClient::new(link.line).max_decoding_message_size(usize::MAX)
 }
 
-fn leases(link: Link) -> LeaseClient<tonic::transport::Channel> {
-    LeaseClient::new(link.channel).max_decoding_message_size(usize::MAX)
+fn leases(link: Link) -> LeaseClient<Line> {
+    LeaseClient::new(link.line).max_decoding_message_size(usize::MAX)
 }
 
 /// Asks a member to renew a lease.
@@ -489,8 +460,8 @@ async fn keep_alive(link: Link, id: i64) -> Result<Response<LeaseKeepAliveRespon
     Ok(Response::new(answer))
 }
 
-fn maintenance(link: Link) -> MaintenanceClient<tonic::transport::Channel> {
-    MaintenanceClient::new(link.channel).max_decoding_message_size(usize::MAX)
+fn maintenance(link: Link) -> MaintenanceClient<Line> {
+    MaintenanceClient::new(link.line).max_decoding_message_size(usize::MAX)
 }
 
 /// A backup that comes from another process.

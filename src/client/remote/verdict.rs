@@ -9,6 +9,8 @@ use crate::error::{ApplyError, Error};
 pub(super) enum Verdict {
     /// The server has spoken; another would say the same.
     Answer(Error),
+    /// Refused because of who asks, and nothing was done: the same with another token may be answered.
+    Entry(Error),
     /// It is certain that nothing was done, and another member may do it.
     NotDone(Error),
     /// Something may have been done, or may be yet.
@@ -24,6 +26,9 @@ pub(super) fn verdict(status: &Status) -> Verdict {
     match ApplyError::of_text(text) {
         // Refused before anyone has looked at it.
         Some(err @ (ApplyError::NoLeader | ApplyError::NotSupportedForLearner)) => return Verdict::NotDone(err.into()),
+        Some(err @ (ApplyError::InvalidAuthToken | ApplyError::AuthOldRevision | ApplyError::UserEmpty | ApplyError::PermissionDenied)) => {
+            return Verdict::Entry(err.into());
+        }
         Some(ApplyError::Timeout) => return Verdict::Open(Error::Timeout),
         // It may have stopped between the log and the answer.
         Some(ApplyError::Stopped) => return Verdict::Open(Error::OutcomeUnknown(text.into())),
@@ -81,6 +86,7 @@ mod tests {
     fn what_a_member_says_is_told_from_what_is_open() {
         let is = |code: Code, text: &str| match verdict(&Status::new(code, text)) {
             Verdict::Answer(err) => format!("answer {:?}", err.kind()),
+            Verdict::Entry(err) => format!("entry {:?}", err.kind()),
             Verdict::NotDone(err) => format!("not done {:?}", err.kind()),
             Verdict::Open(err) => format!("open {:?}", err.kind()),
         };
@@ -98,7 +104,11 @@ mod tests {
             (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded", "answer NoSpace"),
             (Code::NotFound, "etcdserver: requested lease not found", "answer LeaseNotFound"),
             (Code::ResourceExhausted, "grpc: received message larger than max (2097160 vs. 2097152)", "answer InvalidRequest"),
-            (Code::PermissionDenied, "etcdserver: permission denied", "answer PermissionDenied"),
+            (Code::PermissionDenied, "etcdserver: permission denied", "entry PermissionDenied"),
+            (Code::InvalidArgument, "etcdserver: authentication failed, invalid user ID or password", "answer PermissionDenied"),
+            (Code::Unauthenticated, "etcdserver: invalid auth token", "entry PermissionDenied"),
+            (Code::InvalidArgument, "etcdserver: revision of auth store is old", "entry PermissionDenied"),
+            (Code::InvalidArgument, "etcdserver: user name is empty", "entry PermissionDenied"),
             (Code::Unimplemented, "unknown service x", "answer Unsupported"),
         ] {
             assert_eq!(is(code, text), expected, "{text}");

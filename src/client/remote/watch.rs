@@ -18,7 +18,7 @@ use tonic::{Status, Streaming};
 use super::{Pauses, Remote, led};
 use crate::client::backend::Task;
 use crate::client::watch::{EventKind, WatchEvent, WatchMessage, decode, ended};
-use crate::error::{ApplyError, Error, Result};
+use crate::error::{ApplyError, Error, ErrorKind, Result};
 use crate::proto::KeyValue;
 use crate::proto::etcdserverpb::watch_client::WatchClient;
 use crate::proto::etcdserverpb::watch_request::RequestUnion;
@@ -27,6 +27,7 @@ use crate::proto::mvccpb::Event;
 use crate::proto::mvccpb::event::EventType;
 
 use super::links::Link;
+use super::login::{ENTRIES_MAX, Ticket};
 use super::verdict::{Verdict, verdict};
 
 /// Messages that wait to be taken. Beyond it the stream is not read, and the member keeps what comes, as for any slow client.
@@ -57,7 +58,7 @@ impl RemoteWatch {
         let (place, started) = watch::channel(None);
         let runtime = remote.timers.runtime().clone();
         let next = request.start_revision;
-        let follow = Follow { remote, request, next, tell, asked, place, wants_progress: false, parts: Vec::new(), parts_bytes: 0 };
+        let follow = Follow::new(remote, request, next, tell, asked, place);
         RemoteWatch { messages, ended: false, asks, started, task: Task::spawn(&runtime, follow.run()) }
     }
 
@@ -107,6 +108,10 @@ struct Follow {
     parts: Vec<WatchEvent>,
     /// The bytes of those.
     parts_bytes: usize,
+    /// With what the watch was opened last.
+    ticket: Option<Ticket>,
+    /// How often it was refused because of that, one time after the other.
+    entries: u32,
 }
 
 /// What an event takes up here.
@@ -119,11 +124,25 @@ fn weight(event: &WatchEvent) -> usize {
 enum End {
     /// The watch is over, or nobody listens.
     Over,
-    /// It is to be opened anew.
+    /// It is to be opened anew, elsewhere.
     Broken(Error),
+    /// It was refused because of who asks.
+    Refused(Error),
 }
 
 impl Follow {
+    fn new(
+        remote: Remote,
+        request: WatchCreateRequest,
+        next: i64,
+        tell: mpsc::Sender<Result<WatchMessage>>,
+        asked: mpsc::Receiver<()>,
+        place: watch::Sender<Option<i64>>,
+    ) -> Follow {
+        let (parts, parts_bytes, ticket) = (Vec::new(), 0, None);
+        Follow { remote, request, next, tell, asked, place, wants_progress: false, parts, parts_bytes, ticket, entries: 0 }
+    }
+
     async fn run(mut self) {
         let mut pauses = Pauses::new();
         loop {
@@ -133,6 +152,14 @@ impl Follow {
                     let before = self.next;
                     match self.follow(&link).await {
                         End::Over => return,
+                        End::Refused(err) => {
+                            self.entries += 1;
+                            if self.entries > ENTRIES_MAX || !self.ticket.is_some_and(|ticket| link.line.renew(ticket, &err)) {
+                                self.end(Err(err)).await;
+                                return;
+                            }
+                            err
+                        }
                         End::Broken(err) => {
                             self.remote.shared.links.leave(&link);
                             if self.next > before {
@@ -157,7 +184,8 @@ impl Follow {
         self.parts.clear();
         self.parts_bytes = 0;
         let (requests, receiver) = mpsc::channel(2);
-        let opening = self.remote.timers.within(Some(OPEN_LIMIT), self.open(link, &requests, receiver)).await;
+        let timers = self.remote.timers.clone();
+        let opening = timers.within(Some(OPEN_LIMIT), self.open(link, &requests, receiver)).await;
         let mut answers = match opening {
             Ok(Ok(answers)) => answers,
             Ok(Err(status)) => return self.broken(&status).await,
@@ -185,16 +213,17 @@ impl Follow {
     }
 
     async fn open(
-        &self,
+        &mut self,
         link: &Link,
         requests: &mpsc::Sender<WatchRequest>,
         receiver: mpsc::Receiver<WatchRequest>,
     ) -> Result<Streaming<WatchResponse>, Status> {
+        self.ticket = Some(link.line.enter().await?);
         let create = WatchCreateRequest { start_revision: self.next, watch_id: 0, fragment: true, ..self.request.clone() };
         // There is room for it, or the stream is gone, which shows.
         let _ = requests.try_send(WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) });
         let requests = stream::unfold(receiver, |mut requests| async move { requests.recv().await.map(|request| (request, requests)) });
-        let mut client = WatchClient::new(link.channel.clone()).max_decoding_message_size(usize::MAX);
+        let mut client = WatchClient::new(link.line.clone()).max_decoding_message_size(usize::MAX);
         Ok(client.watch(led(requests)).await?.into_inner())
     }
 
@@ -202,6 +231,7 @@ impl Follow {
     async fn broken(&self, status: &Status) -> End {
         match verdict(status) {
             Verdict::Answer(err) => self.end(Err(err)).await,
+            Verdict::Entry(err) => End::Refused(err),
             Verdict::NotDone(err) | Verdict::Open(err) => End::Broken(err),
         }
     }
@@ -218,11 +248,15 @@ impl Follow {
             return Some(if answer.compact_revision > 0 {
                 self.end(Ok(WatchMessage::Compacted { revision: answer.compact_revision })).await
             } else {
-                self.end(Err(ended(answer.created, answer.cancel_reason))).await
+                match ended(answer.created, answer.cancel_reason) {
+                    err if err.kind() == ErrorKind::PermissionDenied => End::Refused(err),
+                    err => self.end(Err(err)).await,
+                }
             });
         }
         if answer.created {
             self.remote.note(answer.header.as_ref());
+            self.entries = 0;
             if self.next == 0 {
                 self.next = revision + 1;
             }
@@ -308,7 +342,7 @@ mod tests {
         let (tell, messages) = mpsc::channel(MESSAGES_MAX);
         let ((_, asked), (place, _)) = (mpsc::channel(1), watch::channel(None));
         let request = WatchCreateRequest::default();
-        (Follow { remote, request, next, tell, asked, place, wants_progress: false, parts: Vec::new(), parts_bytes: 0 }, messages)
+        (Follow::new(remote, request, next, tell, asked, place), messages)
     }
 
     #[tokio::test]
@@ -335,7 +369,8 @@ mod tests {
     async fn a_watch_that_is_ended_says_by_whom() {
         let cases = [
             (true, "mvcc: watcher range is empty", "Config"),
-            (true, "etcdserver: permission denied", "Config"),
+            (true, "etcdserver: permission denied", "who"),
+            (true, "rpc error: code = PermissionDenied desc = etcdserver: permission denied", "who"),
             (true, "etcdserver: mvcc: required revision is a future revision", "Apply"),
             (false, "etcdserver: corrupt cluster", "Apply"),
             (false, "the server has had enough", "Refused"),
@@ -345,7 +380,12 @@ mod tests {
             let (mut follow, mut messages) = follow(1);
             let (requests, _receiver) = mpsc::channel(2);
             let answer = WatchResponse { created, canceled: true, cancel_reason: reason.into(), ..WatchResponse::default() };
-            assert!(matches!(follow.take(answer, &requests).await, Some(End::Over)));
+            let end = follow.take(answer, &requests).await;
+            if expected == "who" {
+                assert!(matches!(end, Some(End::Refused(Error::Apply(ApplyError::PermissionDenied)))), "{reason}");
+                continue;
+            }
+            assert!(matches!(end, Some(End::Over)));
             let said = format!("{:?}", messages.recv().await.unwrap().unwrap_err());
             assert!(said.starts_with(expected), "{reason}: {said}");
         }

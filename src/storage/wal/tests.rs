@@ -50,6 +50,13 @@ impl Answers {
     }
 }
 
+/// Waits until the segment after this one is prepared, whose syncs and writes would be counted otherwise.
+fn wait_for_next_segment(wal: &Wal) {
+    while wal.shared.lock().next.is_none() {
+        std::thread::yield_now();
+    }
+}
+
 fn append(wal: &Wal, answers: &Answers, indexes: std::ops::Range<u64>, size: usize) {
     for index in indexes {
         wal.append(vec![entry(1, index, vec![index as u8; size])], answers.done(index)).expect("accepted");
@@ -64,9 +71,7 @@ fn a_group_is_one_sync() {
     let answers = Answers::new();
     append(&wal, &answers, 0..1, 10);
     // The second segment is being prepared meanwhile; its syncs must be over before they are counted.
-    while wal.shared.lock().next.is_none() {
-        std::thread::yield_now();
-    }
+    wait_for_next_segment(&wal);
     let before = disk.file_syncs();
     disk.hold_syncs(true);
     wal.append(vec![entry(1, 1, "first")], answers.done(1)).unwrap();
@@ -94,9 +99,7 @@ fn a_failed_sync_ends_the_log_and_is_not_tried_again() {
         let (wal, _) = open(&disk, options(1 << 16)).unwrap();
         let answers = Answers::new();
         append(&wal, &answers, 0..3, 100);
-        while wal.shared.lock().next.is_none() {
-            std::thread::yield_now();
-        }
+        wait_for_next_segment(&wal);
         // Wait for the mark too, so that the failing operation is the one meant.
         wal.append(vec![], answers.done(99)).unwrap();
         answers.wait(99);
@@ -186,9 +189,7 @@ fn a_purge_overtakes_entries_that_wait_for_space() {
     let answers = Answers::new();
     // Into the second segment, and stop the preparation of the third before its outcome is known.
     let mut index = 0;
-    while wal.shared.lock().next.is_none() {
-        std::thread::yield_now();
-    }
+    wait_for_next_segment(&wal);
     disk.hold_creates(true);
     while wal.shared.lock().segments.len() < 2 {
         append(&wal, &answers, index..index + 1, 500);
@@ -401,9 +402,7 @@ fn a_committed_mark_needs_no_sync_but_is_written_when_idle() {
     let (wal, _) = open(&disk, options(8192)).unwrap();
     let answers = Answers::new();
     append(&wal, &answers, 0..2, 10);
-    while wal.shared.lock().next.is_none() {
-        std::thread::yield_now();
-    }
+    wait_for_next_segment(&wal);
     let syncs = disk.file_syncs();
     wal.save_committed("c1".into()).unwrap();
     while !disk.content(&segment_one()).windows(2).any(|bytes| bytes == b"c1") {
@@ -426,9 +425,7 @@ fn a_committed_mark_is_not_ahead_of_the_entries() {
     let (wal, _) = open(&disk, options(16 << 20)).unwrap();
     let answers = Answers::new();
     append(&wal, &answers, 0..1, 10);
-    while wal.shared.lock().next.is_none() {
-        std::thread::yield_now();
-    }
+    wait_for_next_segment(&wal);
     disk.hold_syncs(true);
     wal.append(vec![entry(1, 1, "first")], answers.done(1)).unwrap();
     disk.wait_for_held();
