@@ -29,7 +29,8 @@
 //! - Rounds alternate and ratios are taken within a round, so what disturbs the machine for minutes disturbs both.
 //! - Rows that write get fresh members; rows that only read follow each other on the same ones.
 //! - A faster server stores more revisions in the same time, so its later rounds run on more data. That is to its disadvantage.
-//! - Server, generator and the other, idle server share the machine; the generator's CPU per operation is in the table.
+//! - Server and generator share the machine; the generator's CPU per operation is in the table. The other server stands still meanwhile
+//!   (SIGSTOP), if the harness has started it and it is alone: what it has put off falls into its own time, not into this one's.
 //! - Flags are the same on both sides and the defaults otherwise.
 //!
 //! # Its own tests
@@ -72,8 +73,12 @@ use crate::requests::{COMPACT, DELETE_RANGE, PREFIX, PREFIX_END, RANGE, key};
 use crate::rows::{EMBEDDED_ROWS, LIMITS, MEMORY, MEMORY_AND_START, Metric, NULL_ROWS, PAUSES, ROWS, Row, START};
 use crate::wire::{Channel, Result, block_on};
 
-/// After memory has been filled, until it is weighed: what is only there for the load may go.
-const MEMORY_SETTLE: Duration = Duration::from_secs(2);
+/// After memory has been filled, until it is weighed: what is only there for the load may go. Go's collector runs every two minutes at least,
+/// and gives pages back after that.
+const MEMORY_SETTLE: Duration = Duration::from_secs(150);
+
+/// After the keys were loaded, until bytes are counted: quorate has synced its state, etcd has committed.
+const REST: Duration = Duration::from_secs(7);
 
 /// After half of the keys were deleted and compacted, until the disk is looked at: space is given back in the background.
 const DISK_SETTLE: Duration = Duration::from_secs(15);
@@ -249,6 +254,9 @@ impl Run {
                 Some(both) if row.only_reads() => both,
                 _ => self.fresh(self.settings.keys, 1)?,
             };
+            if row.bounds.iter().any(|bound| bound.metric == Metric::Written) {
+                std::thread::sleep(REST);
+            }
             let measured = self.measure(&both, row)?;
             self.report.rows.push(measured);
             clusters = row.only_reads().then_some(both);
@@ -259,7 +267,8 @@ impl Run {
     fn measure(&self, clusters: &[Cluster; 2], row: &Row) -> Result<Measured> {
         let mut measured = Measured { row: *row, sides: [Vec::new(), Vec::new()] };
         for round in 0..self.args.rounds {
-            for (cluster, rounds) in clusters.iter().zip(&mut measured.sides) {
+            for ((cluster, other), rounds) in clusters.iter().zip(clusters.iter().rev()).zip(&mut measured.sides) {
+                let _still = other.still();
                 let result = load::run(cluster, row, &self.settings).map_err(|error| format!("{}, {}: {error}", row.name, cluster.name))?;
                 self.say_round(row.name, round, self.args.rounds, &cluster.name, &result);
                 rounds.push(result);
@@ -343,7 +352,8 @@ impl Run {
         self.say(&format!("pauses: compaction of {} revisions, defragmentation, snapshot", whole(revisions)));
         let clusters = self.fresh(self.settings.keys, 1)?;
         for _ in 0..self.args.rounds {
-            let side = |cluster: &Cluster| {
+            let side = |cluster: &Cluster, other: &Cluster| {
+                let _still = other.still();
                 let written = |revisions| tick(&format!("{} revisions", whole(revisions)));
                 pause::round(cluster, &self.settings, revisions, written, |phase| {
                     let (event, took) = (phase.event.title(), time(phase.took_s * 1e6));
@@ -352,7 +362,7 @@ impl Run {
                     self.say(&format!("{} {event} ({took}): p50 {p50}, p99 {p99}, greatest {max}{error}", cluster.name));
                 })
             };
-            let both = [side(&clusters[0])?, side(&clusters[1])?];
+            let both = [side(&clusters[0], &clusters[1])?, side(&clusters[1], &clusters[0])?];
             self.report.pauses.push(both);
         }
         Ok(())

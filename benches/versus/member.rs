@@ -172,6 +172,15 @@ impl Drop for Guard {
     }
 }
 
+/// A member that stands still: what it has put off is done, and paid for, when it is its turn again, and not in the other's.
+pub struct Still(u32);
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        kill(self.0, Signal::CONT);
+    }
+}
+
 impl Cluster {
     /// Starts fresh members in a new directory below `parent` and waits until they answer.
     pub fn start(program: &Program, parent: &Path) -> Result<Self> {
@@ -238,6 +247,15 @@ impl Cluster {
         self.pids = self.members.iter().flat_map(|member| &member.process).map(Guard::pid).collect();
         self.first_read()?;
         Ok(began.elapsed())
+    }
+
+    /// Has a single member stand still, if the harness has started it, until what this returns is dropped. Several would elect a leader
+    /// when they go on, so they are left alone.
+    pub fn still(&self) -> Option<Still> {
+        let [member] = self.members.as_slice() else { return None };
+        let pid = member.process.as_ref()?.pid();
+        kill(pid, Signal::STOP);
+        Some(Still(pid))
     }
 
     /// Asks the members to stop, or kills them, and waits until they are gone.

@@ -5,8 +5,8 @@
 //! all clients are stuck is counted from the moment it was due. The pace is far below what either server can do, and the same for both.
 //!
 //! ```text
-//! quiet:  |-lead-|======== window ========|-tail-|
-//! event:  |-lead-|== from its start to its end, or as long as quiet ==|-tail-|
+//! quiet:  rest |-lead-|======== window ========|-tail-|
+//! event:  rest |-lead-|== from its start to its end, or as long as quiet ==|-tail-|
 //! ```
 //!
 //! A round writes a million revisions over the keys, then measures at rest, during `Compact` of all of them (physical: until they are off
@@ -38,6 +38,9 @@ const PACE_CLIENTS: u64 = 512;
 const FILL_CLIENTS: u64 = 512;
 /// Load before and after every window.
 const MARGIN: Duration = Duration::from_millis(1000);
+/// After the revisions were written, and after every event, until the next thing is looked at: what the server has put off is over. Without
+/// it "at rest" would be anything but that.
+const REST: Duration = Duration::from_secs(10);
 /// Width of a point in a plot.
 pub const POINT: Duration = Duration::from_millis(100);
 
@@ -107,6 +110,7 @@ pub fn round(cluster: &Cluster, settings: &Settings, revisions: u64, written: fn
     })?;
     let mut phases = Vec::new();
     for event in Event::ALL {
+        thread::sleep(REST);
         let phase = phase(cluster, settings, event)?;
         progress(&phase);
         phases.push(phase);
