@@ -40,10 +40,8 @@ use crate::background::Background;
 use crate::client::Client;
 use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
-use crate::lease::{Lessor, LessorOptions};
 use crate::lock::lock;
-use crate::metrics::{Counters, Gauges, Histogram, Metrics, SYNC_BUCKETS};
-use crate::mvcc::Store;
+use crate::metrics::{Gauges, Histogram, Metrics, SYNC_BUCKETS};
 use crate::node::{Health, Node, NodeOptions, StorageEvents};
 use crate::proto::etcdserverpb::RangeRequest;
 use crate::proto::internal;
@@ -51,18 +49,21 @@ use crate::raft::Raft;
 use crate::raft::apply::{Clock, Machine, StateMachine};
 use crate::raft::log::LogStore;
 use crate::raft::network::Network;
-use crate::storage::Backend;
 use crate::storage::dir::{DataDir, Identity};
 use crate::storage::history::{Gate, HistoryOptions};
-use crate::storage::sled::Sled;
 use crate::storage::wal::{Wal, WalOptions};
 use crate::tls::{Acceptor, Connector, Tls};
 use crate::world;
 
 use founding::{check_not_founded, join_cluster};
 pub(crate) use founding::{found, founders, member_id};
+pub(crate) use opening::Damage;
+use opening::Opener;
+#[cfg(feature = "simulation")]
+pub(crate) use opening::{fit, machine_on};
 
 mod founding;
+mod opening;
 mod rebuild;
 
 /// Threads for long reads and steps of backups. Beyond it they wait for each other; none of them waits for a client.
@@ -684,197 +685,4 @@ fn gate_of(wal: &Arc<Wal>) -> Gate {
         wal.append(Vec::new(), Box::new(move |result| drop(done.send(result))))?;
         wait.recv().unwrap_or(Err(Error::Stopped))
     }))
-}
-
-/// Finishes what a crash has interrupted: a snapshot has taken the state's place, and the log up to it was still to be purged.
-///
-/// Only if the state is exactly what came as that snapshot, and the log is there, with the vote that the snapshot came under: a state
-/// that has gone on since, beyond its log, has lost its log.
-async fn finish_install(machine: &Machine, wal: &Wal, log: &crate::storage::wal::LogState) -> Result<()> {
-    let Some(installed) = machine.installed() else { return Ok(()) };
-    let done = log.purged.is_some_and(|purged| purged.index >= installed.index);
-    if done || log.vote.is_none() || machine.applied().log_id != Some(installed) {
-        return Ok(());
-    }
-    tracing::info!(entry = installed.index, "finishing the installation of a snapshot: the log before it goes");
-    if wal.log_id(installed.index).is_some_and(|id| id.term != *installed.leader_id) {
-        // What stands there was never committed, nor is what follows it.
-        let before = installed.index.checked_sub(1);
-        crate::raft::log::truncate_after(wal, before).await?;
-    }
-    crate::raft::log::purge(wal, installed).await
-}
-
-/// What it takes to open the state of a member.
-struct Opener<'a> {
-    config: &'a Config,
-    state: PathBuf,
-    wal: &'a Wal,
-    history: HistoryOptions,
-    clock: Clock,
-    counters: Arc<Counters>,
-    /// For members with `https` URLs, should they be asked for their state.
-    tls: Option<Connector>,
-}
-
-/// Why a state could not be opened.
-pub(crate) enum Damage {
-    /// It is not whole, or has lost something: with the log as it is, another can take its place.
-    State(Error),
-    /// Anything else.
-    Other(Error),
-}
-
-impl Damage {
-    pub(crate) fn into_error(self) -> Error {
-        match self {
-            Damage::State(err) | Damage::Other(err) => err,
-        }
-    }
-}
-
-impl Opener<'_> {
-    /// Opens the state as it is on disk, or makes an empty one.
-    ///
-    /// # Errors
-    /// `Corrupt` and `Format` as they are, `Io`. What was opened is closed again.
-    fn read(&self) -> Result<Arc<Machine>> {
-        let config = self.config;
-        let backend: Arc<dyn Backend> = Arc::new(Sled::open_with(&self.state, !config.unsafe_no_fsync)?);
-        machine_on(config, backend, &self.history, &self.clock, &self.counters)
-    }
-
-    /// Opens the state, and sees to it that it and the log belong together.
-    async fn open(&self) -> Result<Arc<Machine>, Damage> {
-        let machine = self.read().map_err(|err| match err {
-            Error::Corrupt { .. } => Damage::State(err),
-            err => Damage::Other(err),
-        })?;
-        match fit(&machine, self.wal).await {
-            Ok(()) => Ok(machine),
-            Err(damage) => {
-                machine.close();
-                Err(damage)
-            }
-        }
-    }
-}
-
-/// The state that a storage holds.
-///
-/// # Errors
-/// `Corrupt` and `Format` as they are, `Io`.
-pub(crate) fn machine_on(
-    config: &Config,
-    backend: Arc<dyn Backend>,
-    history: &HistoryOptions,
-    clock: &Clock,
-    counters: &Arc<Counters>,
-) -> Result<Arc<Machine>> {
-    let mut attached = Vec::new();
-    let (store, saved) = Store::open(backend, history.clone(), &mut |lease, key| attached.push((lease, key)))?;
-    let options = LessorOptions { min_ttl: min_ttl(config), ..LessorOptions::default() };
-    // No simulated lease lives long enough otherwise.
-    #[cfg(feature = "simulation")]
-    let options = LessorOptions {
-        checkpoint_interval: if world::is_simulated() { Some(Duration::from_secs(1)) } else { options.checkpoint_interval },
-        ..options
-    };
-    let lessor = Lessor::new(options);
-    let slow = config.warning_apply_duration;
-    let machine = Machine::new(Arc::new(store), saved, attached, lessor, clock.clone(), slow, counters.clone())?;
-    Ok(Arc::new(machine))
-}
-
-/// Sees to it that state and log belong together.
-pub(crate) async fn fit(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
-    finish_install(machine, wal, &wal.log_state()).await.map_err(Damage::Other)?;
-    check_reach(machine, &wal.log_state(), &machine.store().history().backend().path())
-}
-
-/// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets
-/// go of what the state has been seen to hold on disk, so it is the state at `path` that has lost something.
-fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<(), Damage> {
-    let applied = machine.applied().log_id.map_or(0, |id| id.index);
-    let purged = log.purged.map_or(0, |id| id.index);
-    if applied < purged {
-        let what = format!("it has come only to entry {applied}, but the log begins after entry {purged}, which it held before");
-        return Err(Damage::State(Error::Corrupt { path: path.to_owned(), offset: None, what }));
-    }
-    if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
-        let what = format!("it has come to entry {applied}, but the log ends at entry {}", log.last.map_or(0, |last| last.index));
-        // The state is whole: it is the log that has lost something.
-        return Err(Damage::Other(Error::Corrupt { path: path.to_owned(), offset: None, what }));
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use prost::Message;
-
-    use super::*;
-    use crate::raft::{log_id, log_id_to_proto};
-    use crate::storage::history::History;
-    use crate::storage::mem::Mem;
-    use crate::storage::wal::{LogEntry, LogId, LogState};
-
-    /// A state that came as a snapshot up to one entry and has gone on to another.
-    fn machine(installed: u64, applied: u64) -> Machine {
-        let backend = Arc::new(Mem::new());
-        let (history, _) = History::open(backend.clone(), HistoryOptions::default(), &mut |_, _| Ok(())).unwrap();
-        history.put_meta(b"raft/installed", Some(log_id_to_proto(log_id(2, installed)).encode_to_vec().into()));
-        let position = internal::Applied { log_id: Some(log_id_to_proto(log_id(2, applied))), revision: 1 };
-        history.commit(position.encode_to_vec().into());
-        history.sync().unwrap();
-        let (store, saved) = Store::open(backend, HistoryOptions::default(), &mut |_, _| ()).unwrap();
-        let lessor = Lessor::new(LessorOptions::default());
-        Machine::new(Arc::new(store), saved, Vec::new(), lessor, Arc::new(|| Duration::ZERO), Duration::MAX, Arc::default()).unwrap()
-    }
-
-    async fn durable(change: impl FnOnce(crate::storage::wal::Done)) {
-        let (tell, told) = oneshot::channel();
-        change(Box::new(move |result| tell.send(result).unwrap()));
-        told.await.unwrap().unwrap();
-    }
-
-    /// The process died after the state was replaced, and before the log up to it was purged.
-    #[tokio::test]
-    async fn an_interrupted_installation_is_finished() {
-        // The log ends before the snapshot, at it, and behind it; and one that was lost, with its vote, is not taken for one of these.
-        for (last, vote) in [(100, true), (300, true), (310, true), (100, false)] {
-            let dir = tempfile::tempdir().unwrap();
-            let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
-            if vote {
-                durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
-            }
-            let entries = (1..=last).map(|index| LogEntry { id: LogId { term: 2, node: 0, index }, payload: "x".into() });
-            durable(|done| wal.append(entries.collect(), done).unwrap()).await;
-            wal.close().unwrap();
-            let (wal, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
-            let machine = machine(300, 300);
-            finish_install(&machine, &wal, &recovered.state).await.unwrap();
-            let checked = check_reach(&machine, &wal.log_state(), dir.path()).map_err(Damage::into_error);
-            if !vote {
-                assert!(matches!(checked, Err(Error::Corrupt { .. })), "{checked:?}");
-                continue;
-            }
-            checked.unwrap();
-            wal.close().unwrap();
-            let (_, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
-            let LogState { purged, last: found, .. } = recovered.state;
-            assert_eq!((purged.unwrap().index, found.unwrap().index), (300, last.max(300)));
-        }
-    }
-
-    /// A state that has gone on beyond its log has lost a part of the log, however it began.
-    #[tokio::test]
-    async fn a_state_ahead_of_its_log_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
-        durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
-        let machine = machine(300, 301);
-        finish_install(&machine, &wal, &wal.log_state()).await.unwrap();
-        assert!(matches!(check_reach(&machine, &wal.log_state(), dir.path()), Err(Damage::Other(Error::Corrupt { .. }))));
-    }
 }
