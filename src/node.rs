@@ -424,15 +424,22 @@ impl Node {
     /// # Errors
     /// `Timeout` and `Stopped`.
     async fn within<T>(&self, limit: Duration, what: impl Future<Output = T>) -> Result<T> {
-        let timer = {
+        let timer = || {
             let _entered = self.runtime.enter();
             tokio::time::sleep(limit)
         };
+        // In a box: futures that hold it stay small enough for the allocator's quick lists, and what is moved takes its room twice.
+        let given_up = Box::pin(async {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => Error::Stopped,
+                () = timer() => Error::Timeout,
+            }
+        });
         tokio::select! {
             biased;
             value = what => Ok(value),
-            () = self.stop.cancelled() => Err(Error::Stopped),
-            () = timer => Err(Error::Timeout),
+            err = given_up => Err(err),
         }
     }
 

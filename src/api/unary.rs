@@ -28,15 +28,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures_util::stream::BoxStream;
-use h2::RecvStream;
 use h2::server::SendResponse;
+use h2::{RecvStream, SendStream};
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use tokio::time::Instant;
@@ -235,21 +235,31 @@ where
     fn call(&self, mut exchange: Exchange) -> Call {
         let in_flight = self.metrics.start();
         let (state, handle, slow) = (self.state.clone(), self.handle.clone(), self.slow.clone());
+        // What it holds is looked after, so that it fits the allocator's quick lists (1 kB): what is rare is in boxes of its own, and nothing is
+        // moved into it twice.
         Box::pin(async move {
             let outcome = async {
                 let message = exchange.receive(&in_flight).await?;
                 let request = Req::decode(message).map_err(undecodable)?;
                 let metadata = Metadata(std::mem::take(&mut exchange.headers));
-                Ok(exchange.until_gone(handle(state, metadata, request)).await??)
+                let handling = pin!(handle(state, metadata, request));
+                Ok(exchange.until_gone(handling).await??)
             };
             let outcome: Result<Resp, Failure> = outcome.await;
             slow.look_at(&in_flight, &outcome);
             let answer = match outcome {
-                Ok(response) => exchange.encode(response).await,
-                Err(failure) => Err(failure),
+                Ok(response) if exchange.lacks_room(&response) => {
+                    let room = Box::pin(exchange.wait_for_room()).await;
+                    room.and_then(|()| Ok(response.into_answer()?))
+                }
+                outcome => outcome.and_then(|response| Ok(response.into_answer()?)),
             };
             match answer {
-                Ok(answer) => exchange.answer(answer, in_flight).await,
+                Ok(answer) => {
+                    if let Some(rest) = exchange.answer(answer, in_flight) {
+                        rest.await;
+                    }
+                }
                 Err(Failure::Status(status)) => exchange.fail(&status, in_flight),
                 // Nobody waits any more; the guard counts it.
                 Err(Failure::Gone) => {}
@@ -527,12 +537,12 @@ impl Exchange {
                         frame.advance(PREFIX);
                         frame
                     }
-                    _ => self.gather(frame).await?,
+                    _ => Box::pin(self.gather(frame)).await?,
                 }
             }
             Poll::Ready(Some(Err(_))) => return Err(Failure::Gone),
             Poll::Ready(None) => return Err(Status::unknown("EOF").into()),
-            Poll::Pending => self.gather(Bytes::new()).await?,
+            Poll::Pending => Box::pin(self.gather(Bytes::new())).await?,
         };
         in_flight.received(message.len());
         Ok(message)
@@ -609,52 +619,60 @@ impl Exchange {
     }
 
     /// Runs the handler, unless the client goes away or the deadline passes before it is done.
-    async fn until_gone<T>(&mut self, handler: impl Future<Output = T>) -> Result<T, Failure> {
+    async fn until_gone<T>(&mut self, handler: Pin<&mut impl Future<Output = T>>) -> Result<T, Failure> {
         let respond = &mut self.respond;
-        let guarded = pin!(Guarded { handler: pin!(handler), gone: |cx: &mut Context<'_>| respond.poll_reset(cx).is_ready() });
+        let guarded = pin!(Guarded { handler, gone: |cx: &mut Context<'_>| respond.poll_reset(cx).is_ready() });
         match self.deadline {
             None => guarded.await,
-            Some(deadline) => tokio::time::timeout_at(deadline, guarded).await.unwrap_or_else(|_| Err(deadline_exceeded().into())),
+            Some(deadline) => {
+                Box::pin(tokio::time::timeout_at(deadline, guarded)).await.unwrap_or_else(|_| Err(deadline_exceeded().into()))
+            }
         }
     }
 
-    /// Encodes the answer. A large one waits for room: others may have been answered since the request was taken.
-    async fn encode(&mut self, response: impl IntoAnswer) -> Result<Answer, Failure> {
-        if !self.wire.has_room() && response.held_len() > DIRECT_MAX {
-            let wire = self.wire.clone();
-            self.until_gone(wire.room()).await?;
-        }
-        Ok(response.into_answer()?)
+    /// Whether this answer has to wait for [room](Self::wait_for_room): it is large, and others may have been answered since the request
+    /// was taken.
+    fn lacks_room(&self, response: &impl IntoAnswer) -> bool {
+        !self.wire.has_room() && response.held_len() > DIRECT_MAX
     }
 
-    async fn answer(mut self, answer: Answer, in_flight: InFlight) {
-        let Ok(mut send) = self.respond.send_response(head(), false) else { return };
+    async fn wait_for_room(&mut self) -> Result<(), Failure> {
+        let wire = self.wire.clone();
+        self.until_gone(pin!(wire.room())).await
+    }
+
+    /// Sends the answer, if the peer's window takes it now, as it nearly always does. What is left to do otherwise is returned.
+    fn answer(mut self, answer: Answer, in_flight: InFlight) -> Option<Call> {
+        let Ok(mut send) = self.respond.send_response(head(), false) else { return None };
+        match answer {
+            Answer::Whole(bytes) if bytes.len() <= DIRECT_MAX => {
+                let len = bytes.len();
+                send.reserve_capacity(len);
+                if send.capacity() < len {
+                    return Some(Box::pin(self.answer_slowly(send, Answer::Whole(bytes), in_flight)));
+                }
+                if send.send_data(bytes, false).is_ok() {
+                    end(&mut send, len - PREFIX, in_flight);
+                }
+                None
+            }
+            answer => Some(Box::pin(self.answer_slowly(send, answer, in_flight))),
+        }
+    }
+
+    async fn answer_slowly(self, mut send: SendStream<Bytes>, answer: Answer, in_flight: InFlight) {
         match answer {
             Answer::Whole(bytes) => {
                 let len = bytes.len();
-                if len <= DIRECT_MAX {
-                    send.reserve_capacity(len);
-                }
-                let sent = if len <= DIRECT_MAX && send.capacity() >= len {
-                    send.send_data(bytes, false).is_ok()
-                } else {
-                    let _held = self.wire.hold(len);
-                    send_all(&mut send, bytes, false).await.is_ok()
-                };
-                if sent && send.send_trailers(trailers_ok()).is_ok() {
-                    in_flight.sent(len - PREFIX);
-                    in_flight.finish(Code::Ok);
+                let _held = self.wire.hold(len);
+                if send_all(&mut send, bytes, false).await.is_ok() {
+                    end(&mut send, len - PREFIX, in_flight);
                 }
             }
             Answer::Streamed(streamed) => {
                 let len = streamed.len;
                 match send_streamed(&mut send, streamed, &self.wire).await {
-                    Ok(()) => {
-                        if send.send_trailers(trailers_ok()).is_ok() {
-                            in_flight.sent(len);
-                            in_flight.finish(Code::Ok);
-                        }
-                    }
+                    Ok(()) => end(&mut send, len, in_flight),
                     Err(Failure::Status(status)) => {
                         // An error here means that the client has gone.
                         let _ = send.send_trailers(status_headers(&status, HeaderMap::with_capacity(2)));
@@ -670,6 +688,14 @@ impl Exchange {
     pub fn fail(self, status: &Status, in_flight: InFlight) {
         refuse(self.respond, StatusCode::OK, status);
         in_flight.finish(status.code());
+    }
+}
+
+/// The end of an answer that went well. `len`: that of its message.
+fn end(send: &mut SendStream<Bytes>, len: usize, in_flight: InFlight) {
+    if send.send_trailers(trailers_ok()).is_ok() {
+        in_flight.sent(len);
+        in_flight.finish(Code::Ok);
     }
 }
 

@@ -2,34 +2,64 @@
 
 use openraft::errors::ClientWriteError;
 
+use futures_util::future::BoxFuture;
+
 use super::*;
 
+/// A command on its way.
+pub(super) enum Begun<'a> {
+    /// In the queue. Until then its outcome is waited for.
+    Queued(oneshot::Receiver<Outcome>, Instant),
+    /// There is no room yet, or another member leads: in a box, for most commands have no use for the room that this takes.
+    Slow(BoxFuture<'a, Result<Reply>>),
+}
+
 impl Node {
-    /// Proposes a command and waits until it was applied.
+    /// Proposes a command and waits until it was applied. It is queued now, if there is room, and not when the future is first asked: so a
+    /// future holds no copy of the command for each function on its way.
     ///
     /// # Errors
     /// Its outcome, if it is a refusal; `Timeout` and `TimeoutLeaderFail` when it is not known whether it will be applied, and `Stopped`
     /// when the member stops in the meantime, which leaves that open, too.
-    pub(super) async fn propose(&self, op: Op) -> Result<Reply> {
-        self.check_voter()?;
-        self.propose_command(internal::Command { id: 0, op: Some(op) }).await
+    pub(super) fn propose(&self, op: Op) -> impl Future<Output = Result<Reply>> + Send + '_ {
+        self.end(self.begin(op))
     }
 
-    pub(super) async fn propose_command(&self, command: internal::Command) -> Result<Reply> {
+    pub(super) fn propose_command(&self, command: internal::Command) -> impl Future<Output = Result<Reply>> + Send + '_ {
+        self.end(self.begin_command(command))
+    }
+
+    pub(super) fn begin(&self, op: Op) -> Result<Begun<'_>> {
+        self.check_voter()?;
+        self.begin_command(internal::Command { id: 0, op: Some(op) })
+    }
+
+    fn begin_command(&self, command: internal::Command) -> Result<Begun<'_>> {
         self.check_running()?;
-        if command.encoded_len() + ENVELOPE_BYTES > self.options.max_request_bytes {
+        let bytes = command.encoded_len();
+        if bytes + ENVELOPE_BYTES > self.options.max_request_bytes {
             return Err(ApplyError::RequestTooLarge.into());
         }
-        // The only voter has nobody to turn to.
         let until = self.deadline();
-        if self.alone.load(Ordering::Acquire) {
-            self.propose_here(command, until).await.map_err(|err| match err {
-                Error::Apply(ApplyError::NotLeader) => ApplyError::LeaderChanged.into(),
-                err => err,
-            })
-        } else {
-            self.propose_elsewhere(command, until).await
+        // The only voter has nobody to turn to.
+        if !self.alone.load(Ordering::Acquire) {
+            return Ok(Begun::Slow(Box::pin(self.propose_elsewhere(command, until))));
         }
+        match self.room_at_once(bytes) {
+            Some(room) => Ok(Begun::Queued(self.put_into_queue(command, bytes, room)?, until)),
+            None => Ok(Begun::Slow(Box::pin(self.propose_here(command, until)))),
+        }
+    }
+
+    pub(super) async fn end(&self, begun: Result<Begun<'_>>) -> Result<Reply> {
+        let outcome = match begun? {
+            Begun::Queued(wait, until) => self.outcome_of(wait, until).await,
+            Begun::Slow(rest) => rest.await,
+        };
+        outcome.map_err(|err| match err {
+            Error::Apply(ApplyError::NotLeader) => ApplyError::LeaderChanged.into(),
+            err => err,
+        })
     }
 
     /// Proposes a command to Raft, as the leader.

@@ -10,6 +10,9 @@
 //! - What needs space is refused while there is none; what gives space back never is.
 //! - A request waits no longer than its limit, whatever it waits for.
 
+use futures_util::future::BoxFuture;
+
+use super::propose::Begun;
 use super::*;
 use crate::lease::Renewal;
 use crate::mvcc::Pin;
@@ -37,19 +40,21 @@ pub(crate) struct RangeAnswer {
 }
 
 impl Node {
-    /// Refuses what needs space, while there is none.
-    async fn check_space(&self, cost: u64) -> Result<()> {
+    /// Refuses what needs space, while there is none. When the quota is used up, what is returned tells everybody so before it refuses.
+    fn check_space(&self, cost: u64) -> Result<Option<BoxFuture<'_, Result<Reply>>>> {
         self.check_corrupt()?;
         if self.machine.has_alarm(AlarmType::Nospace) || self.background.is_full() || self.wal.space_low() {
             return Err(ApplyError::NoSpace.into());
         }
-        let Some(quota) = self.options.quota_bytes else { return Ok(()) };
+        let Some(quota) = self.options.quota_bytes else { return Ok(None) };
         if self.store().history().live_bytes() + cost <= quota {
-            return Ok(());
+            return Ok(None);
         }
         tracing::warn!(quota, "the space quota is used up: raising the NOSPACE alarm");
-        self.propose_alarm(self.identity.member_id, AlarmAction::Activate).await?;
-        Err(ApplyError::NoSpace.into())
+        Ok(Some(Box::pin(async {
+            self.propose_alarm(self.identity.member_id, AlarmAction::Activate).await?;
+            Err(ApplyError::NoSpace.into())
+        })))
     }
 
     pub(super) async fn propose_alarm(&self, member_id: u64, action: AlarmAction) -> Result<()> {
@@ -63,12 +68,22 @@ impl Node {
         if self.machine.is_all_corrupt() { Err(ApplyError::Corrupt.into()) } else { Ok(()) }
     }
 
-    pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
+    /// Puts a key. Begun now, and not when the future is first asked, which then need not hold the request.
+    pub fn put(&self, request: PutRequest) -> impl Future<Output = Result<PutResponse>> + Send + '_ {
+        let begun = self.begin_put(request);
+        async move {
+            let Reply::Put(mut response) = self.end(begun).await? else { return Err(mismatch()) };
+            response.header = self.complete(response.header);
+            Ok(response)
+        }
+    }
+
+    fn begin_put(&self, request: PutRequest) -> Result<Begun<'_>> {
         txn::check_put(&request)?;
-        self.check_space(put_cost(&request)).await?;
-        let Reply::Put(mut response) = self.propose(Op::Put(request)).await? else { return Err(mismatch()) };
-        response.header = self.complete(response.header);
-        Ok(response)
+        match self.check_space(put_cost(&request))? {
+            Some(used_up) => Ok(Begun::Slow(used_up)),
+            None => self.begin(Op::Put(request)),
+        }
     }
 
     pub async fn delete_range(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {
@@ -96,7 +111,9 @@ impl Node {
         } else {
             self.check_corrupt()?;
             if txn::may_put(&request) {
-                self.check_space(txn_cost(&request)).await?;
+                if let Some(used_up) = self.check_space(txn_cost(&request))? {
+                    used_up.await?;
+                }
             }
             let Reply::Txn(response) = self.propose(Op::Txn(request)).await? else { return Err(mismatch()) };
             response
@@ -130,7 +147,9 @@ impl Node {
     }
 
     pub async fn lease_grant(&self, mut request: LeaseGrantRequest) -> Result<LeaseGrantResponse> {
-        self.check_space(0).await?;
+        if let Some(used_up) = self.check_space(0)? {
+            used_up.await?;
+        }
         while request.id == 0 {
             // The same range that etcd draws from: positive, so that the id prints alike everywhere.
             let id = world::random() as i64 & i64::MAX;
@@ -250,7 +269,7 @@ impl Node {
         if world::has_fault(world::Fault::UnconfirmedReads) && self.is_leader() {
             return Ok(());
         }
-        self.confirm_read().await
+        Box::pin(self.confirm_read()).await
     }
 
     pub async fn range(&self, request: &RangeRequest) -> Result<RangeAnswer> {
@@ -261,27 +280,33 @@ impl Node {
         } else {
             self.read_barrier().await?;
         }
-        self.range_from(request).await
+        let elsewhere = match self.range_from(request)? {
+            Ok(answer) => return Ok(answer),
+            Err(elsewhere) => elsewhere,
+        };
+        elsewhere.await
     }
 
     /// A Range whose barrier and checks are behind it.
-    async fn range_from(&self, request: &RangeRequest) -> Result<RangeAnswer> {
+    /// What is read now, or what has to be read elsewhere.
+    fn range_from(&self, request: &RangeRequest) -> Result<Result<RangeAnswer, BoxFuture<'_, Result<RangeAnswer>>>> {
         self.counters().ranges.inc();
         let store = self.store();
         if let Some((result, revision)) = RangeResult::of_one(&store, request) {
-            return Ok(RangeAnswer { result, pin: None, keys_only: false, header: self.header(revision) });
+            return Ok(Ok(RangeAnswer { result, pin: None, keys_only: false, header: self.header(revision) }));
         }
         let pin = store.pin(request.revision)?;
         // Of a read of what is newest, the revision that it is of: who watches from the next one on shall miss nothing that was applied in between.
         let header = self.header(if request.revision > 0 { store.revision() } else { pin.at() });
         let keys_only = request.keys_only;
-        match RangeScan::new(request, pin.at(), HOLD_BYTES).start(&store) {
-            Ok(result) => Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header }),
-            Err(scan) => {
-                let (result, pin) = self.blocking(move || (scan.run(&pin), pin)).await?;
-                Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header })
-            }
-        }
+        let scan = match RangeScan::new(request, pin.at(), HOLD_BYTES).start(&store) {
+            Ok(result) => return Ok(Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header })),
+            Err(scan) => scan,
+        };
+        Ok(Err(Box::pin(async move {
+            let (result, pin) = self.blocking(move || (scan.run(&pin), pin)).await?;
+            Ok(RangeAnswer { result: result?, pin: Some(pin), keys_only, header })
+        })))
     }
 
     /// Runs long work on the threads kept for it. It must not wait for a client, or it would keep others from theirs.
