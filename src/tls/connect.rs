@@ -56,9 +56,14 @@ fn describe(err: io::Error) -> io::Error {
     let cause = err.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match cause {
         Some(rustls::Error::InvalidMessage(_)) => io::Error::new(err.kind(), format!("it does not answer in TLS: {err}")),
-        None if err.kind() == io::ErrorKind::UnexpectedEof => io::Error::new(err.kind(), format!("it may not speak TLS: {err}")),
+        None if is_ended(err.kind()) => io::Error::new(err.kind(), format!("it may not speak TLS: {err}")),
         _ => err,
     }
+}
+
+/// Whether the other side has ended the connection, as it may that does not take a handshake for anything.
+fn is_ended(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 impl fmt::Debug for Connector {

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! # Invariants
-//! - The files are looked at before a handshake, once in [`LOOK_EVERY`] at most, by a thread that may wait for the disk.
+//! - The files are looked at before a handshake, once in [`LOOK_EVERY`] at most, by a thread that may wait for the disk. The handshake waits
+//!   for it no longer than [`LOOK_PATIENCE`], so that a disk that does not answer, or threads that are all busy, keep nobody out.
 //! - What is in use is whole: of files that do not fit together, as while they are being replaced, nothing is used. They are tried again
 //!   at each look, and told of once.
 
@@ -24,6 +25,9 @@ use crate::lock::lock;
 
 /// How often files are looked at, at most. A certificate that was replaced is in use no later than at the first handshake after that.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a handshake waits for a look. Beyond it what is in use is used once more; a look goes on, and no other begins meanwhile.
+const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What tells one state of a file from another; none for a file that is not there.
 type Stamp = Option<(SystemTime, u64, u64)>;
@@ -41,6 +45,8 @@ pub(super) struct Watched<T> {
 struct State<T> {
     made: Arc<T>,
     looked: Instant,
+    /// Whether a look is under way.
+    looking: bool,
     /// How the files were when they were read last.
     stamps: Vec<Stamp>,
     /// Whether they could not be used then.
@@ -55,7 +61,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
     pub fn open(files: Vec<PathBuf>, make: impl Fn() -> Result<T> + Send + Sync + 'static) -> Result<Arc<Self>> {
         // Before they are read: what changes meanwhile is found by the next look.
         let stamps = stamps(&files);
-        let state = State { made: Arc::new(make()?), looked: Instant::now(), stamps, failed: false };
+        let state = State { made: Arc::new(make()?), looked: Instant::now(), looking: false, stamps, failed: false };
         Ok(Arc::new(Watched { files, make: Box::new(make), state: Mutex::new(state) }))
     }
 
@@ -63,14 +69,15 @@ impl<T: Send + Sync + 'static> Watched<T> {
     pub async fn current(self: &Arc<Self>) -> Arc<T> {
         {
             let mut state = lock(&self.state);
-            if state.looked.elapsed() < LOOK_EVERY {
+            if state.looking || state.looked.elapsed() < LOOK_EVERY {
                 return state.made.clone();
             }
-            state.looked = Instant::now();
+            (state.looking, state.looked) = (true, Instant::now());
         }
-        let this = self.clone();
+        let looking = Looking(self.clone());
+        let look = tokio::task::spawn_blocking(move || looking.0.look());
         // It ends only with the server, and then the old one does as well.
-        let _ = tokio::task::spawn_blocking(move || this.look()).await;
+        let _ = tokio::time::timeout(LOOK_PATIENCE, look).await;
         lock(&self.state).made.clone()
     }
 
@@ -95,6 +102,15 @@ impl<T: Send + Sync + 'static> Watched<T> {
             Err(err) if changed => tracing::error!(error = %err, "certificates have changed, but cannot be used: those from before are"),
             Err(_) => {}
         }
+    }
+}
+
+/// A look under way, also while it waits for a thread.
+struct Looking<T>(Arc<Watched<T>>);
+
+impl<T> Drop for Looking<T> {
+    fn drop(&mut self) {
+        lock(&self.0.state).looking = false;
     }
 }
 
