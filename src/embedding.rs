@@ -25,8 +25,13 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_PEER_PORT     Default: 5707\n\
   KV_DATA_DIR      Default: /var/lib/quorate\n\
   KV_TOKEN, KV_TOKEN_FILE   a secret that all nodes share, itself or its file\n\
+  KV_TLS_CA, KV_TLS_CERT, KV_TLS_KEY   files, read again when they change: whose certificates are good, this node's, its key\n\
+  KV_PEER_TLS_CA, KV_PEER_TLS_CERT, KV_PEER_TLS_KEY   others for the peer port. Default: the same\n\
+  KV_PLAINTEXT     true: plain text will do. Needed without certificates, but not on loopback\n\
   KV_START_TIMEOUT how long one try to start may take. Default: 1m; it is tried again\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
+  TLS_ETCD_CA, TLS_ETCD_CLIENT_CERT, TLS_ETCD_CLIENT_KEY   for an etcd at https:// URLs\n\
+  ETCD_USERNAME, ETCD_PASSWORD   the user to log in as at an etcd\n\
   ETCD_NAMESPACE   what goes before every key. Default: nothing\n\
   KV_CONFIG_FILE   a YAML file with the same settings, as join: and kv-data-dir:\n\
   LOG_LEVEL        debug, info, warn or error. Default: info\n\

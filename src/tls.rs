@@ -1,7 +1,7 @@
 //! TLS: who may talk to whom, and how each shows who it is.
 //!
 //! [`Tls::open`] reads what the configuration names, once, and gives each plane its part: an [`Acceptor`] for listeners, a [`Connector`]
-//! for connections to other members; [`connector`] makes one for a client. TLS itself is spoken by rustls. Its cryptography is *ring*: it
+//! for connections to other members; [`connector`] makes one for a client, and [`peers`] both for a node that has no member yet. TLS itself is spoken by rustls. Its cryptography is *ring*: it
 //! needs nothing but a C compiler to build, while aws-lc-rs brings CMake and several times the code, for hybrid key exchanges and FIPS, which
 //! nobody has asked for here.
 //!
@@ -51,6 +51,17 @@ use settings::Settings;
 /// `Config`: a file is missing, cannot be read, or is not what it should be.
 pub(crate) fn connector(names: FileNames, files: &TlsFiles) -> Result<Connector> {
     Connector::open(Settings::of_client(names, files)?)
+}
+
+/// What a node speaks with the peer ports of others, and on its own, while it has no server there: the same as its server will, by the peer
+/// plane of `config`. The files are called `names` where they were set.
+///
+/// # Errors
+/// `Config`: a file is missing, cannot be read, or is not what it should be.
+pub(crate) fn peers(names: FileNames, config: &Config) -> Result<(Acceptor, Connector)> {
+    let settings = Settings::new("peer-", &config.peer_transport_security, config)?.called(names);
+    let check_address = !config.peer_transport_security.skip_client_san_verification;
+    Ok((Acceptor::open("peer", settings.clone(), check_address)?, Connector::open(settings)?))
 }
 
 /// What the planes of a member need. Each is there if something asks for it.

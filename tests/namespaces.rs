@@ -109,6 +109,7 @@ impl Nodes<'_> {
             .args(["netns", "exec", &self.net.ns(at), env!("CARGO_BIN_EXE_quorate"), "embed"])
             .envs([("JOIN", join), ("ADVERTISE_IP", address(at)), ("HOSTNAME", format!("node-{at}")), ("KV_TOKEN", "secret".into())])
             .env("KV_DATA_DIR", self.data(at))
+            .env("KV_PLAINTEXT", "true")
             .env("LOG_FORMAT", "console")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

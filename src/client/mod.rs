@@ -83,6 +83,7 @@ pub use election::{Election, Leadership, Observer};
 pub use list::{ListUpdate, ListWatch, Listing, Pages};
 pub use lock::Lock;
 pub use remote::{Endpoints, RemoteOptions, Secret};
+pub(crate) use remote::{Fault, Line, Lines, Ticket};
 pub use session::Session;
 pub use swap::Swap;
 pub use watch::{EventKind, WatchEvent, WatchMessage, Watcher};

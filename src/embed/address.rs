@@ -136,6 +136,10 @@ mod tests {
             Candidate { node: NodeId(1), name: "a".into(), peer_url: "http://10.1.2.3:7".into(), client_url: "http://10.1.2.3:6".into() };
         let decision = Decision { cluster: 1, founders: vec![own.clone()] };
         let state = State::Bound { role: Role::Server, known: Known { decision, servers: vec![own], as_of: 0 } };
+        // It has found out that it would speak in plain text over a network.
+        let untold = settle(&mut config, &state, NodeId(1), &CancellationToken::new()).await;
+        assert!(matches!(&untold, Err(Error::Config(why)) if why.contains("KV_PLAINTEXT=true")), "{untold:?}");
+        config.plaintext = true;
         settle(&mut config, &state, NodeId(1), &CancellationToken::new()).await.unwrap();
         assert_eq!(config.advertise_ip, Some([10, 1, 2, 3].into()));
     }

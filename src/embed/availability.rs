@@ -9,7 +9,7 @@
 //!  Starting ---------->  ReadWrite  ----------->  Degraded  ------------------------->  ReadOnly
 //!      |                     ^                        |                                    |  ^
 //!      |                     +---- 3 good in a row ---+----------- 3 good in a row --------+  |
-//!      +------------------- no good one for 5 s, or a certain refusal (no space, removed) ----+
+//!      +--------- no good one for 5 s, or a certain refusal (no space, no login, removed) ----+
 //! ```
 //!
 //! - A change of leader takes less than [`PATIENCE`], so it is `Degraded` and never `ReadOnly`.

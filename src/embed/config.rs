@@ -3,7 +3,7 @@
 //! ```
 //! use quorate::embed::{Backend, EmbedConfig};
 //!
-//! let vars = [("JOIN", "10.0.0.1,10.0.0.2,10.0.0.3"), ("ADVERTISE_IP", "10.0.0.2"), ("HOSTNAME", "node-2")];
+//! let vars = [("JOIN", "10.0.0.1,10.0.0.2,10.0.0.3"), ("ADVERTISE_IP", "10.0.0.2"), ("HOSTNAME", "node-2"), ("KV_PLAINTEXT", "true")];
 //! let config = EmbedConfig::from_vars(vars.map(|(name, value)| (name.into(), value.into())))?;
 //! assert_eq!((config.backend, config.founders()), (Backend::Embedded, 3));
 //! assert_eq!(config.join, ["10.0.0.1:5707", "10.0.0.2:5707", "10.0.0.3:5707"]);
@@ -21,7 +21,7 @@
 //! | variable | default | |
 //! |---|---|---|
 //! | `KV_BACKEND` | `embedded` | or `etcd`: the store is elsewhere, and this node its client |
-//! | `KV_ADDR` | | with `etcd`: where it is, `host[:port],...`, port 2379 by default |
+//! | `KV_ADDR` | | with `etcd`: where it is, `host[:port],...` or `https://host[:port],...`, port 2379 by default |
 //! | `JOIN` | | with `embedded`: the nodes that may found the cluster, `host[:port],...`; the same on all nodes |
 //! | `KV_SERVERS` | `auto` | `1`, `3`, or three if `JOIN` has as many entries |
 //! | `ADVERTISE_IP` | found out | the address at which the other nodes reach this one, and on which it listens |
@@ -29,14 +29,19 @@
 //! | `HOSTNAME` | `node` | for people; no commas, equals signs and outer blanks |
 //! | `KV_DATA_DIR` | `/var/lib/quorate` | what the node remembers, and a server's data |
 //! | `KV_TOKEN`, `KV_TOKEN_FILE` | | a secret that all nodes share, itself or its file; founding messages are sealed with it. Blanks around it do not count |
+//! | `KV_TLS_CA`, `KV_TLS_CERT`, `KV_TLS_KEY` | | files, in PEM: whose certificates are good among the nodes and their clients, this node's, and its key. Read again when they change |
+//! | `KV_PEER_TLS_CA`, `KV_PEER_TLS_CERT`, `KV_PEER_TLS_KEY` | the same | others for the peer port; the CA may be another by itself |
+//! | `KV_PLAINTEXT` | `false` | `true`: plain text will do. Needed without certificates, but not on loopback |
 //! | `KV_START_TIMEOUT` | `1m` | how long a start may take; it can be tried again |
 //! | `ETCD_NAMESPACE` | | goes before every key, in the nodes themselves as in an external etcd |
-//! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | refused: nothing here speaks TLS yet. Also as `ETCD_TLS_CLIENT_CA` and so on |
-//! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | refused: nothing here logs in yet |
+//! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | with `etcd` and `https://` in `KV_ADDR`: the CA of its certificate, and what to show. Also as `ETCD_TLS_CLIENT_CA` and so on |
+//! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | with `etcd`: the user to log in as |
 //!
 //! # Invariants
 //! - Every complaint names the setting, its value, and what would be right. A secret's value is in none, nor in `Debug`.
 //! - A validated configuration has a `JOIN` list of distinct `host:port`, all of them on loopback if this node is, and none if it is not.
+//! - A node with a known address has certificates, or was told that plain text will do, or is on loopback; `secure.rs` says what certificates
+//!   are to be like. One that finds its address out when it starts is held to the same then.
 //! - Nothing here asks the network: names in `JOIN` are looked up by the node, once it runs.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -45,7 +50,9 @@ use std::time::Duration;
 
 use super::address;
 use super::founding::agree::JOIN_MAX;
+use super::founding::drive::node_url;
 use super::founding::wire::{Token, is_name};
+use super::secure;
 use crate::client::{Secret, TlsFiles};
 use crate::config::{Config, Url, parse_duration, without_user};
 use crate::error::{Error, Result};
@@ -109,16 +116,22 @@ pub struct EmbedConfig {
     pub token: Token,
     /// How long [`Node::start`](super::Node::start) may wait for other nodes.
     pub start_timeout: Duration,
-    /// TLS to an external etcd. Refused until it is spoken.
+    /// What nodes and their clients speak TLS with. None: in plain text.
     pub tls: TlsFiles,
-    /// The user at an external etcd. Refused until there is a way to log in.
+    /// What the peer port speaks TLS with, where that is something else.
+    pub peer_tls: TlsFiles,
+    /// Whether plain text will do: needed where there are no certificates, but not on loopback.
+    pub plaintext: bool,
+    /// What an external etcd is spoken to with, at `https` URLs.
+    pub etcd_tls: TlsFiles,
+    /// The user at an external etcd. Empty: nobody.
     pub username: String,
     /// Its password.
     pub password: Secret,
     /// What goes before every key of [`Node::client`](super::Node::client), whatever the backend.
     pub namespace: String,
-    /// Limits and times of this node's server, should it be one. Names, addresses, directories (also `wal_dir`) and members are set by the
-    /// node.
+    /// Limits and times of this node's server, should it be one. Names, addresses, directories (also `wal_dir`), members and the files of
+    /// certificates are set by the node.
     pub server: Config,
 }
 
@@ -137,6 +150,9 @@ impl Default for EmbedConfig {
             token: Token::default(),
             start_timeout: Duration::from_secs(60),
             tls: TlsFiles::default(),
+            peer_tls: TlsFiles::default(),
+            plaintext: false,
+            etcd_tls: TlsFiles::default(),
             username: String::new(),
             password: Secret::default(),
             namespace: String::new(),
@@ -187,9 +203,19 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("KV_TOKEN", &[], true, |config, text| { config.token = read_token(text.as_bytes())?; Ok(()) }),
     ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = read_token_file(Path::new(text))?; Ok(()) }),
     ("KV_START_TIMEOUT", &[], false, |config, text| { config.start_timeout = parse_duration(text)?; Ok(()) }),
-    ("TLS_ETCD_CA", &["ETCD_TLS_CLIENT_CA"], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
-    ("TLS_ETCD_CLIENT_CERT", &["ETCD_TLS_CLIENT_CERT"], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
-    ("TLS_ETCD_CLIENT_KEY", &["ETCD_TLS_CLIENT_KEY"], false, |config, text| { config.tls.key = Some(text.into()); Ok(()) }),
+    ("KV_TLS_CA", &[], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
+    ("KV_TLS_CERT", &[], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
+    ("KV_TLS_KEY", &[], false, |config, text| { config.tls.key = Some(text.into()); Ok(()) }),
+    ("KV_PEER_TLS_CA", &[], false, |config, text| { config.peer_tls.ca = Some(text.into()); Ok(()) }),
+    ("KV_PEER_TLS_CERT", &[], false, |config, text| { config.peer_tls.cert = Some(text.into()); Ok(()) }),
+    ("KV_PEER_TLS_KEY", &[], false, |config, text| { config.peer_tls.key = Some(text.into()); Ok(()) }),
+    ("KV_PLAINTEXT", &[], false, |config, text| {
+        config.plaintext = text.parse().map_err(|_| "it must be true or false")?;
+        Ok(())
+    }),
+    ("TLS_ETCD_CA", &["ETCD_TLS_CLIENT_CA"], false, |config, text| { config.etcd_tls.ca = Some(text.into()); Ok(()) }),
+    ("TLS_ETCD_CLIENT_CERT", &["ETCD_TLS_CLIENT_CERT"], false, |config, text| { config.etcd_tls.cert = Some(text.into()); Ok(()) }),
+    ("TLS_ETCD_CLIENT_KEY", &["ETCD_TLS_CLIENT_KEY"], false, |config, text| { config.etcd_tls.key = Some(text.into()); Ok(()) }),
     ("ETCD_USERNAME", &[], false, |config, text| { config.username = text.to_owned(); Ok(()) }),
     ("ETCD_PASSWORD", &[], true, |config, text| { config.password = Secret::new(text); Ok(()) }),
     ("ETCD_NAMESPACE", &[], false, |config, text| { config.namespace = text.to_owned(); Ok(()) }),
@@ -291,21 +317,6 @@ impl EmbedConfig {
     /// [`Error::Config`] for the first thing that is wrong.
     pub fn validate(&mut self) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
-        // Better not at all than in plain, or as nobody, where somebody has asked for more.
-        for (is_set, name) in [
-            (self.tls.ca.is_some(), "TLS_ETCD_CA"),
-            (self.tls.cert.is_some(), "TLS_ETCD_CLIENT_CERT"),
-            (self.tls.key.is_some(), "TLS_ETCD_CLIENT_KEY"),
-        ] {
-            if is_set {
-                return wrong(format!("{name} is set, but nothing here speaks TLS yet; unset it if plain text will do"));
-            }
-        }
-        for (is_set, name) in [(!self.username.is_empty(), "ETCD_USERNAME"), (!self.password.reveal().is_empty(), "ETCD_PASSWORD")] {
-            if is_set {
-                return wrong(format!("{name} is set, but there is no way to log in yet; unset it"));
-            }
-        }
         if self.start_timeout.is_zero() {
             return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
         }
@@ -313,14 +324,12 @@ impl EmbedConfig {
             if self.addr.is_empty() {
                 return wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into());
             }
-            if let Some(url) = self.addr.iter().find(|url| url.is_tls()) {
-                return wrong(format!("KV_ADDR has {url}; TLS to an external etcd is not built yet"));
-            }
-            return Ok(());
+            return secure::validate(self);
         }
         if !self.addr.is_empty() {
             return wrong("KV_ADDR is set, but KV_BACKEND is embedded; unset it, or set KV_BACKEND=etcd".into());
         }
+        secure::validate(self)?;
         self.member().validate()?;
         if !is_name(&self.hostname) {
             let right = "it must be a text, not empty, without commas, equals signs and blanks around it";
@@ -338,7 +347,10 @@ impl EmbedConfig {
     /// The settings of this node's server, without all that the node sets.
     pub(super) fn member(&self) -> Config {
         let neutral = Config::default();
+        let (client_transport_security, peer_transport_security) = secure::planes(self);
         Config {
+            client_transport_security,
+            peer_transport_security,
             name: neutral.name,
             // Any, so that what is derived from the name is not looked at.
             data_dir: Some(self.data_dir.clone()),
@@ -403,12 +415,23 @@ impl EmbedConfig {
                 return wrong(format!("JOIN has {entry} and ADVERTISE_IP is {own}: {named} is a loopback address, and {why}; {right}"));
             }
         }
+        if !own.is_loopback() && !self.is_tls() && !self.plaintext {
+            let right = "set KV_TLS_CA, KV_TLS_CERT and KV_TLS_KEY, or KV_PLAINTEXT=true where the network is to be trusted";
+            return wrong(format!(
+                "the nodes would speak in plain text, for KV_TLS_CA is not set and this node's address is {own}; {right}"
+            ));
+        }
         Ok(())
     }
 
     fn is_loopback(&self, entry: &str) -> bool {
         let host = entry.rsplit_once(':').map_or(entry, |(host, _)| host).trim_matches(['[', ']']);
         host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
+
+    /// Whether this node speaks TLS with the others, and its server with its clients.
+    pub fn is_tls(&self) -> bool {
+        !self.tls.is_empty()
     }
 
     /// How many servers the cluster is to have.
@@ -462,18 +485,7 @@ impl EmbedConfig {
     }
 
     fn url(&self, port: u16) -> Result<Url> {
-        std::net::SocketAddr::new(self.advertised_ip()?, port).to_string().parse::<HttpUrl>().map(|url| url.0)
-    }
-}
-
-/// A URL without its `http://`.
-struct HttpUrl(Url);
-
-impl std::str::FromStr for HttpUrl {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        format!("http://{text}").parse().map(HttpUrl)
+        node_url(&SocketAddr::new(self.advertised_ip()?, port).to_string(), self.is_tls()).parse()
     }
 }
 
@@ -583,14 +595,15 @@ mod tests {
             (&[("KV_BACKEND", "etcd")], "KV_ADDR is not set"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_ADDR", "e")], "KV_ADDR is set, but KV_BACKEND is embedded"),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "ftp://e")], "KV_ADDR is \"ftp://e\"; ftp:// is not spoken"),
-            // What would be taken and not done is refused, whatever the backend.
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CA", "c")], "TLS_ETCD_CA is set, but nothing here speaks TLS yet"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_TLS_CLIENT_CERT", "c")], "TLS_ETCD_CLIENT_CERT is set"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_KEY", "c")], "TLS_ETCD_CLIENT_KEY is set"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "https://e")], "KV_ADDR has https://e:2379; TLS"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_USERNAME", "root")], "ETCD_USERNAME is set, but there is no way to log in"),
-            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_PASSWORD", "hunter2")], "ETCD_PASSWORD is set"),
-            (&[("JOIN", "10.0.0.1"), here, ("TLS_ETCD_CA", "c")], "TLS_ETCD_CA is set"),
+            // Nothing is spoken in plain text over a network that nobody was told of.
+            (&[("JOIN", "10.0.0.1"), here], "address is 10.0.0.1; set KV_TLS_CA, KV_TLS_CERT and KV_TLS_KEY, or KV_PLAINTEXT=true"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_PLAINTEXT", "false")], "the nodes would speak in plain text"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_PLAINTEXT", "yes")], "KV_PLAINTEXT is \"yes\"; it must be true or false"),
+            // One etcd.
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_PASSWORD", "hunter2")], "ETCD_PASSWORD is set, and ETCD_USERNAME is not"),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("ETCD_USERNAME", "root")], "ETCD_USERNAME is set, and ETCD_PASSWORD is not"),
+            (&[("JOIN", "10.0.0.1"), here, ("ETCD_USERNAME", "root")], "ETCD_USERNAME is set, but KV_BACKEND is embedded"),
+            (&[("JOIN", "10.0.0.1"), here, ("ETCD_PASSWORD", "hunter2")], "ETCD_PASSWORD is set, but KV_BACKEND is embedded"),
             // Nor is what stands before an @ shown.
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "http://root:hunter2@etcd:2379")], "KV_ADDR is \"http://...@etcd:2379\""),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "root:hunter2@etcd")], "KV_ADDR is \"...@etcd\""),
@@ -617,7 +630,63 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "tls")]
+    fn every_mistake_with_certificates_is_named() {
+        let (join, here, etcd) = (("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_BACKEND", "etcd"));
+        let (ca, cert, key) = (("KV_TLS_CA", "ca"), ("KV_TLS_CERT", "cert"), ("KV_TLS_KEY", "key"));
+        for (vars, want) in [
+            (&[join, here, cert, key][..], "KV_TLS_CERT is set, and KV_TLS_CA is not; set KV_TLS_CA, KV_TLS_CERT and KV_TLS_KEY, or none"),
+            (&[join, here, ca], "KV_TLS_CA is set, and KV_TLS_CERT is not"),
+            (&[join, here, ca, cert], "KV_TLS_CA is set, and KV_TLS_KEY is not"),
+            (&[join, here, ca, key], "KV_TLS_CA is set, and KV_TLS_CERT is not"),
+            (&[("JOIN", "127.0.0.1"), key], "KV_TLS_KEY is set, and KV_TLS_CA is not"),
+            (&[join, here, ca, cert, key, ("KV_PLAINTEXT", "true")], "KV_TLS_CA is set, and KV_PLAINTEXT is true; unset one"),
+            (&[join, here, ("KV_PEER_TLS_CA", "x")], "KV_PEER_TLS_CA is set, and KV_TLS_CA is not"),
+            (&[join, here, ca, cert, key, ("KV_PEER_TLS_CERT", "x")], "KV_PEER_TLS_CERT is set, and KV_PEER_TLS_KEY is not"),
+            (&[join, here, ca, cert, key, ("KV_PEER_TLS_KEY", "x")], "KV_PEER_TLS_KEY is set, and KV_PEER_TLS_CERT is not"),
+            (&[join, here, ca, cert, key, ("TLS_ETCD_CA", "x")], "TLS_ETCD_CA is set, but KV_BACKEND is embedded"),
+            (&[etcd, ("KV_ADDR", "https://e")], "KV_ADDR has https://e:2379, and TLS_ETCD_CA is not set"),
+            (&[etcd, ("KV_ADDR", "e"), ("TLS_ETCD_CA", "c")], "KV_ADDR has http://e:2379, and TLS_ETCD_CA is set; write https://e:2379"),
+            (&[etcd, ("KV_ADDR", "https://e,http://f"), ("TLS_ETCD_CA", "c")], "KV_ADDR has http://f:2379, and TLS_ETCD_CA is set"),
+            (
+                &[etcd, ("KV_ADDR", "https://e"), ("ETCD_TLS_CLIENT_CERT", "c")],
+                "TLS_ETCD_CLIENT_CERT is set, and TLS_ETCD_CLIENT_KEY is not",
+            ),
+            (&[etcd, ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_KEY", "c")], "TLS_ETCD_CLIENT_KEY is set, and TLS_ETCD_CLIENT_CERT is not"),
+            (
+                &[etcd, ("KV_ADDR", "e"), ("TLS_ETCD_CLIENT_CERT", "c"), ("TLS_ETCD_CLIENT_KEY", "k")],
+                "TLS_ETCD_CLIENT_CERT is set, and TLS_ETCD_CA is not",
+            ),
+        ] {
+            let got = refused(vars);
+            assert!(got.contains(want), "{vars:?}: {got}, wanted {want}");
+        }
+        // All of them; what is not said for the peers is as for clients.
+        let all = [join, here, ca, cert, key, ("KV_PEER_TLS_CA", "peers-ca")];
+        let mut config = from(&all).unwrap();
+        assert_eq!(config.peer_url().unwrap().to_string(), "https://10.0.0.1:5707");
+        let member = config.member();
+        let files = |plane: &crate::config::TransportSecurity| {
+            let files = [&plane.trusted_ca_file, &plane.cert_file, &plane.key_file];
+            files.map(|file| file.as_ref().unwrap().to_str().unwrap().to_owned())
+        };
+        assert_eq!(files(&member.client_transport_security), ["ca", "cert", "key"]);
+        assert_eq!(files(&member.peer_transport_security), ["peers-ca", "cert", "key"]);
+        assert!(member.client_transport_security.client_cert_auth && member.peer_transport_security.client_cert_auth);
+        config.tls.key = Some("".into());
+        assert!(config.validate().unwrap_err().to_string().contains("KV_TLS_KEY is empty"));
+        // On loopback, and where it is said, it goes without.
+        from(&[("JOIN", "127.0.0.1")]).unwrap();
+        let plain = from(&[join, here, ("KV_PLAINTEXT", "true")]).unwrap();
+        assert!(!plain.is_tls() && plain.member().peer_transport_security.cert_file.is_none());
+        let vars = [etcd, ("KV_ADDR", "https://e"), ("TLS_ETCD_CA", "c"), ("ETCD_USERNAME", "root"), ("ETCD_PASSWORD", "hunter2")];
+        let config = from(&vars).unwrap();
+        assert_eq!((config.username.as_str(), config.password.reveal(), config.is_tls()), ("root", "hunter2", false));
+    }
+
+    #[test]
     fn what_is_right_is_read() {
+        let from = |vars: &[(&str, &str)]| from(&[vars, &[("KV_PLAINTEXT", "true")]].concat());
         let config = from(&[("JOIN", "10.0.0.3, Node-B:1 ,[fd00::0:1]"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_PEER_PORT", "7")]).unwrap();
         assert_eq!(config.join, ["10.0.0.3:7", "node-b:1", "[fd00::1]:7"]);
         assert_eq!((config.founders(), config.peer_url().unwrap().to_string()), (3, "http://10.0.0.1:7".into()));
@@ -647,7 +716,7 @@ mod tests {
     /// Before anything is founded with it, and it is too late.
     #[test]
     fn the_servers_settings_are_looked_at() {
-        let mut config = from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1")]).unwrap();
+        let mut config = from(&[("JOIN", "127.0.0.1")]).unwrap();
         config.server.heartbeat_interval_ms = 500;
         let got = config.validate().unwrap_err().to_string();
         assert!(got.contains("election-timeout"), "{got}");
@@ -661,7 +730,7 @@ mod tests {
 
     #[test]
     fn secrets_are_not_shown() {
-        let vars = [("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_TOKEN", "hunter2")];
+        let vars = [("JOIN", "127.0.0.1"), ("KV_TOKEN", "hunter2")];
         let config = from(&vars).unwrap();
         assert!(config.token.is_set() && !format!("{config:?}").contains("hunter2"), "{config:?}");
         let config = EmbedConfig { password: Secret::new("hunter2"), ..config };
@@ -674,9 +743,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kv.yml");
         let write = |text: &str| std::fs::write(&path, text).unwrap();
-        write("join: [10.0.0.1, 10.0.0.2, 10.0.0.3]\nadvertise-ip: 10.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\n");
+        write("join: [127.0.0.1, 127.0.0.2, 127.0.0.3]\nadvertise-ip: 127.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\n");
         let file = EmbedConfig::from_file(&path).unwrap();
-        let vars = [("JOIN", "10.0.0.1,10.0.0.2,10.0.0.3"), ("ADVERTISE_IP", "10.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2")];
+        let list = "127.0.0.1,127.0.0.2,127.0.0.3";
+        let vars = [("JOIN", list), ("ADVERTISE_IP", "127.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2")];
         assert_eq!(file, from(&vars).unwrap());
         // A variable beats it.
         let both = from(&[("KV_CONFIG_FILE", path.to_str().unwrap()), ("KV_PEER_PORT", "8")]).unwrap();

@@ -14,12 +14,14 @@
 //!   or with a node of another cluster.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::founder_id;
 use super::founding::agree::{Answer, Ask, Candidate, JOIN_MAX, Known, NodeId};
 use super::founding::drive::{Caller, Driver, Progress};
 use super::founding::wire::Token;
+use crate::client::Lines;
 use crate::config::Url;
 use crate::server::Server;
 
@@ -75,7 +77,7 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
 }
 
 /// Asks who the servers are. `join` are the URLs of the listed nodes, `own` is this node's.
-pub(super) async fn as_client(join: &[String], token: &Token, own: &Url, driver: &Driver) {
+pub(super) async fn as_client(join: &[String], token: &Token, lines: &Arc<Lines>, own: &Url, driver: &Driver) {
     let progress = driver.progress();
     let mut round = Round { join: join.to_vec(), own: own.to_string(), ..Round::default() };
     let mut caller: Option<Caller> = None;
@@ -85,7 +87,7 @@ pub(super) async fn as_client(join: &[String], token: &Token, own: &Url, driver:
         let Some(url) = round.next(&known) else { continue };
         let mut asked = match caller.take() {
             Some(caller) if caller.url() == url => caller,
-            _ => Caller::new(url, token.clone()),
+            _ => Caller::new(url, token.clone(), lines.clone()),
         };
         let Ok(answer) = asked.ask(None, &Ask::Hello).await else { continue };
         if let Some(news) = round.heard(asked.url(), answer, &known, driver.node()) {

@@ -45,8 +45,13 @@
 //! others' membership so, which takes a quorum. Clients follow the servers by asking any of them; if none is where it was, the addresses in
 //! `JOIN` are asked, too (`follow`).
 //!
+//! # TLS
+//! Nodes that are given certificates show them to each other on every port, and take nobody in who has none; without, a node has to be told
+//! that plain text will do, unless it is on loopback (`secure`). An external etcd has certificates and users of its own.
+//!
 //! # Caveats
-//! - Nothing is spoken in TLS yet, and there is no user to log in as; settings that ask for either are refused.
+//! - A cluster keeps to what it was founded with, TLS or plain text.
+//! - With certificates, who asks a server's port for `/health` or `/metrics` needs one, too.
 //! - All servers moving at once is not healed by itself; one after the other is.
 
 mod address;
@@ -55,6 +60,8 @@ pub mod config;
 mod follow;
 pub mod founding;
 mod probe;
+mod secure;
+mod way;
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -64,9 +71,10 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::founding::agree::{Agreement, Candidate, Decision, Known, List, State};
-use self::founding::drive::{Driver, Progress};
+use self::founding::drive::{Driver, Progress, node_url};
 use self::founding::state::NodeDir;
 use self::probe::{Local, Remote, Store, watch_store};
+use self::secure::{Secure, speaks_tls};
 use crate::api::peer::founding as founding_router;
 use crate::api::serve::{App, Listener, Serving};
 use crate::api::wire::{Limits, ServeOptions};
@@ -83,7 +91,7 @@ pub use self::founding::agree::Role;
 pub use self::founding::wire::Token;
 pub use crate::client::{Secret, TlsFiles};
 
-/// Threads for looking up names, those of other nodes. Lookups beyond it wait for each other; nothing else uses these threads.
+/// Threads for looking up names, those of other nodes, and at the files of certificates. What is beyond it waits; nothing else uses them.
 const LOOKUP_THREADS: usize = 4;
 
 /// How long connections of the founding port may take to end when it is given over to the server.
@@ -285,7 +293,8 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
     let (tell, availability) = watch::channel(Availability::default());
     let (announce, endpoints) = watch::channel(parts.endpoints.clone());
     let end = RuntimeEnd::default();
-    let client = match parts.local().map_or_else(|| remote(endpoints.clone(), end.clone()), Ok) {
+    let options = parts.secure.options.clone();
+    let client = match parts.local().map_or_else(|| remote(endpoints.clone(), options, end.clone()), Ok) {
         Ok(client) if config.namespace.is_empty() => client,
         Ok(client) => client.namespaced(config.namespace.clone()),
         Err(err) => {
@@ -308,7 +317,7 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
     }
     let store: Box<dyn Store> = match parts.local() {
         Some(client) => Box::new(Local(client)),
-        None => Box::new(Remote::new(endpoints, config.backend == Backend::Embedded)),
+        None => Box::new(Remote::new(endpoints, config.backend == Backend::Embedded, parts.secure.store.clone())),
     };
     let result = {
         let ended = parts.live(&config, announce);
@@ -331,7 +340,7 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
 }
 
 /// A client of servers elsewhere, as they change. What tells it of them ends with the node's runtime.
-fn remote(mut endpoints: watch::Receiver<Vec<String>>, end: RuntimeEnd) -> Result<Client> {
+fn remote(mut endpoints: watch::Receiver<Vec<String>>, options: RemoteOptions, end: RuntimeEnd) -> Result<Client> {
     let urls_of = |urls: &[String]| urls.iter().filter_map(|url| url.parse().ok()).collect::<Vec<Url>>();
     let (tell, urls) = watch::channel(urls_of(&endpoints.borrow_and_update()));
     tokio::spawn(async move {
@@ -340,7 +349,7 @@ fn remote(mut endpoints: watch::Receiver<Vec<String>>, end: RuntimeEnd) -> Resul
             tell.send_replace(next);
         }
     });
-    Client::remote_until(urls, RemoteOptions::default(), end)
+    Client::remote_until(urls, options, end)
 }
 
 /// A node, put together.
@@ -353,6 +362,7 @@ struct Parts {
     server: Option<Server>,
     serving: Option<Serving>,
     own_url: Option<Url>,
+    secure: Secure,
     // Held until everything else is closed.
     dir: Option<Arc<NodeDir>>,
 }
@@ -360,7 +370,7 @@ struct Parts {
 impl Parts {
     async fn start(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
         let mut parts = match config.backend {
-            Backend::Etcd => return Ok(Parts::of_etcd(config)),
+            Backend::Etcd => return Parts::of_etcd(config),
             Backend::Embedded => Parts::open(config, late).await?,
         };
         match parts.come_up(config, late).await {
@@ -373,32 +383,45 @@ impl Parts {
         }
     }
 
-    fn of_etcd(config: &EmbedConfig) -> Parts {
+    fn of_etcd(config: &EmbedConfig) -> Result<Parts> {
+        let secure = Secure::open(config)?;
         let endpoints = config.addr.iter().map(Url::to_string).collect();
-        Parts { role: Role::Client, endpoints, known: None, driver: None, server: None, serving: None, own_url: None, dir: None }
+        Ok(Parts {
+            role: Role::Client,
+            endpoints,
+            known: None,
+            driver: None,
+            server: None,
+            serving: None,
+            own_url: None,
+            secure,
+            dir: None,
+        })
     }
 
     /// Reads what the node remembers, and begins to look for the others.
     async fn open(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
+        let secure = Secure::open(config)?;
         let (dir, state) = NodeDir::open(&config.data_dir)?;
         if let State::Removed { cluster } = &state {
             let cluster = format_args!("{cluster:032x}");
             tracing::warn!(%cluster, "this node was a server of the cluster, and was removed from it; it founds and joins none");
             return Err(Error::Removed);
         }
+        secure.check(&state)?;
         address::settle(config, &state, dir.node(), late).await?;
         let (peer_url, client_url) = (config.peer_url()?, config.client_url()?);
         let list = List::new(config.join.clone(), config.founders());
         heed_changes(&state, &list);
-        if !config.token.is_set() && !peer_url.listen_ip().is_some_and(|ip| ip.is_loopback()) {
-            tracing::warn!("KV_TOKEN is not set: founding messages are not authenticated");
+        if !config.token.is_set() && !secure.is_tls() && !peer_url.listen_ip().is_some_and(|ip| ip.is_loopback()) {
+            tracing::warn!("neither KV_TLS_CA nor KV_TOKEN is set: founding messages are not authenticated");
         }
         let (peer, client) = (peer_url.to_string(), client_url.to_string());
         let me = Candidate { node: dir.node(), name: config.hostname.clone(), peer_url: peer, client_url: client };
         let dir = Arc::new(dir);
-        let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone())?;
+        let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone(), &secure.peers)?;
         let (driver, own_url, dir) = (Some(driver), Some(peer_url), Some(dir));
-        Ok(Parts { role: Role::Client, endpoints: Vec::new(), known: None, driver, server: None, serving: None, own_url, dir })
+        Ok(Parts { role: Role::Client, endpoints: Vec::new(), known: None, driver, server: None, serving: None, own_url, secure, dir })
     }
 
     /// Finds out what the node is, and becomes that.
@@ -406,7 +429,7 @@ impl Parts {
         let (Some(driver), Some(dir), Some(peer_url)) = (&self.driver, &self.dir, &self.own_url) else { return Ok(()) };
         // Until the node is a server its peer port serves nothing but founding; then the server takes it over.
         if !matches!(*driver.progress().borrow(), Progress::Bound(Role::Server, _)) {
-            self.serving = Some(serve_founding(peer_url, driver).await?);
+            self.serving = Some(serve_founding(peer_url, driver, &self.secure).await?);
         }
         let (role, known) = bound(driver, late).await?;
         if role == Role::Server {
@@ -427,7 +450,7 @@ impl Parts {
                 }
             }
         }
-        (self.role, self.endpoints, self.known) = (role, client_urls(&known), Some(known));
+        (self.role, self.endpoints, self.known) = (role, client_urls(&known, &self.secure), Some(known));
         Ok(())
     }
 
@@ -445,7 +468,7 @@ impl Parts {
         let announced = async {
             while progress.changed().await.is_ok() {
                 if let Progress::Bound(_, known) = &*progress.borrow_and_update() {
-                    let urls = client_urls(known);
+                    let urls = client_urls(known, &self.secure);
                     announce.send_if_modified(|now| {
                         let differs = *now != urls;
                         if differs {
@@ -473,10 +496,10 @@ impl Parts {
                 }
             }
             None => {
-                let join: Vec<String> = config.join.iter().map(|entry| format!("http://{entry}")).collect();
+                let join: Vec<String> = config.join.iter().map(|entry| node_url(entry, self.secure.is_tls())).collect();
                 tokio::select! {
                     () = announced => Ok(()),
-                    () = follow::as_client(&join, &config.token, own, driver) => Ok(()),
+                    () = follow::as_client(&join, &config.token, &self.secure.peers, own, driver) => Ok(()),
                 }
             }
         }
@@ -538,11 +561,15 @@ async fn bound(driver: &Driver, late: &CancellationToken) -> Result<(Role, Known
 }
 
 /// The peer port of a node that is no server, or not yet.
-async fn serve_founding(url: &Url, driver: &Driver) -> Result<Serving> {
+async fn serve_founding(url: &Url, driver: &Driver, secure: &Secure) -> Result<Serving> {
     let (Some(ip), Some(port)) = (url.listen_ip(), url.port()) else {
         return Err(Error::Config(format!("{url} cannot be listened on")));
     };
     let listener = Listener::tcp(std::net::SocketAddr::new(ip, port)).await?;
+    let listener = match &secure.acceptor {
+        Some(acceptor) => listener.with_tls(acceptor.clone()),
+        None => listener,
+    };
     let defaults = Config::default();
     let options = ServeOptions { max_concurrent_streams: defaults.max_concurrent_streams, keepalive: defaults.grpc_keepalive() };
     let metrics = Metrics::new(ETCD_VERSION, "3.7");
@@ -587,8 +614,11 @@ fn founder_id(decision: &Decision, founder: &Candidate) -> Option<u64> {
     founder.peer_url.parse().ok().map(|url| member_id(&[url], &token(decision)))
 }
 
-fn client_urls(known: &Known) -> Vec<String> {
-    known.servers.iter().map(|server| server.client_url.clone()).collect()
+/// Where the servers are for clients; but nobody who would have to be spoken to in plain text by a node with certificates, or the other way
+/// round.
+fn client_urls(known: &Known, secure: &Secure) -> Vec<String> {
+    let urls = known.servers.iter().map(|server| server.client_url.clone());
+    urls.filter(|url| speaks_tls(url) == secure.is_tls()).collect()
 }
 
 /// Says so when what the node is told now is not what it has agreed to before.

@@ -3,19 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
 
 use super::availability::{Access, Availability, Latencies, PROBE_INTERVAL, PROBE_TIMEOUT, Probe, Tracker};
-use crate::client::Client;
-use crate::proto::etcdserverpb::alarm_request::AlarmAction;
-use crate::proto::etcdserverpb::kv_client::KvClient;
-use crate::proto::etcdserverpb::maintenance_client::MaintenanceClient;
-use crate::proto::etcdserverpb::{AlarmMember, AlarmRequest, AlarmType, RangeRequest};
+use super::founding::drive::CONNECT_TIMEOUT;
+use super::way::{Found, Trouble, Way, request};
+use crate::client::{Client, Lines};
+use crate::proto::etcdserverpb::{AlarmMember, AlarmType};
 
 /// How often the state is looked at while a probe is under way.
 const LOOK: Duration = Duration::from_millis(100);
@@ -92,11 +88,6 @@ fn publish(tell: &watch::Sender<Availability>, tracker: &Tracker, kv: bool, kv_w
     });
 }
 
-fn request(serializable: bool) -> RangeRequest {
-    // As etcd's own health check has it. Whether the key is there does not matter.
-    RangeRequest { key: Bytes::from_static(b"health"), limit: 1, serializable, ..RangeRequest::default() }
-}
-
 fn refused(alarms: &[AlarmMember]) -> Option<Probe> {
     let raised = |alarm: AlarmType| alarms.iter().any(|raised| raised.alarm == alarm as i32);
     if raised(AlarmType::Corrupt) {
@@ -128,7 +119,8 @@ impl Store for Local {
 /// Servers elsewhere.
 pub(crate) struct Remote {
     endpoints: watch::Receiver<Vec<String>>,
-    channels: BTreeMap<String, Channel>,
+    ways: BTreeMap<String, Way>,
+    lines: Lines,
     /// Who answered last.
     first: Option<String>,
     /// Whether looking at the alarms is cheap.
@@ -139,19 +131,10 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    pub fn new(endpoints: watch::Receiver<Vec<String>>, is_ours: bool) -> Remote {
-        Remote { endpoints, channels: BTreeMap::new(), first: None, is_ours, count: 0, alarms: None }
-    }
-
-    fn channel(&mut self, endpoint: &str) -> Result<Channel, Status> {
-        if let Some(channel) = self.channels.get(endpoint) {
-            return Ok(channel.clone());
-        }
-        let made = Endpoint::from_shared(endpoint.to_owned()).map_err(|err| Status::unavailable(format!("{endpoint}: {err}")))?;
-        // Connects when it is first used, and again when it broke.
-        let channel = made.tcp_nodelay(true).connect_timeout(FIRST_TIMEOUT).connect_lazy();
-        self.channels.insert(endpoint.to_owned(), channel.clone());
-        Ok(channel)
+    pub fn new(endpoints: watch::Receiver<Vec<String>>, is_ours: bool, lines: Lines) -> Remote {
+        // Whether anybody is there shows soon; what comes after that may take long.
+        let lines = lines.limited(FIRST_TIMEOUT, CONNECT_TIMEOUT);
+        Remote { endpoints, ways: BTreeMap::new(), lines, first: None, is_ours, count: 0, alarms: None }
     }
 }
 
@@ -159,42 +142,59 @@ impl Store for Remote {
     fn probe(&mut self) -> BoxFuture<'_, Tried> {
         Box::pin(async move {
             let endpoints = self.endpoints.borrow().clone();
-            self.channels.retain(|endpoint, _| endpoints.contains(endpoint));
+            self.ways.retain(|endpoint, _| endpoints.contains(endpoint));
             self.count = self.count.wrapping_add(1);
             let look = self.is_ours || self.count % ALARMS_EVERY == 1;
-            let mut channels = Vec::new();
-            for endpoint in &endpoints {
-                if let Ok(channel) = self.channel(endpoint) {
-                    channels.push((endpoint.clone(), channel));
-                }
-            }
-            let first = self.first.clone().and_then(|first| channels.iter().position(|(endpoint, _)| *endpoint == first)).unwrap_or(0);
-            if channels.is_empty() {
+            let first = self.first.clone().filter(|first| endpoints.contains(first)).or_else(|| endpoints.first().cloned());
+            let Some(first) = first else {
                 return Tried { probe: Probe::Bad("no server is known".into()), read: false, by: None };
-            }
-            let (endpoint, channel) = channels.swap_remove(first);
-            let mut why = match write_probe(channel.clone(), look, FIRST_TIMEOUT).await {
-                Ok(found) => return self.found(endpoint, found),
-                Err(status) => format!("{endpoint}: {}", status.message()),
             };
-            let others = channels
-                .iter()
-                .map(|(endpoint, channel)| async move { (endpoint.clone(), write_probe(channel.clone(), look, OTHERS_TIMEOUT).await) });
-            let reads = channels.iter().map(|(_, channel)| channel.clone()).chain([channel]).map(read_probe);
-            let (others, reads) = tokio::join!(join_all(others), join_all(reads));
-            for (endpoint, found) in others {
-                match found {
-                    Ok(found) => return self.found(endpoint, found),
-                    Err(status) => why = format!("{why}; {endpoint}: {}", status.message()),
+            for endpoint in endpoints {
+                self.ways.entry(endpoint).or_default();
+            }
+            let (lines, first_way) = (&self.lines, self.ways.entry(first.clone()).or_default());
+            let trouble = match first_way.write_probe(lines, &first, look, Instant::now() + FIRST_TIMEOUT).await {
+                Ok(found) => return self.found(first, found),
+                Err(trouble) => trouble,
+            };
+            let (mut troubles, until) = (vec![(first.clone(), trouble)], Instant::now() + OTHERS_TIMEOUT);
+            let asked = self.ways.iter_mut().map(|(endpoint, way)| {
+                let is_first = *endpoint == first;
+                async move {
+                    if is_first {
+                        return (endpoint, None, way.read_probe(lines, endpoint, until).await);
+                    }
+                    let (found, read) = way.probe(lines, endpoint, look, until).await;
+                    (endpoint, Some(found), read)
+                }
+            });
+            let (mut found, mut read) = (None, false);
+            for (endpoint, asked, has_read) in join_all(asked).await {
+                read |= has_read;
+                match asked {
+                    Some(Ok(of)) => found = found.or_else(|| Some((endpoint.clone(), of))),
+                    Some(Err(trouble)) => troubles.push((endpoint.clone(), trouble)),
+                    None => {}
                 }
             }
-            Tried { probe: Probe::Bad(why), read: reads.contains(&true), by: None }
+            match found {
+                Some((endpoint, found)) => self.found(endpoint, found),
+                None => Tried { probe: failed(&troubles), read, by: None },
+            }
         })
     }
 }
 
-/// Who was found to answer a linearizable read: how fast, and the alarms if they were looked at.
-type Found = (Duration, Option<Vec<AlarmMember>>);
+/// What is to be said when no server has answered.
+fn failed(troubles: &[(String, Trouble)]) -> Probe {
+    let whys = troubles.iter().map(|(endpoint, trouble)| match trouble {
+        Trouble::Bad(why) | Trouble::Refused(why) => format!("{endpoint}: {why}"),
+    });
+    let why = whys.collect::<Vec<_>>().join("; ");
+    // All of them have the same users.
+    let is_refused = troubles.iter().any(|(_, trouble)| matches!(trouble, Trouble::Refused(_)));
+    if is_refused { Probe::Refused(why) } else { Probe::Bad(why) }
+}
 
 impl Remote {
     fn found(&mut self, endpoint: String, (took, alarms): Found) -> Tried {
@@ -204,29 +204,4 @@ impl Remote {
         self.first = Some(endpoint.clone());
         Tried { probe: self.alarms.clone().unwrap_or(Probe::Good), read: true, by: Some((endpoint, took)) }
     }
-}
-
-async fn write_probe(channel: Channel, look: bool, limit: Duration) -> Result<Found, Status> {
-    let asked = async {
-        let began = Instant::now();
-        match KvClient::new(channel.clone()).range(request(false)).await {
-            Ok(_) => {}
-            // Somebody is there, and decides who may do what. As etcd's own health check takes it.
-            Err(status) if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => return Ok((began.elapsed(), None)),
-            Err(status) => return Err(status),
-        }
-        let took = began.elapsed();
-        if !look {
-            return Ok((took, None));
-        }
-        let all = AlarmRequest { action: AlarmAction::Get as i32, member_id: 0, alarm: AlarmType::None as i32 };
-        let alarms = MaintenanceClient::new(channel).alarm(all).await;
-        Ok((took, alarms.ok().map(|alarms| alarms.into_inner().alarms)))
-    };
-    tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))))
-}
-
-async fn read_probe(channel: Channel) -> bool {
-    let asked = async move { KvClient::new(channel).range(request(true)).await.is_ok() };
-    tokio::time::timeout(OTHERS_TIMEOUT, asked).await.unwrap_or(false)
 }

@@ -20,6 +20,12 @@ pub(crate) fn connector(names: FileNames, _: &TlsFiles) -> Result<Connector> {
     Err(Error::Config(format!("{} is set, but this build has no TLS (the cargo feature `tls`)", names.ca)))
 }
 
+/// # Errors
+/// Always, likewise.
+pub(crate) fn peers(names: FileNames, _: &Config) -> Result<(Acceptor, Connector)> {
+    Err(Error::Config(format!("{} is set, but this build has no TLS (the cargo feature `tls`)", names.ca)))
+}
+
 /// No plane speaks TLS.
 pub(crate) struct Tls {
     pub client: Option<Acceptor>,

@@ -34,7 +34,7 @@ const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 pub(super) struct Settings {
     /// What stands before the names of its settings.
     prefix: &'static str,
-    /// What those of a client are called.
+    /// What the files are called, if otherwise.
     names: Option<FileNames>,
     files: TransportSecurity,
     allowed: Allowed,
@@ -95,6 +95,11 @@ impl Settings {
             ..TransportSecurity::default()
         };
         Ok(Settings { names: Some(names), ..Settings::new("", &files, &Config::default())? })
+    }
+
+    /// The same, with other names for the files.
+    pub fn called(self, names: FileNames) -> Settings {
+        Settings { names: Some(names), ..self }
     }
 
     /// Whether it is known whose certificates are good.
@@ -169,8 +174,8 @@ impl Settings {
     fn named(&self, name: &str) -> String {
         match (&self.names, name) {
             (Some(names), "trusted-ca-file") => names.ca.into(),
-            (Some(names), "client-cert-file") => names.cert.into(),
-            (Some(names), "client-key-file") => names.key.into(),
+            (Some(names), "cert-file" | "client-cert-file") => names.cert.into(),
+            (Some(names), "key-file" | "client-key-file") => names.key.into(),
             _ => format!("{}{name}", self.prefix),
         }
     }
@@ -181,9 +186,9 @@ impl Settings {
 
     fn unusable(&self, err: &dyn std::fmt::Display) -> Error {
         let plane = match self.names {
+            _ if !self.prefix.is_empty() => "peers",
             Some(_) => "servers",
-            None if self.prefix.is_empty() => "clients",
-            None => "peers",
+            None => "clients",
         };
         Error::Config(format!("TLS cannot be spoken with {plane}: {err}"))
     }

@@ -10,7 +10,7 @@ use quorate::proto::authpb::{Permission, UserAddOptions};
 use quorate::proto::etcdserverpb::auth_client::AuthClient;
 use quorate::proto::etcdserverpb::{
     AuthDisableRequest, AuthEnableRequest, AuthRoleAddRequest, AuthRoleGrantPermissionRequest, AuthUserAddRequest,
-    AuthUserGrantRoleRequest, AuthenticateRequest,
+    AuthUserChangePasswordRequest, AuthUserGrantRoleRequest, AuthenticateRequest,
 };
 use tempfile::TempDir;
 use tonic::Request;
@@ -126,6 +126,14 @@ impl Users {
         if self.token.is_some() {
             self.log_in().await;
         }
+    }
+
+    pub async fn change_password(&mut self, name: &str, password: &str) {
+        let (name, password) = (name.to_owned(), password.to_owned());
+        let request = self.request(AuthUserChangePasswordRequest { name, password, hashed_password: String::new() });
+        self.auth.user_change_password(request).await.unwrap();
+        // The token is as old as the password now.
+        self.log_in().await;
     }
 
     /// A role that may read and write the keys with that prefix.

@@ -51,12 +51,17 @@ const TOKEN: HeaderName = HeaderName::from_static("token");
 const TLS_ALERT: u8 = 21;
 const HTTP_1: u8 = b'H';
 
-/// What there is to know to connect to any of the members.
+/// What there is to know to connect to any of the members. Clones share the certificates, and who the client is.
+#[derive(Clone)]
 pub(crate) struct Lines {
     tls: Option<Connector>,
     pass: Pass,
+    /// How long TCP alone may take; no more than the next.
+    tcp_timeout: Duration,
     connect_timeout: Duration,
     keep_alive: (Duration, Duration),
+    /// What it means that a member speaks TLS where it is spoken to in plain text.
+    hint: &'static str,
 }
 
 /// A connection to a member, that shows who calls. It is made anew when it broke.
@@ -74,12 +79,35 @@ impl Lines {
     pub fn new(options: &RemoteOptions) -> Result<Lines> {
         options.validate()?;
         let tls = if options.tls.is_empty() { None } else { Some(tls::connector(FILE_NAMES, &options.tls)?) };
-        Ok(Lines {
+        Ok(Lines::with(tls, options))
+    }
+
+    /// With files that were read already, whatever the options say of them.
+    pub fn with(tls: Option<Connector>, options: &RemoteOptions) -> Lines {
+        Lines {
             tls,
             pass: Pass::new(&options.username, &options.password),
+            tcp_timeout: options.connect_timeout,
             connect_timeout: options.connect_timeout,
             keep_alive: (options.keep_alive_interval, options.keep_alive_timeout),
-        })
+            hint: "its URL is https://",
+        }
+    }
+
+    /// The same, with other limits: for TCP alone, by which it shows whether a member is there, and for all of a connection, which on a busy
+    /// machine takes longer where TLS is spoken.
+    pub fn limited(self, tcp_timeout: Duration, connect_timeout: Duration) -> Lines {
+        Lines { tcp_timeout, connect_timeout, ..self }
+    }
+
+    /// The same, where it is not a URL that says how members are spoken to. `hint` follows on "it speaks TLS, so".
+    pub fn hinting(self, hint: &'static str) -> Lines {
+        Lines { hint, ..self }
+    }
+
+    /// Whether members can be spoken to in TLS.
+    pub fn is_tls(&self) -> bool {
+        self.tls.is_some()
     }
 
     /// Whether a member with that URL could be connected to.
@@ -154,8 +182,8 @@ impl Lines {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(self.connect_timeout));
-        Some(Dialer { tcp, tls: self.tls.clone().filter(|_| url.is_tls()), tell: Arc::new(tell) })
+        tcp.set_connect_timeout(Some(self.tcp_timeout));
+        Some(Dialer { tcp, tls: self.tls.clone().filter(|_| url.is_tls()), hint: self.hint, tell: Arc::new(tell) })
     }
 }
 
@@ -183,6 +211,7 @@ type First = Option<Result<(), String>>;
 struct Dialer {
     tcp: HttpConnector,
     tls: Option<Connector>,
+    hint: &'static str,
     tell: Arc<watch::Sender<First>>,
 }
 
@@ -196,7 +225,7 @@ impl Service<Uri> for Dialer {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let (tls, tell) = (self.tls.clone(), self.tell.clone());
+        let (tls, hint, tell) = (self.tls.clone(), self.hint, self.tell.clone());
         let host = uri.host().unwrap_or_default().to_owned();
         let connecting = self.tcp.call(uri);
         async move {
@@ -210,7 +239,7 @@ impl Service<Uri> for Dialer {
                 }
                 None => Box::new(stream),
             };
-            Ok(TokioIo::new(Cork::new(Greeted { stream, is_tls, tell: Some(tell) })))
+            Ok(TokioIo::new(Cork::new(Greeted { stream, is_tls, hint, tell: Some(tell) })))
         }
         .boxed()
     }
@@ -224,6 +253,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 struct Greeted {
     stream: Box<dyn Stream>,
     is_tls: bool,
+    hint: &'static str,
     /// Until it has come.
     tell: Option<Arc<watch::Sender<First>>>,
 }
@@ -231,9 +261,12 @@ struct Greeted {
 impl Greeted {
     /// What is wrong with the first read.
     fn complaint(&self, read: &io::Result<()>, first: Option<u8>) -> Option<String> {
-        let hint = if self.is_tls { "it may ask for a certificate, or for another one" } else { "if it speaks TLS, its URL is https://" };
+        let hint = match self.is_tls {
+            true => "it may ask for a certificate, or for another one".to_owned(),
+            false => format!("if it speaks TLS, {}", self.hint),
+        };
         match (read, first) {
-            (Ok(()), Some(TLS_ALERT)) => Some("it speaks TLS, so its URL is https://".into()),
+            (Ok(()), Some(TLS_ALERT)) => Some(format!("it speaks TLS, so {}", self.hint)),
             (Ok(()), Some(HTTP_1)) => Some("it answers in HTTP/1, and not in gRPC".into()),
             (Ok(()), Some(_)) => None,
             (Ok(()), None) => Some(format!("it has ended the connection before it said anything; {hint}")),
@@ -299,7 +332,7 @@ impl Drop for Greeted {
 }
 
 /// An error and what caused it, for tonic says little more of its own than "transport error".
-fn chain(err: &dyn std::error::Error) -> String {
+pub(super) fn chain(err: &dyn std::error::Error) -> String {
     let mut text = err.to_string();
     let mut source = err.source();
     while let Some(cause) = source {

@@ -18,9 +18,10 @@ use std::sync::{Arc, Mutex};
 use http::HeaderValue;
 use tonic::{Code, Status};
 
-use super::dial::Line;
+use super::dial::{Line, chain};
 use super::led;
 use super::options::Secret;
+use super::verdict::{Verdict, verdict};
 use crate::error::{ApplyError, Error};
 use crate::lock::lock;
 use crate::proto::etcdserverpb::AuthenticateRequest;
@@ -59,6 +60,16 @@ enum Token {
 /// With what a call was made: what may be thrown away if that was refused.
 #[derive(Clone, Copy)]
 pub(crate) struct Ticket(u64);
+
+/// What a call that failed says of the line that it was made over.
+pub(crate) enum Fault {
+    /// Nothing: the member has spoken.
+    None,
+    /// Its token was refused, and is thrown away. With another the call may be answered.
+    Token,
+    /// It is broken, and the text says why.
+    Broken(String),
+}
 
 impl Pass {
     pub fn new(name: &str, password: &Secret) -> Pass {
@@ -100,6 +111,14 @@ impl Line {
         }
         held.token = None;
         true
+    }
+
+    /// Says what a failed call means for this line.
+    pub fn fault(&self, ticket: Ticket, status: &Status) -> Fault {
+        match verdict(status) {
+            Verdict::Entry(err) if self.renew(ticket, &err) => Fault::Token,
+            _ => std::error::Error::source(status).map_or(Fault::None, |source| Fault::Broken(chain(source))),
+        }
     }
 
     /// Logs in, unless that was done, or there is no need to.

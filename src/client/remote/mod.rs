@@ -52,9 +52,8 @@ use crate::proto::etcdserverpb::{
     PutRequest, PutResponse, RangeRequest, RangeResponse, ResponseHeader, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
     TxnRequest, TxnResponse, WatchCreateRequest, alarm_request::AlarmAction,
 };
-use dial::Line;
 use links::{Link, Links};
-use login::{ENTRIES_MAX, Ticket};
+use login::ENTRIES_MAX;
 use verdict::{Verdict, verdict};
 
 mod dial;
@@ -65,6 +64,8 @@ pub(super) mod renew;
 mod verdict;
 pub(super) mod watch;
 
+pub(crate) use dial::{Line, Lines};
+pub(crate) use login::{Fault, Ticket};
 pub use options::{Endpoints, RemoteOptions, Secret};
 
 /// Pauses between attempts once every endpoint has failed: the first, and what doubling it comes to at most. A random part is added, so

@@ -19,13 +19,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::agree::{Agreement, Answer, Ask, Effect, Known, NodeId, Role, Standing, State};
 use super::state::NodeDir;
 use super::wire::{self, Token};
 use crate::api::peer::Say;
+use crate::client::{Line, Lines};
+use crate::config::Url;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::proto::founding::Envelope;
@@ -34,8 +35,10 @@ use crate::proto::founding::founding_client::FoundingClient;
 /// How long a tick of the agreement is.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How long making a connection, and one question with its answer, may take. Longer is lost; it is asked again.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long making a connection may take, with TLS and the other's first word. Longer is given up, and tried again.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long one question with its answer may take, over a connection that is there. Longer is lost; it is asked again.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What waits for the driver. Beyond it who asks is told so, and who answers waits.
@@ -119,11 +122,11 @@ impl Saver {
 }
 
 impl Driver {
-    /// Starts it, on the runtime it is called on.
+    /// Starts it, on the runtime it is called on. The others are spoken to over `lines`.
     ///
     /// # Errors
     /// `Io` when there is no thread to be had.
-    pub fn start(dir: Arc<NodeDir>, agreement: Agreement, token: Token) -> Result<Driver> {
+    pub fn start(dir: Arc<NodeDir>, agreement: Agreement, token: Token, lines: &Arc<Lines>) -> Result<Driver> {
         let (saver, saves) = Saver::start(dir)?;
         let (inputs, queue) = mpsc::channel(INPUTS_MAX);
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
@@ -141,7 +144,7 @@ impl Driver {
             peers.push(questions);
             let peer = Peer {
                 at,
-                caller: Caller::new(format!("http://{entry}"), token.clone()),
+                caller: Caller::new(node_url(entry, lines.is_tls()), token.clone(), lines.clone()),
                 who: None,
                 inputs: inputs.clone(),
                 trouble: trouble.clone(),
@@ -441,16 +444,23 @@ impl Peer {
     }
 }
 
+/// The URL of a node's port, `host:port`.
+pub(crate) fn node_url(place: &str, is_tls: bool) -> String {
+    let scheme = if is_tls { "https" } else { "http" };
+    format!("{scheme}://{place}")
+}
+
 /// Asks whoever is at an address.
 pub(crate) struct Caller {
     url: String,
     token: Token,
-    client: Option<FoundingClient<Channel>>,
+    lines: Arc<Lines>,
+    client: Option<FoundingClient<Line>>,
 }
 
 impl Caller {
-    pub fn new(url: String, token: Token) -> Caller {
-        Caller { url, token, client: None }
+    pub fn new(url: String, token: Token, lines: Arc<Lines>) -> Caller {
+        Caller { url, token, lines, client: None }
     }
 
     /// Where.
@@ -463,8 +473,7 @@ impl Caller {
     /// # Errors
     /// That there is none, or that it is not to be trusted. The next question goes over a new connection then.
     pub async fn ask(&mut self, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
-        let answer = tokio::time::timeout(ASK_TIMEOUT, self.exchange(to, ask)).await;
-        let answer = answer.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {ASK_TIMEOUT:?}"))));
+        let answer = self.exchange(to, ask).await;
         if answer.is_err() {
             self.client = None;
         }
@@ -474,48 +483,47 @@ impl Caller {
     async fn exchange(&mut self, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
         let mut client = match &self.client {
             Some(client) => client.clone(),
-            None => self.client.insert(connect(&self.url).await?).clone(),
+            None => self.client.insert(connect(&self.url, &self.lines).await.map_err(Status::unavailable)?).clone(),
         };
         let question = wire::question(&self.token, to, ask);
-        let answer = client.say(question.clone()).await?.into_inner();
-        wire::open_reply(&self.token, &question, &answer)
+        let answer = tokio::time::timeout(ASK_TIMEOUT, client.say(question.clone())).await;
+        let answer = answer.map_err(|_| Status::deadline_exceeded(format!("no answer within {ASK_TIMEOUT:?}")))?;
+        wire::open_reply(&self.token, &question, &answer?.into_inner())
     }
 }
 
-/// Connects to a peer port. The one place where it is decided how that is spoken to.
-async fn connect(url: &str) -> Result<FoundingClient<Channel>, Status> {
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|err| Status::unavailable(err.to_string()))?;
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.tcp_nodelay(true).connect()).await;
-    let connected = connected.map_err(|_| Status::unavailable(format!("no connection within {CONNECT_TIMEOUT:?}")))?;
-    let channel = connected.map_err(|err| Status::unavailable(root_cause(&err)))?;
-    Ok(FoundingClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
-}
-
-/// The innermost reason: tonic's own text says only "transport error".
-fn root_cause(err: &dyn std::error::Error) -> String {
-    let mut cause = err;
-    while let Some(inner) = cause.source() {
-        cause = inner;
+/// Connects to a peer port, in TLS or in plain text, as this node speaks with all others.
+async fn connect(url: &str, lines: &Lines) -> Result<FoundingClient<Line>, String> {
+    let url = url.parse::<Url>().map_err(|err| err.to_string())?;
+    if url.is_tls() != lines.is_tls() {
+        let ours = if lines.is_tls() { "TLS" } else { "plain text" };
+        return Err(format!("its URL is {url}, and this node speaks {ours} with all others"));
     }
-    cause.to_string()
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, lines.connect(&url)?).await;
+    let line = connected.unwrap_or_else(|_| Err(format!("no connection within {CONNECT_TIMEOUT:?}")));
+    // What tonic says of its own says nothing.
+    let line = line.map_err(|why| why.strip_prefix("transport error: ").unwrap_or(&why).to_owned())?;
+    Ok(FoundingClient::new(line).max_decoding_message_size(MESSAGE_BYTES_MAX))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::agree::{Candidate, List};
     use super::*;
+    use crate::client::RemoteOptions;
 
     /// The driver is stopped at any moment, and when it has stopped the directory can be taken hold of again: what was being written is.
     #[tokio::test]
     async fn a_stopped_driver_has_let_go_of_the_directory() {
         let dir = tempfile::tempdir().unwrap();
+        let lines = Arc::new(Lines::with(None, &RemoteOptions::default()));
         for round in 0..20 {
             let (held, state) = NodeDir::open(dir.path()).unwrap();
             let url = |port: u16| format!("http://127.0.0.1:{port}");
             let me = Candidate { node: held.node(), name: "a".into(), peer_url: url(1), client_url: url(2) };
             let held = Arc::new(held);
             let list = List::new(vec!["127.0.0.1:1".into()], 1);
-            let driver = Driver::start(held.clone(), Agreement::new(me, list, state), Token::default()).unwrap();
+            let driver = Driver::start(held.clone(), Agreement::new(me, list, state), Token::default(), &lines).unwrap();
             let prepare = Ask::Prepare {
                 list: List::new(vec!["127.0.0.1:1".into()], 1).id,
                 ballot: super::super::agree::Ballot { round: round + 1, by: NodeId(7) },

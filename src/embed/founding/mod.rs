@@ -40,7 +40,7 @@
 //! - Founding with three entries needs all three up. That is the price of outliving a wiped disk.
 //! - A founder that loses its disk before it has started its server is dead from the start; the other two go on. A cluster of one server
 //!   is then lost, and says so by never being there.
-//! - Nodes trust each other: one that lies can do as it likes. The shared token, or TLS, keeps others out.
+//! - Nodes trust each other: one that lies can do as it likes. TLS, or the shared token, keeps others out.
 //!
 //! # When JOIN changes
 //! A bound node takes no notice. An unbound one goes by the new list, and keeps its promises, which only makes it more careful; unless it
