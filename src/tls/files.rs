@@ -157,4 +157,40 @@ mod tests {
         tokio::time::advance(LOOK_EVERY).await;
         assert_eq!(*watched.current().await, 4444);
     }
+
+    /// A disk that does not answer: a handshake waits for it for a while, those behind it not at all; and what is read in the end is used.
+    #[tokio::test]
+    async fn a_look_that_takes_long_keeps_nobody_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "1").unwrap();
+        let (answer, disk) = std::sync::mpsc::channel::<()>();
+        let (read, disk) = (path.clone(), Mutex::new(disk));
+        let watched = Watched::open(vec![path.clone()], move || {
+            let text = std::fs::read_to_string(&read).map_err(|err| Error::Config(err.to_string()))?;
+            if text != "1" {
+                let _ = disk.lock().unwrap().recv();
+            }
+            text.parse::<u32>().map_err(|err| Error::Config(err.to_string()))
+        });
+        let watched = watched.unwrap();
+        tokio::time::pause();
+        std::fs::write(&path, "22").unwrap();
+        tokio::time::advance(LOOK_EVERY).await;
+        let ours = watched.clone();
+        let waiting = tokio::spawn(async move { *ours.current().await });
+        while !lock(&watched.state).looking {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::advance(LOOK_EVERY).await;
+        assert_eq!(*watched.current().await, 1);
+        assert!(!waiting.is_finished());
+        tokio::time::advance(LOOK_PATIENCE).await;
+        assert_eq!(waiting.await.unwrap(), 1);
+        answer.send(()).unwrap();
+        while lock(&watched.state).looking {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(*watched.current().await, 22);
+    }
 }
