@@ -1,6 +1,6 @@
 //! `quorate embed`: a node of the embedded mode by itself, so that one can be tried from a shell.
 //!
-//! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL` and `LOG_FORMAT`), and does what a host
+//! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL`, `LOG_FORMAT` and `KV_LOG_FILTER`), and does what a host
 //! program does: it starts the node, tries again for as long as there is no cluster, and says in its log what role it has and whether the
 //! store can be written, and since when. It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
 
@@ -29,19 +29,24 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_PEER_TLS_CA, KV_PEER_TLS_CERT, KV_PEER_TLS_KEY   others for the peer port. Default: the same\n\
   KV_PLAINTEXT     true: plain text will do. Needed without certificates, but not on loopback\n\
   KV_START_TIMEOUT how long one try to start may take. Default: 1m; it is tried again\n\
+  KV_HEALTH_PORT   serves /health, /livez, /readyz, /metrics and /v1/health. Default: none\n\
+  KV_BACKUP_STORE  a directory for backups, which the nodes may share. Default: none\n\
+  KV_BACKUP_SCHEDULE   when the leader makes one: cron, in UTC, such as 0 */12 * * *\n\
+  KV_BACKUP_KEEP, KV_BACKUP_JITTER   how many are kept, and the delay by chance. Default: 5, 5s\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
   TLS_ETCD_CA, TLS_ETCD_CLIENT_CERT, TLS_ETCD_CLIENT_KEY   for an etcd at https:// URLs\n\
   ETCD_USERNAME, ETCD_PASSWORD   the user to log in as at an etcd\n\
   ETCD_NAMESPACE   what goes before every key. Default: nothing\n\
   KV_CONFIG_FILE   a YAML file with the same settings, as join: and kv-data-dir:\n\
   LOG_LEVEL        debug, info, warn or error. Default: info\n\
-  LOG_FORMAT       json or console. Default: json\n";
+  LOG_FORMAT       json or console. Default: json\n\
+  KV_LOG_FILTER, LOG_FILTER  instead of LOG_LEVEL: levels by module, such as info,quorate::embed=debug\n";
 
-/// What the variables say of the log.
+/// What the variables say of the log; `check_filter` says whether a filter can be read.
 ///
 /// # Errors
 /// [`Error::Config`], which names the variable.
-pub fn log_config() -> Result<LogConfig, Error> {
+pub fn log_config(check_filter: impl Fn(&str) -> Result<(), String>) -> Result<LogConfig, Error> {
     let mut log = LogConfig::default();
     let var = |name| std::env::var(name).unwrap_or_default();
     let wrong = |name, value: &str, right| Err(Error::Config(format!("{name} is {value:?}; it must be {right}")));
@@ -57,6 +62,14 @@ pub fn log_config() -> Result<LogConfig, Error> {
         "console" => LogFormat::Console,
         other => return wrong("LOG_FORMAT", other, "json or console"),
     };
+    for name in ["KV_LOG_FILTER", "LOG_FILTER"] {
+        let filter = var(name);
+        if !filter.is_empty() {
+            check_filter(&filter).map_err(|why| Error::Config(format!("{name}: {why}")))?;
+            log.filter = Some(filter);
+            break;
+        }
+    }
     Ok(log)
 }
 

@@ -27,7 +27,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// Makes the log of this process what `config` says. `now` is the clock for the lines.
 ///
 /// # Errors
-/// The file of an output that cannot be opened.
+/// The file of an output that cannot be opened; a filter that cannot be read.
 pub fn install(config: &LogConfig, now: fn() -> SystemTime) -> Result<(), Error> {
     let outputs = config.outputs.iter().map(Output::open).collect::<Result<Vec<_>, Error>>()?;
     let level = match config.level {
@@ -44,11 +44,23 @@ pub fn install(config: &LogConfig, now: fn() -> SystemTime) -> Result<(), Error>
     };
     // openraft warns of each heartbeat that does not arrive; the node tells that once.
     let raft = if level < LevelFilter::DEBUG { below.min(LevelFilter::ERROR) } else { below };
-    let filter = Targets::new().with_default(below).with_target("quorate", level).with_target("openraft", raft);
+    let filter = match &config.filter {
+        Some(text) => read_filter(text).map_err(Error::Config)?,
+        None => Targets::new().with_default(below).with_target("quorate", level).with_target("openraft", raft),
+    };
     let lines = Lines { format: config.format, outputs, now };
     // Fails only if a subscriber is there already, and then there is a log.
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     Ok(())
+}
+
+/// Reads a filter: `level` and `module=level`, with commas between. There are no spans to filter by.
+///
+/// # Errors
+/// What would be right.
+pub fn read_filter(text: &str) -> Result<Targets, String> {
+    let right = "it must be levels and modules, such as info,quorate::embed=debug,openraft=off";
+    text.parse::<Targets>().map_err(|err| format!("the filter of the log is {text:?}: {err}; {right}"))
 }
 
 enum Output {
@@ -294,6 +306,22 @@ mod tests {
         for line in got.iter().step_by(2) {
             serde_json::from_str::<serde_json::Value>(line).unwrap();
         }
+    }
+
+    #[test]
+    fn a_filter_goes_by_module() {
+        let filter = read_filter("warn,quorate::embed=debug,openraft=off").unwrap();
+        for (target, level, logged) in [
+            ("quorate::embed::probe", Level::DEBUG, true),
+            ("quorate::embed", Level::TRACE, false),
+            ("quorate::server", Level::INFO, false),
+            ("quorate::server", Level::WARN, true),
+            ("openraft::engine", Level::ERROR, false),
+        ] {
+            assert_eq!(filter.would_enable(target, &level), logged, "{target} {level}");
+        }
+        let why = read_filter("quorate=loud").unwrap_err();
+        assert!(why.contains("\"quorate=loud\"") && why.contains("quorate::embed=debug"), "{why}");
     }
 
     #[test]

@@ -74,7 +74,8 @@ fn usage(error: &Error, help: &str) -> ExitCode {
 
 /// A node of the embedded mode.
 fn embed() -> ExitCode {
-    let (config, log) = match EmbedConfig::from_env().and_then(|config| Ok((config, embedding::log_config()?))) {
+    let log = || embedding::log_config(|text| logging::read_filter(text).map(drop));
+    let (config, log) = match EmbedConfig::from_env().and_then(|config| Ok((config, log()?))) {
         Ok(both) => both,
         Err(error) => return usage(&error, "quorate embed --help"),
     };

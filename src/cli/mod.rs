@@ -105,6 +105,8 @@ impl Note {
 pub struct LogConfig {
     /// The least level that is logged.
     pub level: LogLevel,
+    /// More exactly, by module: `info,quorate::embed=debug`, as `tracing_subscriber` reads it. It takes the level's place.
+    pub filter: Option<String>,
     /// How a line looks.
     pub format: LogFormat,
     /// Where lines go; to each of these.
@@ -113,7 +115,7 @@ pub struct LogConfig {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        LogConfig { level: LogLevel::Info, format: LogFormat::Json, outputs: vec![LogOutput::Stderr] }
+        LogConfig { level: LogLevel::Info, filter: None, format: LogFormat::Json, outputs: vec![LogOutput::Stderr] }
     }
 }
 
