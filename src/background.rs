@@ -104,6 +104,8 @@ struct Shared {
     woken: Condvar,
     full: AtomicBool,
     rewriting: AtomicBool,
+    /// Nothing more is to be written out.
+    hurry: AtomicBool,
     compacted: watch::Sender<i64>,
     /// As `woken`, for a simulation's task.
     #[cfg(feature = "simulation")]
@@ -133,12 +135,13 @@ impl Background {
         let store = current.get();
         let backend = store.history().backend().clone();
         let compacted = watch::Sender::new(store.compaction_done());
-        let (full, rewriting) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (full, rewriting, hurry) = Default::default();
         let shared = Arc::new(Shared {
             wants: Mutex::default(),
             woken: Condvar::new(),
             full,
             rewriting,
+            hurry,
             compacted,
             #[cfg(feature = "simulation")]
             nudged: tokio::sync::Notify::new(),
@@ -215,6 +218,11 @@ impl Background {
     /// The revision up to which compactions have been carried out and written out, as it moves.
     pub fn compacted(&self) -> watch::Receiver<i64> {
         self.shared.compacted.subscribe()
+    }
+
+    /// Has the [stop](Self::stop) write nothing out, as after a crash: the log has it all, and the next start takes longer.
+    pub fn hurry(&self) {
+        self.shared.hurry.store(true, Ordering::Relaxed);
     }
 
     /// Writes out and syncs what there is, and joins the thread. It blocks: not for async threads.
@@ -294,6 +302,9 @@ impl Worker {
 
     /// Does what is to be done. Returns how long to rest before the next turn; none after the last.
     fn turn(&mut self, full: bool, stop: bool, defragments: Vec<oneshot::Sender<Result<()>>>) -> Option<Duration> {
+        if stop && self.shared.hurry.load(Ordering::Relaxed) {
+            return None;
+        }
         self.follow();
         let (began, revision) = ((self.clock)(), self.store.revision());
         let ask_rewrite = !defragments.is_empty();

@@ -64,6 +64,10 @@ pub enum Error {
     #[error("there is no cluster yet: {0}")]
     Founding(String),
 
+    /// A stop had come to the end of its time, and this was cut off. All else was given up in order.
+    #[error("the stop took longer than it was given, and has cut off {0}")]
+    CutOff(String),
+
     /// The request could not be completed in time; a write may or may not have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
@@ -165,6 +169,7 @@ impl Error {
             | Error::Locked { .. }
             | Error::Failed(_)
             | Error::Founding(_)
+            | Error::CutOff(_)
             | Error::Refused { .. } => ErrorKind::Other,
         }
     }

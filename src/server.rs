@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::http::{Checks, Http, Versions};
@@ -101,6 +102,9 @@ struct Shared {
     client_addrs: Vec<SocketAddr>,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
+    /// Until when the stop may wait for others; and what was cut off for that.
+    until: Mutex<Option<Instant>>,
+    cut: Mutex<Vec<&'static str>>,
 }
 
 impl Server {
@@ -208,6 +212,13 @@ impl Server {
     /// # Errors
     /// What went wrong on the way, or had made the member stop before; everything is given up all the same.
     pub async fn shutdown(self) -> Result<()> {
+        self.shutdown_by(None).await.0
+    }
+
+    /// The same, in a hurry from a moment on: connections are cut then, and the state is not written out any more, for the log has it. What
+    /// the disk is at is waited for: nothing can be left to a thread that nobody waits for. Returns what was cut off, too.
+    pub(crate) async fn shutdown_by(self, until: Option<Instant>) -> (Result<()>, Vec<&'static str>) {
+        *lock(&self.shared.until) = until;
         self.shared.stop.cancel();
         let done = lock(&self.done).take();
         let result = match done {
@@ -219,7 +230,8 @@ impl Server {
         if let Some(thread) = thread {
             join(thread);
         }
-        result
+        let cut = std::mem::take(&mut *lock(&self.shared.cut));
+        (result, cut)
     }
 }
 
@@ -267,7 +279,10 @@ async fn run(
         client_addrs: listening.addrs.clone(),
         metrics: member.metrics.clone(),
         stop: stop.clone(),
+        until: Mutex::default(),
+        cut: Mutex::default(),
     });
+    let ours = shared.clone();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         name = %member.node.identity.name,
@@ -292,7 +307,15 @@ async fn run(
         Health::Failed(err) => Err(err.clone()),
         _ => Ok(()),
     };
-    listening.drain().await;
+    let until = *lock(&ours.until);
+    let left = |most: Duration| until.map_or(most, |until| until.saturating_duration_since(Instant::now()).min(most));
+    if listening.drain(left(DRAIN)).await && until.is_some() {
+        lock(&ours.cut).push("connections");
+    }
+    if left(Duration::MAX).is_zero() {
+        member.background.hurry();
+        lock(&ours.cut).push("writing the state out, which the log has");
+    }
     if matches!(failed, Err(Error::Removed))
         && let Some(dir) = &member.dir
         && let Err(err) = dir.set_removed()
@@ -571,10 +594,12 @@ struct Listening {
 }
 
 impl Listening {
-    async fn drain(self) {
-        futures_util::future::join_all(self.serving.iter().map(|serving| serving.stop(DRAIN))).await;
+    /// Returns whether any connection had to be cut.
+    async fn drain(self, limit: Duration) -> bool {
+        let cut = futures_util::future::join_all(self.serving.iter().map(|serving| serving.stop(limit))).await;
         // The source holds the node; a host that keeps the metrics need not keep that.
         self.metrics.set_source(None);
+        cut.contains(&true)
     }
 }
 

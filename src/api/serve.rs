@@ -244,14 +244,16 @@ impl Serving {
 
     /// Stops: accepts no more, tells peers to go away, lets requests end for as long as `drain`, then cuts what is left.
     ///
-    /// Streams that do not end by themselves must be told to by their service; those that are not are cut in the end.
-    pub async fn stop(&self, drain: Duration) {
+    /// Streams that do not end by themselves must be told to by their service; those that are not are cut in the end. Returns whether any was.
+    pub async fn stop(&self, drain: Duration) -> bool {
         self.stop.cancel();
         self.tasks.close();
-        if tokio::time::timeout(drain, self.tasks.wait()).await.is_err() {
+        let is_late = tokio::time::timeout(drain, self.tasks.wait()).await.is_err();
+        if is_late {
             self.cut.cancel();
             self.tasks.wait().await;
         }
+        is_late
     }
 }
 
@@ -993,7 +995,7 @@ mod tests {
             (response, stream)
         };
         server.until(|server| server.limits.streams() == 1).await;
-        let (answer, ()) = tokio::join!(later, server.serving.stop(Duration::from_secs(3600)));
+        let (answer, _) = tokio::join!(later, server.serving.stop(Duration::from_secs(3600)));
         assert_eq!(answer.unwrap().status(), 200);
         assert_eq!(server.limits.connections(), 0);
         assert!(TcpStream::connect(server.addr).await.is_err(), "nobody listens any more");
