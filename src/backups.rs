@@ -7,9 +7,10 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use quorate::backup::{self, BackupConfig, BackupInfo, Backups, Listing, Soundness};
+use quorate::backup::{self, BackupConfig, BackupInfo, Backups, Listing, Restored, Soundness};
 use quorate::cli::{BackupCommand, RestoreCommand};
 use quorate::client::RemoteOptions;
+use quorate::embed::EmbedConfig;
 use quorate::{Client, Error};
 
 pub fn backup(command: BackupCommand) -> ExitCode {
@@ -44,11 +45,8 @@ fn save(config: BackupConfig, endpoints: Vec<quorate::Url>, options: RemoteOptio
 }
 
 pub fn restore(command: &RestoreCommand) -> ExitCode {
-    let restored = backup::restore(&command.file, &command.options).map(|restored| {
-        let mut text = format!(
-            "cluster {:x} of member {:x} is at revision {} with {} keys\n",
-            restored.cluster_id, restored.member_id, restored.revision, restored.keys
-        );
+    let restored = if command.node { restore_node(command) } else { restore_member(command) };
+    let restored = restored.map(|(mut text, restored)| {
         // Writing to a String cannot fail.
         if let Some(aside) = &restored.aside {
             let _ = writeln!(text, "what was there is kept in {}", aside.display());
@@ -63,6 +61,28 @@ pub fn restore(command: &RestoreCommand) -> ExitCode {
         (text, true)
     });
     ended(restored)
+}
+
+fn restore_member(command: &RestoreCommand) -> Result<(String, Restored), Error> {
+    let restored = backup::restore(&command.file, &command.options)?;
+    let Restored { cluster_id, member_id, revision, keys, .. } = &restored;
+    Ok((format!("cluster {cluster_id:x} of member {member_id:x} is at revision {revision} with {keys} keys\n"), restored))
+}
+
+fn restore_node(command: &RestoreCommand) -> Result<(String, Restored), Error> {
+    let mut config = EmbedConfig::from_env()?;
+    if !command.options.data_dir.as_os_str().is_empty() {
+        config.data_dir.clone_from(&command.options.data_dir);
+    }
+    let node = quorate::embed::restore(&command.file, &config, command.options.bump_revision)?;
+    let Restored { revision, keys, .. } = &node.server;
+    let text = format!(
+        "cluster {} has one server, the node in {}, and is at revision {revision} with {keys} keys\n\
+         the other nodes join it when they are started without their directories\n",
+        node.cluster,
+        config.data_dir.display()
+    );
+    Ok((text, node.server))
 }
 
 fn ended(done: Result<(String, bool), Error>) -> ExitCode {

@@ -41,9 +41,11 @@ use prometheus_client::registry::Registry;
 use crate::lock::lock;
 
 pub mod backups;
+pub mod node;
 pub mod peers;
 
 use backups::Backups;
+use node::NodeFigures;
 use peers::Peers;
 
 /// Upper bounds, in seconds, of etcd's histograms of the log's and the backend's syncs.
@@ -200,6 +202,8 @@ pub struct Counters {
     /// Whether this start has set a damaged state aside and made a new one.
     pub state_rebuilds: Counter,
     pub backups: Backups,
+    /// Of the node of the embedded mode that this is of, if it is.
+    pub node: NodeFigures,
     /// Messages of gRPC clients, in bytes.
     pub grpc_received_bytes: Counter,
     pub grpc_sent_bytes: Counter,
@@ -243,6 +247,7 @@ impl Default for Counters {
             corruption_mismatches: Counter::default(),
             state_rebuilds: Counter::default(),
             backups: Backups::default(),
+            node: NodeFigures::default(),
             grpc_received_bytes: Counter::default(),
             grpc_sent_bytes: Counter::default(),
             peers: Peers::default(),
@@ -434,6 +439,8 @@ pub struct Metrics {
 struct Catalogue {
     etcd_version: &'static str,
     cluster_version: &'static str,
+    /// Whether there is a server whose figures these are.
+    of_server: bool,
     counters: Arc<Counters>,
     methods: Mutex<Vec<Arc<MethodMetrics>>>,
     source: Mutex<Option<Source>>,
@@ -442,10 +449,21 @@ struct Catalogue {
 impl Metrics {
     /// Metrics of a server that claims these versions: etcd's in full (`3.7.1`) and the cluster's in short (`3.7`).
     pub fn new(etcd_version: &'static str, cluster_version: &'static str) -> Arc<Self> {
+        Metrics::make(etcd_version, cluster_version, true)
+    }
+
+    /// Metrics of a process without a server, such as a client node of the embedded mode: what it tells of itself, and nothing that alerts
+    /// would take for a server without a leader.
+    pub(crate) fn of_client() -> Arc<Self> {
+        Metrics::make("", "", false)
+    }
+
+    fn make(etcd_version: &'static str, cluster_version: &'static str, of_server: bool) -> Arc<Self> {
         let counters = Arc::new(Counters::default());
         let catalogue = Arc::new(Catalogue {
             etcd_version,
             cluster_version,
+            of_server,
             counters: counters.clone(),
             methods: Mutex::default(),
             source: Mutex::default(),
@@ -626,6 +644,12 @@ fn encode_histogram(mut encoder: MetricEncoder<'_>, histogram: &Histogram) -> fm
 
 impl Catalogue {
     fn encode(&self, mut page: Page<'_>) -> fmt::Result {
+        if !self.of_server {
+            page.fact("quorate_build_info", "The version of quorate that runs", "version", env!("CARGO_PKG_VERSION"))?;
+            self.encode_backups(&mut page)?;
+            node::encode(&mut page, &self.counters.node)?;
+            return encode_process(&mut page);
+        }
         let source = lock(&self.source).clone();
         let gauges = source.map(|source| source()).unwrap_or_default();
         self.encode_server(&mut page, &gauges)?;
@@ -633,6 +657,7 @@ impl Catalogue {
         self.encode_disk(&mut page, &gauges)?;
         self.encode_grpc(&mut page, &gauges)?;
         peers::encode(&mut page, &self.counters.peers, gauges.member_id)?;
+        node::encode(&mut page, &self.counters.node)?;
         encode_process(&mut page)
     }
 
@@ -748,6 +773,15 @@ impl Catalogue {
         page.counter("quorate_backend_written_bytes", "Bytes given to the backend", gauges.backend_written_bytes)
     }
 
+    fn encode_backups(&self, page: &mut Page<'_>) -> fmt::Result {
+        let backups = &self.counters.backups;
+        page.counter("quorate_backups_made", "Backups made and verified", backups.made.get())?;
+        page.counter("quorate_backups_failed", "Backups that were tried and came to nothing", backups.failed.get())?;
+        page.gauge("quorate_backup_newest_timestamp_seconds", "When the newest backup was made; 0 if there is none", backups.newest())?;
+        let help = "How old the newest backup is; without one, how long backups have been wanted; 0 where they are not";
+        page.gauge("quorate_backup_newest_age_seconds", help, backups.age(SystemTime::now()))
+    }
+
     fn encode_grpc(&self, page: &mut Page<'_>, _gauges: &Gauges) -> fmt::Result {
         let c = &self.counters;
         let (name, help) = ("etcd_network_client_grpc_received_bytes", "The total number of bytes received from grpc clients");
@@ -765,11 +799,7 @@ impl Catalogue {
         let (name, help) = ("quorate_corruption_mismatches", "How often a comparison has found that states differ");
         page.counter(name, help, c.corruption_mismatches.get())?;
         page.counter("quorate_state_rebuilds", "Damaged states that this start has set aside and replaced", c.state_rebuilds.get())?;
-        page.counter("quorate_backups_made", "Backups made and verified", c.backups.made.get())?;
-        page.counter("quorate_backups_failed", "Backups that were tried and came to nothing", c.backups.failed.get())?;
-        page.gauge("quorate_backup_newest_timestamp_seconds", "When the newest backup was made; 0 if there is none", c.backups.newest())?;
-        let help = "How old the newest backup is; without one, how long backups have been wanted; 0 where they are not";
-        page.gauge("quorate_backup_newest_age_seconds", help, c.backups.age(SystemTime::now()))?;
+        self.encode_backups(page)?;
 
         let mut methods = lock(&self.methods).clone();
         methods.sort_unstable_by_key(|method| (method.service, method.method));

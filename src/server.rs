@@ -57,7 +57,7 @@ use crate::tls::{Acceptor, Connector, Tls};
 use crate::world;
 
 use founding::{check_not_founded, join_cluster};
-pub(crate) use founding::{found, founders, member_id};
+pub(crate) use founding::{cluster_id, found, founders, member_id};
 pub(crate) use opening::Damage;
 use opening::Opener;
 #[cfg(feature = "simulation")]

@@ -100,16 +100,25 @@ impl Check {
     }
 }
 
+/// Pages that etcd has not, or another `/metrics`, by path: the kind of text, and the text. It is asked first.
+pub(crate) type Pages = Arc<dyn Fn(&str) -> Option<(HeaderValue, String)> + Send + Sync>;
+
 /// Answers the plain HTTP paths.
 pub(crate) struct Http {
     checks: Arc<dyn Checks>,
     metrics: Arc<Metrics>,
     versions: Versions,
+    pages: Option<Pages>,
 }
 
 impl Http {
     pub fn new(checks: Arc<dyn Checks>, metrics: Arc<Metrics>, versions: Versions) -> Self {
-        Http { checks, metrics, versions }
+        Http { checks, metrics, versions, pages: None }
+    }
+
+    /// The same with more pages.
+    pub fn with_pages(self, pages: Pages) -> Self {
+        Http { pages: Some(pages), ..self }
     }
 
     /// Answers a request. It never fails, and waits only where a check reads.
@@ -127,6 +136,9 @@ impl Http {
             return Response::new(Bytes::new());
         }
         let path = uri.path();
+        if let Some((kind, text)) = self.pages.as_ref().and_then(|pages| pages(path)) {
+            return answer(StatusCode::OK, kind, text);
+        }
         let second = path.match_indices('/').nth(1).map_or(path.len(), |(at, _)| at);
         let checks: &[Check] = match path.split_at(second) {
             ("/metrics", "") => {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::StreamExt;
+use http::HeaderMap;
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 use tonic::service::Routes;
@@ -26,6 +27,7 @@ use crate::proto::etcdserverpb::{
     RangeResponse, TxnRequest,
 };
 use crate::proto::health::health_server::{Health, HealthServer};
+use crate::raft::network::CLUSTER;
 
 use super::cluster::check_learner;
 use super::conversation::Conversation;
@@ -39,6 +41,19 @@ const PIECE_BYTES: usize = 256 << 10;
 
 /// Number of `RangeResponse.kvs`.
 const KVS_FIELD: u32 = 2;
+
+/// How a call is refused that means another cluster; nothing of it was done.
+pub(crate) const OTHER_CLUSTER: &str = "this member belongs to another cluster";
+
+/// Refuses a call that says which cluster it means, as those of nodes of the embedded mode do, if it is not this one. etcd's clients do not say.
+fn check_cluster(ours: u64, headers: &HeaderMap) -> Result<(), Status> {
+    match headers.get(CLUSTER).and_then(|value| value.to_str().ok()) {
+        Some(meant) if u64::from_str_radix(meant, 16) != Ok(ours) => {
+            Err(Status::failed_precondition(format!("{OTHER_CLUSTER}: {ours:x}, and not {meant}")))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// The router of a client port. Unary requests that take longer than `slow` are logged.
 pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate::error::Result<Router> {
@@ -58,6 +73,7 @@ pub(crate) fn router(api: &Api, slow: Duration, metrics: &Arc<Metrics>) -> crate
     let node = api.node.clone();
     let mut router = Router::new(limit, slow, metrics.clone())
         .guard(move |path, headers| {
+            check_cluster(node.identity.cluster_id, headers)?;
             check_learner(node.is_learner(), path)?;
             check_leader(node.has_leader(), headers)
         })
@@ -150,4 +166,23 @@ fn piece(left: &mut Left) -> Result<BytesMut> {
         kv.encode_raw(&mut piece);
     }
     Ok(piece)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_for_another_cluster_is_refused() {
+        let checked = |meant: Option<&'static str>| {
+            let mut headers = HeaderMap::new();
+            if let Some(meant) = meant {
+                headers.insert(CLUSTER, meant.parse().unwrap());
+            }
+            check_cluster(0xc, &headers).map_err(|status| status.message().to_owned())
+        };
+        assert_eq!((checked(None), checked(Some("000000000000000c"))), (Ok(()), Ok(())));
+        assert_eq!(checked(Some("d")).unwrap_err(), format!("{OTHER_CLUSTER}: c, and not d"));
+        assert!(checked(Some("x")).is_err());
+    }
 }

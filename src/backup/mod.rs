@@ -38,7 +38,7 @@
 //! |---|---|
 //! | `mod` | the tries, one at a time, and what came of them |
 //! | `schedule` | when the next one is due |
-//! | `store` | the directory: names, fsync, retention |
+//! | `store` | the directory, a process's own or shared: names, fsync, retention |
 //! | `format` | the seam: what is in a file |
 //! | `restore` | from a file to the data directory of a new cluster |
 //!
@@ -47,11 +47,12 @@
 //! - What is listed was synced, read back and found sound when it was written. A try that fails, on a full disk above all, leaves nothing
 //!   behind, says why, and hinders none of those that follow.
 //! - Nothing is removed before a new backup is there. So there has to be room for one more than are kept.
+//! - A directory that nodes of the embedded mode share is held by one of them at a time, for one backup; the others wait a little for it.
 //! - Only backups of the cluster that was just backed up are counted and removed. What a lost cluster has left in the directory stays, until
 //!   somebody removes it: a restored or newly founded one has another id.
 //!
 //! # Caveats
-//! - Only a local directory is built; another kind of place is another `Place` in `store.rs`.
+//! - Only directories are built, one process's own or shared; another kind of place is another `Place` in `store.rs`.
 //! - A backup is what one member holds, and is no larger a promise than its disk's. Each member may make its own, in a directory of its own;
 //!   a learner may not, for it cannot tell how far it has fallen behind.
 //! - What the platform did after the backup is not in it: after a restore, what hangs on the store may have moved on.
@@ -78,10 +79,11 @@ mod store;
 
 pub use crate::config::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
 pub use restore::{Restored, restore};
+pub(crate) use restore::{free_names, restore_as};
 pub use store::{BackupInfo, LastTry, Soundness};
 
 use schedule::{Schedule, sleep_until};
-use store::{Directory, Place};
+use store::{Directory, Place, Visited};
 
 /// Bytes that are handed to the disk in one go. Beyond it the rest of the backup waits until they are written.
 const WRITE_BYTES: usize = 1 << 20;
@@ -143,13 +145,20 @@ pub struct Backups {
     stop: CancellationToken,
 }
 
+/// Tells who makes the scheduled backups, where several could.
+pub(crate) type IsOurs = Arc<dyn Fn() -> bool + Send + Sync>;
+
 struct Shared {
     client: Client,
     config: BackupConfig,
     place: Arc<dyn Place>,
     counters: Option<Arc<Counters>>,
+    /// Whether those that the schedule asks for are this process's to make, now.
+    is_ours: IsOurs,
     /// Held while one is being made. It is never tried but by who would make one: a scheduled backup is left out when it is held.
     turn: tokio::sync::Mutex<()>,
+    /// Held while the directory is listed: however many ask of one that does not answer, one thread waits for it.
+    listing: tokio::sync::Mutex<()>,
     is_running: AtomicBool,
     last_try: Mutex<Option<LastTry>>,
     next: Mutex<Option<SystemTime>>,
@@ -172,7 +181,7 @@ impl Backups {
     /// # Errors
     /// `Config`; `Locked` when somebody else makes backups in that directory; `Io`.
     pub fn start(server: &Server, config: BackupConfig) -> Result<Backups> {
-        Backups::begin(server.client(), config, Some(server.metrics().counters.clone()))
+        Backups::alone(server.client(), config, Some(server.metrics().counters.clone()))
     }
 
     /// As [`start`](Self::start), of whatever is behind a client: a member in this process or in another. It has to be quorate's; what an
@@ -181,13 +190,23 @@ impl Backups {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn of(client: Client, config: BackupConfig) -> Result<Backups> {
-        Backups::begin(client, config, None)
+        Backups::alone(client, config, None)
     }
 
-    fn begin(client: Client, config: BackupConfig, counters: Option<Arc<Counters>>) -> Result<Backups> {
+    /// As [`of`](Self::of), with a directory that others may use, too, each for the time of one backup; it need not be there yet. Of those that
+    /// the schedule asks for are made which `is_ours` says so of, when they are due.
+    ///
+    /// # Errors
+    /// `Config`.
+    pub(crate) fn shared(client: Client, config: BackupConfig, counters: Arc<Counters>, is_ours: IsOurs) -> Result<Backups> {
         config.validate()?;
-        let schedule = config.cron()?.map(|cron| Schedule::new(cron, config.jitter));
-        let runtime = Handle::try_current().map_err(|_| Error::Config("backups need a tokio runtime to begin on".into()))?;
+        let place = Visited::new(&config.dir);
+        counters.backups.begin(SystemTime::now(), None);
+        Backups::begin(client, config, Some(counters), Arc::new(place), None, is_ours)
+    }
+
+    fn alone(client: Client, config: BackupConfig, counters: Option<Arc<Counters>>) -> Result<Backups> {
+        config.validate()?;
         let place = Directory::open(&config.dir)?;
         if let Some(counters) = &counters {
             let now = SystemTime::now();
@@ -195,12 +214,26 @@ impl Backups {
             let newest = place.list()?.iter().rev().map(|backup| backup.created).find(|created| *created <= now);
             counters.backups.begin(now, newest);
         }
-        let last_try = Mutex::new(place.noted());
-        let place = Arc::new(place);
-        let (turn, is_running, next) = Default::default();
+        let noted = place.noted();
+        Backups::begin(client, config, counters, Arc::new(place), noted, Arc::new(|| true))
+    }
+
+    fn begin(
+        client: Client,
+        config: BackupConfig,
+        counters: Option<Arc<Counters>>,
+        place: Arc<dyn Place>,
+        noted: Option<LastTry>,
+        is_ours: IsOurs,
+    ) -> Result<Backups> {
+        let schedule = config.cron()?.map(|cron| Schedule::new(cron, config.jitter));
+        let runtime = Handle::try_current().map_err(|_| Error::Config("backups need a tokio runtime to begin on".into()))?;
+        let last_try = Mutex::new(noted);
+        let (turn, listing, is_running, next) = Default::default();
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let (work, stopping) = (tasks.clone(), stop.clone());
-        let shared = Shared { client, config, place, counters, turn, is_running, last_try, next, tasks: work, stop: stopping };
+        let shared =
+            Shared { client, config, place, counters, is_ours, turn, listing, is_running, last_try, next, tasks: work, stop: stopping };
         let backups = Backups { shared: Arc::new(shared), runtime, tasks, stop };
         if let Some(schedule) = schedule {
             let (shared, stop) = (backups.shared.clone(), backups.stop.clone());
@@ -232,14 +265,40 @@ impl Backups {
     /// # Errors
     /// `Io` for the directory.
     pub async fn status(&self) -> Result<Status> {
-        let place = self.shared.place.clone();
-        let backups = self.runtime.spawn_blocking(move || place.list()).await.map_err(ended)??;
-        let is_running = self.shared.is_running.load(Ordering::Relaxed);
-        Ok(Status { backups, last_try: lock(&self.shared.last_try).clone(), is_running, next: *lock(&self.shared.next) })
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        let run = async move {
+            let list = async {
+                let _listing = shared.listing.lock().await;
+                let place = shared.place.clone();
+                shared.blocking(move || Ok((place.list()?, place.noted()))).await
+            };
+            stop.run_until_cancelled(list).await.unwrap_or(Err(Error::Stopped))
+        };
+        let (backups, noted) = self.runtime.spawn(run).await.map_err(ended)??;
+        let is_running = self.is_running();
+        // What others have noted where the directory is shared may be newer than what this process has tried.
+        let own = self.last_try();
+        let last_try = if noted.as_ref().map(|noted| noted.at) > own.as_ref().map(|own| own.at) { noted } else { own };
+        Ok(Status { backups, last_try, is_running, next: *lock(&self.shared.next) })
+    }
+
+    /// Whether one is being made.
+    pub(crate) fn is_running(&self) -> bool {
+        self.shared.is_running.load(Ordering::Relaxed)
+    }
+
+    /// What came of the last try, as far as it is known without a look at the directory.
+    pub(crate) fn last_try(&self) -> Option<LastTry> {
+        lock(&self.shared.last_try).clone()
     }
 
     /// Ends the schedule, gives up the backup that is being made, and lets go of the directory.
     pub async fn shutdown(self) {
+        self.close().await;
+    }
+
+    /// The same for one that others have a share in. Who waits no longer leaves behind what waits for the disk, on its thread.
+    pub(crate) async fn close(&self) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
@@ -270,6 +329,9 @@ impl Shared {
                 continue;
             }
             after = SystemTime::now();
+            if !(self.is_ours)() {
+                continue;
+            }
             let Ok(_turn) = self.turn.try_lock() else {
                 tracing::warn!("a scheduled backup is left out, for another is being made");
                 continue;

@@ -28,7 +28,8 @@
 //!   their cluster ids differ. The same file restored twice to the same list needs another token; over the first one it is refused without.
 //! - Leases have their whole time again once the cluster has a leader. Alarms are not restored; those that still have a cause are raised anew.
 //! - A log elsewhere than in the data directory (`--wal-dir`) is not restored to; the member is to be started without it.
-//! - Only what is a member's is replaced. What a node of the embedded mode remembers beside it is not.
+//! - Only what is a member's is replaced. What a node of the embedded mode remembers beside it is not: such a one is restored as
+//!   a whole, see [`embed::restore`](crate::embed::restore()).
 
 use std::fs;
 use std::io;
@@ -92,7 +93,14 @@ pub struct Restored {
 /// directory is as it was then. Otherwise it is `Failed`, and the text says where what was there is: when the restored member is in place
 /// but may not be after a power cut, and when the file system let two directories be renamed halfway only.
 pub fn restore(file: impl AsRef<Path>, options: &RestoreOptions) -> Result<Restored> {
-    let file = file.as_ref();
+    restore_as(file.as_ref(), options, false)
+}
+
+/// As [`restore`]. If `is_exact`, no other cluster ever had the options' token, and the ids follow from that alone, as a founder's do.
+///
+/// # Errors
+/// As [`restore`].
+pub(crate) fn restore_as(file: &Path, options: &RestoreOptions, is_exact: bool) -> Result<Restored> {
     let mut config = options.founding()?;
     let facts = format::verify(file)?;
     let bump = i64::try_from(options.bump_revision).ok().and_then(|bump| facts.revision.checked_add(bump));
@@ -100,7 +108,9 @@ pub fn restore(file: impl AsRef<Path>, options: &RestoreOptions) -> Result<Resto
         Error::Config(format!("bump-revision is {}: no revision is that much above {}", options.bump_revision, facts.revision))
     })?;
 
-    config.initial_cluster_token = token(&config, &facts)?;
+    if !is_exact {
+        config.initial_cluster_token = token(&config, &facts)?;
+    }
     let peer_urls = config.advertised_peer_urls(&Config::default().listen_peer_urls);
     let mut identity = found(&config, &peer_urls)?;
     identity.incarnation = world::random().max(1);
@@ -321,7 +331,7 @@ fn exchange_in_steps(made: &Path, member: &Path, rename: impl Fn(&Path, &Path) -
 }
 
 /// Names for what is kept aside, by the time, that nobody has: while it changes places, and after.
-fn free_names(data_dir: &Path) -> (PathBuf, PathBuf) {
+pub(crate) fn free_names(data_dir: &Path) -> (PathBuf, PathBuf) {
     let now = DateTime::<Utc>::from(SystemTime::now()).format("%Y%m%dT%H%M%SZ").to_string();
     let names = |end: &str| (data_dir.join(format!("changing-{now}{end}")), data_dir.join(format!("old-{now}{end}")));
     let mut free = names("");

@@ -1,4 +1,4 @@
-//! Where backups are kept: [`Place`], and the one that there is, a local directory.
+//! Where backups are kept: [`Place`], and what there is of it, directories.
 //!
 //! ```text
 //! <dir>/
@@ -7,6 +7,9 @@
 //!   unfinished-6a1f00c2d3b4e597                   being written; removed by whoever comes next
 //!   last-try                                      when a backup was last tried, and what came of it
 //! ```
+//!
+//! A [`Directory`] is held for as long as a process makes backups there. One that is [`Visited`] is held for one backup, and may be
+//! shared by several that make some now and then; it may be out of reach in between.
 //!
 //! # Invariants
 //! - A backup gets its name only after it was synced, read back from the file, and found sound. The rename is atomic, and synced.
@@ -22,6 +25,7 @@ use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
 use rustix::fs::{Advice, fadvise};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::format;
@@ -289,6 +293,64 @@ impl Place for Directory {
     }
 }
 
+/// How long who visits a directory waits for who is there, and between two tries. Beyond it the backup has failed.
+const VISIT_PATIENCE: Duration = Duration::from_secs(5);
+const VISIT_RETRY: Duration = Duration::from_millis(50);
+
+/// A directory that others use, too.
+pub(super) struct Visited {
+    path: PathBuf,
+}
+
+impl Visited {
+    pub fn new(path: &Path) -> Visited {
+        Visited { path: path.to_owned() }
+    }
+
+    /// # Errors
+    /// As [`Directory::open`]; `Locked` only after some patience.
+    fn enter(&self) -> Result<Directory> {
+        let until = Instant::now() + VISIT_PATIENCE;
+        loop {
+            match Directory::open(&self.path) {
+                Err(Error::Locked { .. }) if Instant::now() < until => std::thread::sleep(VISIT_RETRY),
+                entered => return entered,
+            }
+        }
+    }
+}
+
+impl Place for Visited {
+    fn list(&self) -> Result<Vec<BackupInfo>> {
+        match list(&self.path) {
+            // There was none yet.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed,
+        }
+    }
+
+    fn begin(&self) -> Result<Box<dyn Part>> {
+        self.enter()?.begin()
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        self.enter()?.remove(name)
+    }
+
+    fn note(&self, last: &LastTry) -> Result<()> {
+        match self.enter() {
+            Ok(directory) => directory.note(last),
+            // Out of reach, of which the log has just been told.
+            Err(_) if last.outcome.is_err() => Ok(()),
+            Err(err) => Err(err),
+        }
+    }
+
+    fn noted(&self) -> Option<LastTry> {
+        last_try(&self.path)
+    }
+}
+
 /// A file being written.
 struct Unfinished {
     dir: PathBuf,
@@ -441,6 +503,40 @@ mod tests {
         drop(going_on);
         Directory::open(dir.path()).unwrap();
         assert_eq!(files(dir.path()).len(), 4);
+    }
+
+    /// Who visits holds the directory for one backup, and waits for who is there; what is out of reach is said once.
+    #[test]
+    fn a_directory_is_shared_by_turns() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shared");
+        let (one, two) = (Visited::new(&path), Visited::new(&path));
+        assert_eq!((one.list().unwrap(), one.noted()), (Vec::new(), None));
+        let whole = |place: &Visited, revision: i64| {
+            let mut part = place.begin().unwrap();
+            part.write(&bytes(revision)).unwrap();
+            part.finish(SystemTime::now(), 0, &CancellationToken::new()).unwrap()
+        };
+        let first = whole(&one, 900);
+        let under_way = one.begin().unwrap();
+        assert!(matches!(Directory::open(&path), Err(Error::Locked { .. })));
+        let second = std::thread::scope(|scope| {
+            let waits = scope.spawn(|| whole(&two, 901));
+            drop(under_way);
+            waits.join().unwrap()
+        });
+        assert_eq!(two.list().unwrap(), [first.clone(), second.clone()]);
+        let last = LastTry { at: SystemTime::UNIX_EPOCH, outcome: Ok(second.name.clone()) };
+        two.note(&last).unwrap();
+        assert_eq!(one.noted(), Some(last));
+        one.remove(&first.name).unwrap();
+        assert_eq!(one.list().unwrap(), [second]);
+        let file = dir.path().join("a file");
+        fs::write(&file, "").unwrap();
+        let away = Visited::new(&file.join("below"));
+        assert!(matches!(away.begin().map(drop), Err(Error::Io { .. })));
+        away.note(&LastTry { at: SystemTime::UNIX_EPOCH, outcome: Err("away".into()) }).unwrap();
+        assert!(away.note(&LastTry { at: SystemTime::UNIX_EPOCH, outcome: Ok("a name".into()) }).is_err());
     }
 
     #[test]

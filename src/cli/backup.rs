@@ -51,6 +51,9 @@ pub struct RestoreCommand {
     pub file: PathBuf,
     /// What it is to become.
     pub options: RestoreOptions,
+    /// Whether it is to become a node of the embedded mode: which, its variables say. Then an empty `options.data_dir` is that of the
+    /// variables, and of the rest only the revision counts.
+    pub node: bool,
 }
 
 pub(super) const BACKUP_HELP: &str = "Usage:
@@ -95,6 +98,10 @@ pub(super) const RESTORE_HELP: &str = "Usage:
     Tells the new cluster apart from others that the same file was restored to.
   --bump-revision '1000000000'
     How much higher its revision is than the backup's, so that no revision that was seen before comes to stand for something else.
+  --node
+    Make it into a node of the embedded mode, of which the variables are set as for `quorate embed`: JOIN, ADVERTISE_IP, HOSTNAME and others. It
+    has founded a cluster with itself as the only server. --data-dir is KV_DATA_DIR then, unless it is given. The other nodes join it once
+    their directories are removed. Of the other flags only --bump-revision is taken.
   --mark-compacted
     Have everything below count as compacted, so that watches from before are told that they have missed something. It is so if the
     revision is bumped, and only then.
@@ -194,7 +201,7 @@ pub(super) fn parse_backup(args: impl IntoIterator<Item = OsString>) -> Result<O
 /// Understands what follows `restore`; None if help is asked for.
 pub(super) fn parse_restore(args: impl IntoIterator<Item = OsString>) -> Result<Option<RestoreCommand>> {
     let mut words = Words(args.into_iter());
-    let (mut file, mut data_dir, mut marked) = (None, None, None);
+    let (mut file, mut data_dir, mut marked, mut node, mut of_member) = (None, None, None, false, None);
     let mut options = RestoreOptions::new("");
     while let Some(word) = words.next()? {
         match word {
@@ -202,11 +209,18 @@ pub(super) fn parse_restore(args: impl IntoIterator<Item = OsString>) -> Result<
             Word::Plain(word) => return Err(Error::Config(format!("{word:?} is too much: one file is restored"))),
             Word::Flag { name, value } => match name.as_str() {
                 "help" | "h" => return Ok(None),
+                "node" => node = flag(&name, &value)?,
                 "data-dir" => data_dir = Some(words.value(&name, value)?).filter(|dir| !dir.is_empty()),
-                "name" => options.name = words.value(&name, value)?,
-                "initial-cluster" => options.initial_cluster = words.value(&name, value)?,
-                "initial-advertise-peer-urls" => options.initial_advertise_peer_urls = urls(&name, &words.value(&name, value)?)?,
-                "initial-cluster-token" => options.initial_cluster_token = words.value(&name, value)?,
+                "name" | "initial-cluster" | "initial-advertise-peer-urls" | "initial-cluster-token" => {
+                    let text = words.value(&name, value)?;
+                    match name.as_str() {
+                        "name" => options.name = text,
+                        "initial-cluster" => options.initial_cluster = text,
+                        "initial-cluster-token" => options.initial_cluster_token = text,
+                        _ => options.initial_advertise_peer_urls = urls(&name, &text)?,
+                    }
+                    of_member = Some(name);
+                }
                 "bump-revision" => options.bump_revision = words.parsed(&name, value, "a number of revisions")?,
                 "mark-compacted" => marked = Some(flag(&name, &value)?),
                 "skip-hash-check" | "wal-dir" | "initial-memory-map-size" => {
@@ -219,10 +233,21 @@ pub(super) fn parse_restore(args: impl IntoIterator<Item = OsString>) -> Result<
         }
     }
     let missing = |what: &str| Error::Config(format!("`quorate restore` needs {what}"));
+    if node {
+        if let Some(name) = of_member {
+            return Err(Error::Config(format!("--{name} is nothing for a node: with --node its variables say so")));
+        }
+        if marked.is_some_and(|marked| marked != (options.bump_revision > 0)) {
+            return Err(Error::Config("--mark-compacted goes with --bump-revision, and with --node it need not be given".into()));
+        }
+        options.mark_compacted = options.bump_revision > 0;
+        options.data_dir = data_dir.unwrap_or_default().into();
+        return Ok(Some(RestoreCommand { file: file.ok_or_else(|| missing("the file of a backup"))?, options, node }));
+    }
     options.data_dir = data_dir.ok_or_else(|| missing("--data-dir"))?.into();
     options.mark_compacted = marked.unwrap_or(options.bump_revision > 0);
     options.founding()?;
-    Ok(Some(RestoreCommand { file: file.ok_or_else(|| missing("the file of a backup"))?, options }))
+    Ok(Some(RestoreCommand { file: file.ok_or_else(|| missing("the file of a backup"))?, options, node }))
 }
 
 #[cfg(test)]
@@ -248,6 +273,9 @@ mod tests {
         let restore = parse_restore(args(text)).unwrap().unwrap();
         assert_eq!((restore.options.bump_revision, restore.options.mark_compacted), (0, false));
         assert_eq!(restore.options.initial_cluster_token, "t");
+        let node = parse_restore(args("q --node --bump-revision=7")).unwrap().unwrap();
+        assert!(node.node && !restore.node && node.options.data_dir.as_os_str().is_empty() && node.options.mark_compacted);
+        assert_eq!(parse_restore(args("q --node --data-dir=d")).unwrap().unwrap().options.data_dir, PathBuf::from("d"));
         assert!(parse_restore(args("--help")).unwrap().is_none() && parse_backup(args("-h")).unwrap().is_none());
     }
 
@@ -285,6 +313,9 @@ mod tests {
             ("q --data-dir=d --initial-cluster=b=http://127.0.0.1:1", "\"default\""),
             ("q --data-dir=d --skip-hash-check", "--skip-hash-check"),
             ("q --data-dir=d --nope", "--nope"),
+            ("--node", "the file"),
+            ("q --node --name=a", "--name is nothing for a node"),
+            ("q --node --bump-revision=0 --mark-compacted", "--mark-compacted"),
         ] {
             let error = parse_restore(args(text)).unwrap_err().to_string();
             assert!(error.contains(culprit), "{text}: {error}");

@@ -45,7 +45,8 @@
 //! ```
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 
@@ -93,6 +94,35 @@ pub use watch::{EventKind, WatchEvent, WatchMessage, Watcher};
 pub struct Client {
     backend: Backend,
     space: Option<Namespace>,
+    gate: Option<Arc<Gate>>,
+}
+
+/// Stops writes before anybody is asked, while it is known that nobody would answer.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    is_shut: AtomicBool,
+    why: Mutex<String>,
+}
+
+impl Gate {
+    /// Shuts it, or opens it.
+    pub fn set(&self, why: Option<&str>) {
+        if let Some(why) = why {
+            why.clone_into(&mut crate::lock::lock(&self.why));
+        }
+        self.is_shut.store(why.is_some(), Ordering::Release);
+    }
+
+    /// # Errors
+    /// `Unavailable` while it is shut.
+    async fn pass(&self) -> Result<()> {
+        if !self.is_shut.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // Who tries again and again lets others run in between.
+        tokio::task::yield_now().await;
+        Err(Error::Unavailable(format!("the store is read-only: {}", crate::lock::lock(&self.why))))
+    }
 }
 
 impl std::fmt::Debug for Client {
@@ -134,7 +164,7 @@ fn prefix_range(prefix: Bytes) -> (Bytes, Bytes) {
 
 impl Client {
     pub(crate) fn local(node: Arc<Node>, api: Api) -> Self {
-        Client { backend: Backend::InProcess(InProcess { node, api }), space: None }
+        Client { backend: Backend::InProcess(InProcess { node, api }), space: None, gate: None }
     }
 
     /// A client of a cluster in other processes, quorate's or etcd's. It connects with its first call, to whichever of the endpoints takes
@@ -153,7 +183,19 @@ impl Client {
     /// The same on a runtime of which the end is announced: calls then end with [`Error::Stopped`], as those in process do.
     pub(crate) fn remote_until(endpoints: impl Into<Endpoints>, options: RemoteOptions, end: RuntimeEnd) -> Result<Client> {
         let remote = remote::Remote::new(endpoints.into(), options, end)?;
-        Ok(Client { backend: Backend::Remote(remote), space: None })
+        Ok(Client { backend: Backend::Remote(remote), space: None, gate: None })
+    }
+
+    /// The same, whose writes stop at a gate. Leases are renewed and revoked past it.
+    pub(crate) fn gated(self, gate: Arc<Gate>) -> Client {
+        Client { gate: Some(gate), ..self }
+    }
+
+    async fn pass(&self) -> Result<()> {
+        match &self.gate {
+            Some(gate) => gate.pass().await,
+            None => Ok(()),
+        }
     }
 
     /// The same store, confined to the keys that begin with `prefix`, and without that prefix: keys, ranges, watches, Txns, locks and
@@ -179,7 +221,7 @@ impl Client {
     /// # }
     /// ```
     pub fn namespaced(&self, prefix: impl Into<Bytes>) -> Client {
-        Client { backend: self.backend.clone(), space: Namespace::within(self.space.as_ref(), prefix.into()) }
+        Client { backend: self.backend.clone(), space: Namespace::within(self.space.as_ref(), prefix.into()), gate: self.gate.clone() }
     }
 
     /// Where the member is that answers now; `None` in process, and while there is no connection.
@@ -207,6 +249,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn put_with(&self, request: PutRequest) -> Result<PutResponse> {
+        self.pass().await?;
         let Some(space) = &self.space else { return self.backend.put(request).await };
         space.was_put(self.backend.put(space.put(request)?).await?)
     }
@@ -246,6 +289,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn delete_with(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {
+        self.pass().await?;
         let Some(space) = &self.space else { return self.backend.delete_range(request).await };
         space.deleted(self.backend.delete_range(space.delete(request)?).await?)
     }
@@ -255,6 +299,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put): after an error that leaves it open all of it or nothing may have been done; after any other, none of it.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
+        self.pass().await?;
         let Some(space) = &self.space else { return self.backend.txn(request).await };
         space.done(self.backend.txn(space.txn(request)?).await?)
     }
@@ -272,6 +317,7 @@ impl Client {
     /// # Errors
     /// As [`compact`](Self::compact); with `physical`, `Timeout` when a long read keeps what was compacted, which goes when that ends.
     pub async fn compact_with(&self, request: CompactionRequest) -> Result<CompactionResponse> {
+        self.pass().await?;
         self.backend.compact(request).await
     }
 
@@ -299,6 +345,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn lease_grant(&self, id: i64, ttl: i64) -> Result<LeaseGrantResponse> {
+        self.pass().await?;
         self.backend.lease_grant(LeaseGrantRequest { id, ttl }).await
     }
 

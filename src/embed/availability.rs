@@ -53,7 +53,8 @@ pub enum Access {
     ReadWrite,
     /// Something failed a moment ago. Requests may take longer, or fail and be worth trying again.
     Degraded,
-    /// Writes fail at once. Serializable reads go on, if [`Availability::kv`] says so.
+    /// Writes by [`Node::client`](super::Node::client) fail at once: with [`Unavailable`](crate::ErrorKind::Unavailable) when no quorum answers, so
+    /// that nothing was done, or with what the servers say. Serializable reads go on, if [`Availability::kv`] says so.
     ReadOnly,
 }
 
@@ -160,11 +161,13 @@ pub(crate) struct Tracker {
     good: u32,
     /// When there was a good probe last; at first, when it began.
     last_good: Duration,
+    /// The same of a probe that was answered for certain, good or not.
+    last_certain: Duration,
 }
 
 impl Tracker {
     pub fn new(now: Duration) -> Tracker {
-        Tracker { access: Access::Starting, reason: String::new(), good: 0, last_good: now }
+        Tracker { access: Access::Starting, reason: String::new(), good: 0, last_good: now, last_certain: now }
     }
 
     pub fn access(&self) -> Access {
@@ -175,7 +178,16 @@ impl Tracker {
         &self.reason
     }
 
+    /// Whether it takes no writes, as far as anybody can tell. A store that refuses some, as one without space, takes others, and says so itself;
+    /// and one that has just been good may take them before it counts as [recovered](RECOVERED).
+    pub fn is_lost(&self, now: Duration) -> bool {
+        self.access == Access::ReadOnly && now.saturating_sub(self.last_certain) >= PATIENCE
+    }
+
     pub fn probed(&mut self, now: Duration, probe: Probe) {
+        if !matches!(probe, Probe::Bad(_)) {
+            self.last_certain = now;
+        }
         match probe {
             Probe::Good => {
                 self.good = self.good.saturating_add(1);
@@ -233,6 +245,16 @@ impl Latencies {
         }
         *told = Some(now);
         Some(p99)
+    }
+
+    /// The 99th percentile of a server, once enough is known of it.
+    pub fn p99(&self, server: &str) -> Option<Duration> {
+        self.of.get(server).and_then(|(samples, _)| percentile(samples))
+    }
+
+    /// Forgets the servers that are none any more.
+    pub fn retain(&mut self, is_one: impl Fn(&str) -> bool) {
+        self.of.retain(|server, _| is_one(server));
     }
 }
 
@@ -308,6 +330,27 @@ mod tests {
         assert!(run(&mut tracker, &mut now, mostly_bad).iter().all(|access| *access == Access::Degraded));
     }
 
+    /// Writes are refused without asking only where nobody would answer.
+    #[test]
+    fn writes_are_stopped_only_while_nobody_answers() {
+        let (mut tracker, mut now) = (Tracker::new(Duration::ZERO), 0);
+        let is_lost = |tracker: &Tracker, now: u64| tracker.is_lost(Duration::from_millis(now));
+        run(&mut tracker, &mut now, [Probe::Good, bad()]);
+        assert!(!is_lost(&tracker, now));
+        run(&mut tracker, &mut now, (0..9).map(|_| bad()));
+        assert!(tracker.access() == Access::ReadOnly && is_lost(&tracker, now));
+        // The first good answer is enough, long before all is well again.
+        run(&mut tracker, &mut now, [Probe::Good]);
+        assert!(tracker.access() == Access::ReadOnly && !is_lost(&tracker, now));
+        // Who has no space takes deletions, also when a probe or two get lost.
+        run(&mut tracker, &mut now, [Probe::Refused("no space".into()), bad()]);
+        assert!(tracker.access() == Access::ReadOnly && !is_lost(&tracker, now));
+        // One that never answered.
+        let (mut tracker, mut now) = (Tracker::new(Duration::ZERO), 0);
+        run(&mut tracker, &mut now, (0..10).map(|_| bad()));
+        assert!(is_lost(&tracker, now));
+    }
+
     #[test]
     fn what_is_certain_needs_no_patience() {
         let (mut tracker, mut now) = (Tracker::new(Duration::ZERO), 0);
@@ -357,5 +400,7 @@ mod tests {
             latencies.note(second(at), &format!("server {at}"), slow);
         }
         assert_eq!(latencies.of.len(), SERVERS_MAX);
+        latencies.retain(|server| server == "a");
+        assert_eq!((latencies.p99("a"), latencies.p99("b"), latencies.of.len()), (Some(slow), None, 1));
     }
 }

@@ -33,6 +33,10 @@
 //! | `KV_PEER_TLS_CA`, `KV_PEER_TLS_CERT`, `KV_PEER_TLS_KEY` | the same | others for the peer port; the CA may be another by itself |
 //! | `KV_PLAINTEXT` | `false` | `true`: plain text will do. Needed without certificates, but not on loopback |
 //! | `KV_START_TIMEOUT` | `1m` | how long a start may take; it can be tried again |
+//! | `KV_HEALTH_PORT` | | serves `/health`, `/livez`, `/readyz`, `/metrics` and `/v1/health` at `ADVERTISE_IP`, in plain HTTP; with an external etcd and no such address, at all of them |
+//! | `KV_BACKUP_STORE` | | a directory for backups, on a file system that the nodes share or of this node's own |
+//! | `KV_BACKUP_SCHEDULE` | | when the leader makes one by itself: a cron expression in UTC, such as `0 */12 * * *` |
+//! | `KV_BACKUP_KEEP`, `KV_BACKUP_JITTER` | 5, `5s` | how many are kept (0: all), and how much later than scheduled one may begin, by chance |
 //! | `ETCD_NAMESPACE` | | goes before every key, in the nodes themselves as in an external etcd |
 //! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | with `etcd` and `https://` in `KV_ADDR`: the CA of its certificate, and what to show. Also as `ETCD_TLS_CLIENT_CA` and so on |
 //! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | with `etcd`: the user to log in as |
@@ -54,7 +58,7 @@ use super::founding::drive::node_url;
 use super::founding::wire::{Token, is_name};
 use super::secure;
 use crate::client::{Secret, TlsFiles};
-use crate::config::{Config, Url, parse_duration, without_user};
+use crate::config::{AutoCompactionMode, BackupConfig, Config, Url, parse_duration, without_user};
 use crate::error::{Error, Result};
 
 /// Where the peers and the clients of a node's server connect, unless told otherwise.
@@ -67,6 +71,9 @@ const ETCD_PORT: u16 = 2379;
 
 /// The largest file with a token. Beyond it is refused: it is some other file.
 const TOKEN_BYTES_MAX: u64 = 4096;
+
+/// How many revisions of history a node's server keeps, unless told otherwise: enough for a watch to go on after a change of servers.
+const REVISIONS_KEPT: &str = "1000";
 
 /// Where the store is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,8 +137,13 @@ pub struct EmbedConfig {
     pub password: Secret,
     /// What goes before every key of [`Node::client`](super::Node::client), whatever the backend.
     pub namespace: String,
+    /// Where to tell how the node is. `None`: nowhere.
+    pub health_port: Option<u16>,
+    /// Where backups go, and when the server that leads makes them. The same on all nodes. `None`: there are none.
+    pub backup: Option<BackupConfig>,
     /// Limits and times of this node's server, should it be one. Names, addresses, directories (also `wal_dir`), members and the files of
-    /// certificates are set by the node.
+    /// certificates are set by the node. The default differs from [`Config::default`] in that history is compacted: a thousand revisions are
+    /// kept. The quota is the server's own, and space is given back without being asked for: defragmentation is nothing to be scheduled.
     pub server: Config,
 }
 
@@ -156,7 +168,13 @@ impl Default for EmbedConfig {
             username: String::new(),
             password: Secret::default(),
             namespace: String::new(),
-            server: Config::default(),
+            health_port: None,
+            backup: None,
+            server: Config {
+                auto_compaction_mode: AutoCompactionMode::Revision,
+                auto_compaction_retention: REVISIONS_KEPT.into(),
+                ..Config::default()
+            },
         }
     }
 }
@@ -218,6 +236,20 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("TLS_ETCD_CLIENT_KEY", &["ETCD_TLS_CLIENT_KEY"], false, |config, text| { config.etcd_tls.key = Some(text.into()); Ok(()) }),
     ("ETCD_USERNAME", &[], false, |config, text| { config.username = text.to_owned(); Ok(()) }),
     ("ETCD_PASSWORD", &[], true, |config, text| { config.password = Secret::new(text); Ok(()) }),
+    ("KV_HEALTH_PORT", &[], false, |config, text| { config.health_port = Some(port(text)?); Ok(()) }),
+    ("KV_BACKUP_STORE", &[], false, |config, text| {
+        if text.contains("://") {
+            return Err("it must be a directory: no other kind of place is built".into());
+        }
+        backup(config).dir = text.into();
+        Ok(())
+    }),
+    ("KV_BACKUP_SCHEDULE", &[], false, |config, text| { backup(config).schedule = Some(text.to_owned()); Ok(()) }),
+    ("KV_BACKUP_KEEP", &[], false, |config, text| {
+        backup(config).keep = text.parse().map_err(|_| "it must be a number of backups; 0 keeps all")?;
+        Ok(())
+    }),
+    ("KV_BACKUP_JITTER", &[], false, |config, text| { backup(config).jitter = parse_duration(text)?; Ok(()) }),
     ("ETCD_NAMESPACE", &[], false, |config, text| { config.namespace = text.to_owned(); Ok(()) }),
 ];
 
@@ -320,6 +352,7 @@ impl EmbedConfig {
         if self.start_timeout.is_zero() {
             return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
         }
+        self.validate_backup()?;
         if self.backend == Backend::Etcd {
             if self.addr.is_empty() {
                 return wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into());
@@ -338,10 +371,26 @@ impl EmbedConfig {
         if self.client_port == self.peer_port {
             return wrong(format!("KV_CLIENT_PORT and KV_PEER_PORT are both {}; give another to one of them", self.peer_port));
         }
+        if let Some(port) = self.health_port.filter(|port| [self.client_port, self.peer_port].contains(port)) {
+            return wrong(format!("KV_HEALTH_PORT is {port}, and so is another port of the node; give another"));
+        }
         if self.data_dir.as_os_str().is_empty() {
             return wrong("KV_DATA_DIR is empty; name a directory".into());
         }
         self.validate_join()
+    }
+
+    fn validate_backup(&self) -> Result<()> {
+        let Some(backup) = &self.backup else { return Ok(()) };
+        if backup.dir.as_os_str().is_empty() {
+            return Err(Error::Config("KV_BACKUP_STORE is not set; the other settings of backups need it: a directory".into()));
+        }
+        if self.backend == Backend::Etcd {
+            return Err(Error::Config(
+                "KV_BACKUP_STORE is set, but KV_BACKEND is etcd: back that up with its own tools, and unset it".into(),
+            ));
+        }
+        backup.validate()
     }
 
     /// The settings of this node's server, without all that the node sets.
@@ -493,6 +542,10 @@ fn find(name: &str) -> Option<&'static (&'static str, &'static [&'static str], b
     SETTINGS.iter().find(|(first, others, ..)| *first == name || others.contains(&name))
 }
 
+fn backup(config: &mut EmbedConfig) -> &mut BackupConfig {
+    config.backup.get_or_insert_with(|| BackupConfig::new(""))
+}
+
 fn port(text: &str) -> std::result::Result<u16, String> {
     text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "it must be a port from 1 to 65535".into())
 }
@@ -616,6 +669,20 @@ mod tests {
             (&[("JOIN", "10.0.0.1"), here, ("HOSTNAME", " a")], "HOSTNAME is \" a\""),
             (&[("JOIN", "10.0.0.1"), here, ("KV_START_TIMEOUT", "5")], "KV_START_TIMEOUT is \"5\""),
             (&[("JOIN", "10.0.0.1"), here, ("KV_START_TIMEOUT", "0s")], "KV_START_TIMEOUT is 0s"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_HEALTH_PORT", "5706")], "KV_HEALTH_PORT is 5706, and so is another"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_HEALTH_PORT", "0")], "KV_HEALTH_PORT is \"0\"; it must be a port"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_SCHEDULE", "@daily")], "KV_BACKUP_STORE is not set"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "/b"), ("KV_BACKUP_SCHEDULE", "noon")], "\"noon\""),
+            (
+                &[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "/b"), ("KV_BACKUP_KEEP", "-1")],
+                "KV_BACKUP_KEEP is \"-1\"; it must be a number",
+            ),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "/b"), ("KV_BACKUP_JITTER", "5")], "KV_BACKUP_JITTER is \"5\""),
+            (
+                &[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "s3://key:hunter2@bucket")],
+                "KV_BACKUP_STORE is \"...@bucket\"; it must be a directory",
+            ),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_BACKUP_STORE", "/b")], "KV_BACKUP_STORE is set, but KV_BACKEND is etcd"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", " ")], "KV_TOKEN is what it is; that is blank"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", "hunter2"), ("KV_TOKEN_FILE", "t")], "KV_TOKEN and KV_TOKEN_FILE are both set"),
             (
@@ -705,6 +772,15 @@ mod tests {
         // The first name counts.
         let vars = [("KV_ADDR", "first"), ("ETCD_ENDPOINTS", "second"), ("KV_BACKEND", "etcd")];
         assert_eq!(from(&vars).unwrap().addr[0].to_string(), "http://first:2379");
+        // Backups and health are off, unless asked for.
+        assert_eq!((config.backup, config.health_port), (None, None));
+        let vars =
+            [("KV_BACKUP_KEEP", "14"), ("KV_BACKUP_SCHEDULE", "0 */12 * * *"), ("KV_BACKUP_STORE", "/b"), ("KV_BACKUP_JITTER", "1m")];
+        let config =
+            from(&[&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_HEALTH_PORT", "5708")][..], &vars[..]].concat()).unwrap();
+        let backup = config.backup.unwrap();
+        assert_eq!((backup.dir.to_str(), backup.schedule.as_deref(), backup.keep), (Some("/b"), Some("0 */12 * * *"), 14));
+        assert_eq!((backup.jitter, config.health_port), (Duration::from_secs(60), Some(5708)));
         // A secret is the same from wherever.
         let token = |name, text| from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), (name, text)]).unwrap().token;
         let dir = tempfile::tempdir().unwrap();
@@ -717,6 +793,8 @@ mod tests {
     #[test]
     fn the_servers_settings_are_looked_at() {
         let mut config = from(&[("JOIN", "127.0.0.1")]).unwrap();
+        // A node looks after its history.
+        assert_eq!(config.server.auto_compaction().unwrap(), Some(crate::config::AutoCompaction::Revision(1000)));
         config.server.heartbeat_interval_ms = 500;
         let got = config.validate().unwrap_err().to_string();
         assert!(got.contains("election-timeout"), "{got}");

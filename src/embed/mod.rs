@@ -40,6 +40,11 @@
 //! on, which no other founding has. So the ids are as unique as the agreement, every founder computes those of all, and a node whose disk
 //! is new, at an old address, cannot come by the old one: it is not among the founders, by its node id, and becomes a client.
 //!
+//! # Looking after it
+//! Backups are made on a schedule by the server that leads, and by any node that is asked to; see [`Node::back_up`]. A backup becomes a new
+//! cluster with [`restore()`]. How a node is, [`Node::health_json`] says, and `KV_HEALTH_PORT`; how far away the servers are, [`Node::peers`].
+//! History is compacted and space given back without a hand.
+//!
 //! # Addresses
 //! A node that was not told its address finds it out once, when it starts (`address`). A server that comes back with another address tells the
 //! others' membership so, which takes a quorum. Clients follow the servers by asking any of them; if none is where it was, the addresses in
@@ -56,40 +61,54 @@
 
 mod address;
 pub mod availability;
+mod backups;
 pub mod config;
 mod follow;
 pub mod founding;
+mod health;
+mod peers;
 mod probe;
+mod restore;
 mod secure;
 mod way;
 
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::backups::Keeper;
 use self::founding::agree::{Agreement, Candidate, Decision, Known, List, State};
 use self::founding::drive::{Driver, Progress, node_url};
 use self::founding::state::NodeDir;
-use self::probe::{Local, Remote, Store, watch_store};
+use self::health::Report;
+use self::peers::watch_peers;
+use self::probe::{Local, Remote, Signal, Store, watch_store};
 use self::secure::{Secure, speaks_tls};
 use crate::api::peer::founding as founding_router;
 use crate::api::serve::{App, Listener, Serving};
 use crate::api::wire::{Limits, ServeOptions};
-use crate::client::{Client, RemoteOptions, RuntimeEnd};
+use crate::backup::{self, BackupInfo};
+use crate::client::{Client, Gate, RemoteOptions, RuntimeEnd};
 use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Metrics;
-use crate::server::{Server, member_id};
+use crate::server::{Server, cluster_id, member_id};
+use crate::storage::dir::identity_in;
 
 pub use self::availability::{Access, Availability};
 pub use self::config::{Backend, EmbedConfig, Servers};
 pub use self::founding::agree::Role;
 pub use self::founding::wire::Token;
+pub use self::peers::Peer;
+pub use self::restore::{RestoredNode, restore};
 pub use crate::client::{Secret, TlsFiles};
+pub use crate::config::BackupConfig;
 
 /// Threads for looking up names, those of other nodes, and at the files of certificates. What is beyond it waits; nothing else uses them.
 const LOOKUP_THREADS: usize = 4;
@@ -108,8 +127,12 @@ pub struct Node {
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
     endpoints: watch::Receiver<Vec<String>>,
+    report: Arc<Report>,
+    keeper: Option<Arc<Keeper>>,
     ended: watch::Receiver<Option<Error>>,
     stop: CancellationToken,
+    /// Until when the stop may wait for others.
+    until: Arc<Mutex<Option<Instant>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     done: Mutex<Option<oneshot::Receiver<Result<()>>>>,
 }
@@ -137,15 +160,17 @@ impl Node {
         let guard = stop.clone().drop_guard();
         let (started, wait) = oneshot::channel();
         let (finished, done) = oneshot::channel();
-        let theirs = stop.clone();
+        let (theirs, until) = (stop.clone(), Arc::<Mutex<Option<Instant>>>::default());
+        let asked = until.clone();
         let thread = std::thread::Builder::new().name(format!("quorate-embed-{}", config.hostname)).spawn(move || {
             let mut started = Some(started);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(LOOKUP_THREADS).build();
+            let threads = LOOKUP_THREADS + backups::THREADS;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(threads).build();
             let ended = match runtime {
                 Ok(runtime) => {
-                    let ended = runtime.block_on(run(config, theirs, &mut started));
+                    let ended = runtime.block_on(run(config, theirs, &asked, &mut started));
                     // It is gone before the last word is said: who hears that waits for nothing but the end of a thread. A name that is
-                    // still looked up is not waited for: it holds nothing.
+                    // still looked up is not waited for: it holds nothing. Nor is a store of backups that does not answer.
                     runtime.shutdown_background();
                     ended
                 }
@@ -165,10 +190,10 @@ impl Node {
                 return Err(err);
             }
         };
-        let Started { role, client, local, cluster, availability, endpoints, ended } = parts;
+        let Started { role, client, local, cluster, availability, endpoints, report, keeper, ended } = parts;
         let _ = guard.disarm();
         let (thread, done) = (Mutex::new(Some(thread)), Mutex::new(Some(done)));
-        Ok(Node { role, client, local, cluster, availability, endpoints, ended, stop, thread, done })
+        Ok(Node { role, client, local, cluster, availability, endpoints, report, keeper, ended, stop, until, thread, done })
     }
 
     /// What this node is, for the life of its data directory.
@@ -201,15 +226,44 @@ impl Node {
         self.availability.clone()
     }
 
-    /// The [availability](Self::availability) as it is now, as JSON for a health page, with the node's role and cluster: see
-    /// [`Availability::to_json`].
+    /// The [availability](Self::availability) as it is now, as JSON for a health page, see [`Availability::to_json`]; with the node's `role` and
+    /// `cluster`, its [`servers`](Self::peers), and what there is to be said of its [`backups`](Self::back_up): `newestAt` in milliseconds
+    /// since 1970, `ageSeconds`, `made` and `failed` by this process, and the `lastTry`.
     pub fn health_json(&self) -> serde_json::Value {
-        let mut health = self.availability.borrow().to_json();
-        if let Some(health) = health.as_object_mut() {
-            health.insert("role".into(), self.role.to_string().into());
-            health.insert("cluster".into(), self.cluster_id().into());
-        }
-        health
+        self.report.to_json()
+    }
+
+    /// How far away each server is, but for the one in this process. They are asked every other second; empty before the first answers.
+    pub fn peers(&self) -> Vec<Peer> {
+        self.report.peers()
+    }
+
+    /// The metrics of this node's server, or those that a client has, to be read or taken into the host's own registry.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.report.facts().metrics
+    }
+
+    /// Makes a backup now, of whatever server this node reads from, into [`EmbedConfig::backup`]'s directory. Any node may be asked. It goes on
+    /// when the future is dropped.
+    ///
+    /// # Errors
+    /// As [`Backups::back_up`](crate::backup::Backups::back_up); `Config` when no directory is set; `Locked` when another node is making one
+    /// there, and goes on to.
+    pub async fn back_up(&self) -> Result<BackupInfo> {
+        self.keeper()?.back_up().await
+    }
+
+    /// The backups in [`EmbedConfig::backup`]'s directory, whoever has made them, and what goes on. On a server `next` is when the leader makes
+    /// the next one, by this server's own clock and chance; on a client it is none.
+    ///
+    /// # Errors
+    /// `Io` for the directory; `Config` when none is set.
+    pub async fn backups(&self) -> Result<backup::Status> {
+        self.keeper()?.status().await
+    }
+
+    fn keeper(&self) -> Result<&Arc<Keeper>> {
+        self.keeper.as_ref().ok_or_else(|| Error::Config("KV_BACKUP_STORE is not set; name a directory for backups".into()))
     }
 
     /// Returns when the node's server has stopped by itself, or the node was told to stop. A client node has no server that could.
@@ -234,6 +288,21 @@ impl Node {
     /// # Errors
     /// What went wrong on the way, or had made its server stop before; everything is given up all the same.
     pub async fn shutdown(self) -> Result<()> {
+        self.stop(None).await
+    }
+
+    /// The same in a given time. What waits for others is cut off when it is over: handing over the lead, connections that have something
+    /// under way, a backup. So is writing the state out, which the log has; the next start takes longer. What the disk is at is waited for,
+    /// for nothing may be left behind; that is far below a second, unless the disk hangs.
+    ///
+    /// # Errors
+    /// As [`shutdown`](Self::shutdown); [`CutOff`](Error::CutOff) names what was cut off.
+    pub async fn shutdown_within(self, limit: Duration) -> Result<()> {
+        self.stop(Some(limit)).await
+    }
+
+    async fn stop(self, limit: Option<Duration>) -> Result<()> {
+        *lock(&self.until) = limit.and_then(|limit| Instant::now().checked_add(limit));
         self.stop.cancel();
         let done = lock(&self.done).take();
         let result = match done {
@@ -269,12 +338,22 @@ struct Started {
     cluster: Option<u128>,
     availability: watch::Receiver<Availability>,
     endpoints: watch::Receiver<Vec<String>>,
+    report: Arc<Report>,
+    keeper: Option<Arc<Keeper>>,
     /// Why its server has stopped by itself.
     ended: watch::Receiver<Option<Error>>,
 }
 
 /// The life of a node, on its own runtime. `started` is told, and taken, when it runs; an error before that is returned.
-async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Option<oneshot::Sender<Result<Started>>>) -> Result<()> {
+async fn run(
+    mut config: EmbedConfig,
+    stop: CancellationToken,
+    until: &Mutex<Option<Instant>>,
+    started: &mut Option<oneshot::Sender<Result<Started>>>,
+) -> Result<()> {
+    let (tell, availability) = watch::channel(Availability::default());
+    let (tell_peers, peers) = watch::channel(Vec::new());
+    let report = Report::new(availability.clone(), peers);
     // From here on it waits for no other node any more: it is told to stop, or the time is over. It is not dropped, for what it has
     // begun has to be ended in order.
     let late = stop.child_token();
@@ -286,22 +365,29 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
     };
     let parts = tokio::select! {
         biased;
-        parts = Parts::start(&mut config, &late) => parts,
+        parts = Parts::start(&mut config, &late, &report) => parts,
         never = timer => never,
     };
-    let parts = parts?;
-    let (tell, availability) = watch::channel(Availability::default());
+    let mut parts = parts?;
     let (announce, endpoints) = watch::channel(parts.endpoints.clone());
     let end = RuntimeEnd::default();
-    let options = parts.secure.options.clone();
-    let client = match parts.local().map_or_else(|| remote(endpoints.clone(), options, end.clone()), Ok) {
+    let gate = Arc::new(Gate::default());
+    let cluster = parts.known.as_ref().and_then(|known| cluster_number(&known.decision));
+    let options = RemoteOptions { cluster, ..parts.secure.options.clone() };
+    let made = parts.local().map_or_else(|| remote(endpoints.clone(), options, end.clone()), Ok).and_then(|whole| {
+        parts.keep_backups(&config, whole.clone(), &report)?;
+        Ok(whole)
+    });
+    let client = match made.map(|whole| whole.gated(gate.clone())) {
         Ok(client) if config.namespace.is_empty() => client,
         Ok(client) => client.namespaced(config.namespace.clone()),
         Err(err) => {
-            let _ = parts.close().await;
+            let _ = parts.close(&mut Limit::default()).await;
             return Err(err);
         }
     };
+    let counters = report.facts().metrics.counters.clone();
+    let signal = Signal { tell, gate, counters: counters.clone() };
     let (tell_end, ended) = watch::channel(None);
     let handle = Started {
         role: parts.role,
@@ -310,33 +396,72 @@ async fn run(mut config: EmbedConfig, stop: CancellationToken, started: &mut Opt
         cluster: parts.known.as_ref().map(|known| known.decision.cluster),
         availability,
         endpoints: endpoints.clone(),
+        report: report.clone(),
+        keeper: parts.keeper.clone(),
         ended,
     };
     if started.take().is_none_or(|started| started.send(Ok(handle)).is_err()) {
         stop.cancel();
     }
+    let lines = parts.secure.store.clone().of_cluster(cluster);
+    let servers = || Remote::new(endpoints.clone(), config.backend == Backend::Embedded, lines.clone());
     let store: Box<dyn Store> = match parts.local() {
         Some(client) => Box::new(Local(client)),
-        None => Box::new(Remote::new(endpoints, config.backend == Backend::Embedded, parts.secure.store.clone())),
+        None => Box::new(servers()),
     };
+    let own = parts.server.as_ref().and_then(|_| config.client_url().ok()).map(|url| url.to_string());
     let result = {
         let ended = parts.live(&config, announce);
+        let keeper = parts.keeper.clone();
+        let kept = async {
+            match &keeper {
+                Some(keeper) => keeper.watch().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => Ok(()),
-            () = watch_store(store, tell.clone()) => Ok(()),
+            () = watch_store(store, &signal) => Ok(()),
+            () = watch_peers(servers(), own, &tell_peers, &counters) => Ok(()),
+            () = kept => Ok(()),
             ended = ended => ended,
         }
     };
     if let Err(err) = &result {
         // The host goes on; it is told, and nothing here tries to be a server any more.
         tracing::error!(error = %err, "this node's server has stopped");
-        tell.send_if_modified(|now| now.set(std::time::SystemTime::now(), Access::ReadOnly, &err.to_string(), false, false));
+        signal.set(Access::ReadOnly, &err.to_string(), false, false, true);
         tell_end.send_replace(Some(err.clone()));
         stop.cancelled().await;
     }
     end.announce();
-    let closed = parts.close().await;
-    result.and(closed)
+    let mut limit = Limit { until: *lock(until), cut: Vec::new() };
+    let closed = parts.close(&mut limit).await;
+    let in_time = if limit.cut.is_empty() { Ok(()) } else { Err(Error::CutOff(limit.cut.join(", "))) };
+    result.and(closed).and(in_time)
+}
+
+/// How long a stop may wait for others, and what it has cut off for that.
+#[derive(Default)]
+struct Limit {
+    until: Option<Instant>,
+    cut: Vec<&'static str>,
+}
+
+impl Limit {
+    /// What is left of the time, but no more than is usual.
+    fn left(&self, usual: Duration) -> Duration {
+        self.until.map_or(usual, |until| until.saturating_duration_since(Instant::now()).min(usual))
+    }
+
+    /// Something has not come to its end in time. Without a limit that is how it is.
+    fn cut(&mut self, what: &'static str) {
+        if self.until.is_some() {
+            self.cut.push(what);
+        } else {
+            tracing::warn!(what, "it has taken too long, and was cut off");
+        }
+    }
 }
 
 /// A client of servers elsewhere, as they change. What tells it of them ends with the node's runtime.
@@ -361,6 +486,8 @@ struct Parts {
     driver: Option<Driver>,
     server: Option<Server>,
     serving: Option<Serving>,
+    health: Option<Serving>,
+    keeper: Option<Arc<Keeper>>,
     own_url: Option<Url>,
     secure: Secure,
     // Held until everything else is closed.
@@ -368,39 +495,63 @@ struct Parts {
 }
 
 impl Parts {
-    async fn start(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
+    async fn start(config: &mut EmbedConfig, late: &CancellationToken, report: &Arc<Report>) -> Result<Parts> {
         let mut parts = match config.backend {
-            Backend::Etcd => return Parts::of_etcd(config),
-            Backend::Embedded => Parts::open(config, late).await?,
+            Backend::Etcd => Parts::of_etcd(config, report).await?,
+            Backend::Embedded => Parts::open(config, late, report).await?,
         };
         match parts.come_up(config, late).await {
-            Ok(()) => Ok(parts),
+            Ok(()) => {
+                parts.tell(report);
+                Ok(parts)
+            }
             Err(err) => {
                 // What went wrong before is what counts.
-                let _ = parts.close().await;
+                let _ = parts.close(&mut Limit::default()).await;
                 Err(err)
             }
         }
     }
 
-    fn of_etcd(config: &EmbedConfig) -> Result<Parts> {
+    async fn of_etcd(config: &EmbedConfig, report: &Arc<Report>) -> Result<Parts> {
         let secure = Secure::open(config)?;
         let endpoints = config.addr.iter().map(Url::to_string).collect();
-        Ok(Parts {
-            role: Role::Client,
-            endpoints,
-            known: None,
-            driver: None,
-            server: None,
-            serving: None,
-            own_url: None,
-            secure,
-            dir: None,
-        })
+        let ip = config.advertise_ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+        let health = match config.health_port {
+            Some(port) => Some(health::open(ip, port, report).await?),
+            None => None,
+        };
+        let (role, keeper, server, serving) = (Role::Client, None, None, None);
+        Ok(Parts { role, endpoints, known: None, driver: None, server, serving, health, keeper, own_url: None, secure, dir: None })
+    }
+
+    /// What there is to be known of the node, now that it has come up.
+    fn tell(&self, report: &Report) {
+        report.set(|facts| {
+            facts.role = Some(self.role);
+            facts.cluster = self.known.as_ref().map(|known| known.decision.cluster);
+            if let Some(server) = &self.server {
+                facts.checks = Some(server.node().clone());
+                facts.metrics = server.metrics().clone();
+            }
+        });
+    }
+
+    /// Begins to make backups, if there are to be any.
+    fn keep_backups(&mut self, config: &EmbedConfig, client: Client, report: &Report) -> Result<()> {
+        let Some(wanted) = &config.backup else { return Ok(()) };
+        let leads = self.server.as_ref().map(|server| {
+            let node = server.node().clone();
+            Arc::new(move || node.is_leader()) as backup::IsOurs
+        });
+        let keeper = Arc::new(Keeper::start(client, wanted, report.facts().metrics.counters.clone(), leads)?);
+        report.set(|facts| facts.keeper = Some(keeper.clone()));
+        self.keeper = Some(keeper);
+        Ok(())
     }
 
     /// Reads what the node remembers, and begins to look for the others.
-    async fn open(config: &mut EmbedConfig, late: &CancellationToken) -> Result<Parts> {
+    async fn open(config: &mut EmbedConfig, late: &CancellationToken, report: &Arc<Report>) -> Result<Parts> {
         let secure = Secure::open(config)?;
         let (dir, state) = NodeDir::open(&config.data_dir)?;
         if let State::Removed { cluster } = &state {
@@ -418,10 +569,15 @@ impl Parts {
         }
         let (peer, client) = (peer_url.to_string(), client_url.to_string());
         let me = Candidate { node: dir.node(), name: config.hostname.clone(), peer_url: peer, client_url: client };
+        let health = match config.health_port {
+            Some(port) => Some(health::open(config.advertised_ip()?, port, report).await?),
+            None => None,
+        };
         let dir = Arc::new(dir);
         let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone(), &secure.peers)?;
         let (driver, own_url, dir) = (Some(driver), Some(peer_url), Some(dir));
-        Ok(Parts { role: Role::Client, endpoints: Vec::new(), known: None, driver, server: None, serving: None, own_url, secure, dir })
+        let (role, keeper, server, serving) = (Role::Client, None, None, None);
+        Ok(Parts { role, endpoints: Vec::new(), known: None, driver, server, serving, health, keeper, own_url, secure, dir })
     }
 
     /// Finds out what the node is, and becomes that.
@@ -506,18 +662,26 @@ impl Parts {
     }
 
     /// Stops everything, in order. All of it is tried, whatever fails.
-    async fn close(self) -> Result<()> {
+    async fn close(self, limit: &mut Limit) -> Result<()> {
         let mut result = Ok(());
+        if let Some(keeper) = self.keeper {
+            let was_at_work = keeper.is_at_work();
+            if tokio::time::timeout(limit.left(backups::END), keeper.close()).await.is_err() && was_at_work {
+                limit.cut("a backup");
+            }
+        }
         if let Some(server) = self.server {
-            hand_over(&server).await;
-            result = match server.shutdown().await {
+            hand_over(&server, limit).await;
+            let (closed, cut) = server.shutdown_by(limit.until).await;
+            limit.cut.extend(cut);
+            result = match closed {
                 // That was the reason to stop, and is remembered.
                 Err(Error::Removed) => Ok(()),
                 other => other,
             };
         }
-        if let Some(serving) = self.serving {
-            serving.stop(DRAIN).await;
+        for serving in [self.serving, self.health].into_iter().flatten() {
+            serving.stop(limit.left(DRAIN)).await;
         }
         if let Some(driver) = self.driver {
             driver.stop().await;
@@ -527,16 +691,20 @@ impl Parts {
 }
 
 /// Hands the lead to another voter, if this server has it, so that nobody has to wait for an election.
-async fn hand_over(server: &Server) {
+async fn hand_over(server: &Server, limit: &mut Limit) {
     let node = server.node();
     if !node.is_leader() {
         return;
     }
     let others = server.client().last_members().into_iter().filter(|member| !member.is_learner && member.id != server.member_id());
     for member in others {
-        match tokio::time::timeout(HAND_OVER, node.move_leader(member.id)).await {
+        if limit.left(HAND_OVER).is_zero() {
+            return limit.cut("handing over the lead");
+        }
+        match tokio::time::timeout(limit.left(HAND_OVER), node.move_leader(member.id)).await {
             Ok(Ok(())) => return,
             Ok(Err(err)) => tracing::debug!(to = %member.name, error = %err, "handing over the lead"),
+            Err(_) if limit.left(HAND_OVER).is_zero() => return limit.cut("handing over the lead"),
             Err(_) => tracing::debug!(to = %member.name, "handing over the lead took too long"),
         }
     }
@@ -580,6 +748,17 @@ async fn serve_founding(url: &Url, driver: &Driver, secure: &Secure) -> Result<S
 /// What a server is told, of what was agreed.
 fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &Url, client_url: &Url) -> Result<Config> {
     let names = names(&known.decision);
+    let cluster = cluster_number(&known.decision);
+    if let Ok(Some(found)) = identity_in(&dir.server().join("member"))
+        && cluster.is_some_and(|cluster| cluster != found.cluster_id)
+    {
+        let what = format!(
+            "its data is of cluster {:x}, and the node of {:x}: one of them was restored or copied without the other; restore the node as a whole",
+            found.cluster_id,
+            cluster.unwrap_or_default()
+        );
+        return Err(Error::Format { path: dir.server(), what });
+    }
     let own = names.iter().find(|(founder, _)| founder.node == dir.node());
     let (own, name) = own.ok_or_else(|| Error::Failed("the node is a server, and not among the founders".into()))?;
     let mut member = config.member();
@@ -607,6 +786,11 @@ fn names(decision: &Decision) -> Vec<(&Candidate, String)> {
 
 fn token(decision: &Decision) -> String {
     format!("{:032x}", decision.cluster)
+}
+
+/// The cluster's id as its servers have it, and tell it in every answer; none if a founder's URL cannot be read.
+fn cluster_number(decision: &Decision) -> Option<u64> {
+    decision.founders.iter().map(|founder| founder_id(decision, founder)).collect::<Option<Vec<u64>>>().map(cluster_id)
 }
 
 /// The id that a founder has as a member.

@@ -1,6 +1,7 @@
 //! Tries the store twice a second, and makes the node's [`Availability`] of it. See [`availability`](super::availability).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::{BoxFuture, join_all};
@@ -10,7 +11,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::availability::{Access, Availability, Latencies, PROBE_INTERVAL, PROBE_TIMEOUT, Probe, Tracker};
 use super::founding::drive::CONNECT_TIMEOUT;
 use super::way::{Found, Trouble, Way, request};
-use crate::client::{Client, Lines};
+use crate::client::{Client, Gate, Lines};
+use crate::metrics::Counters;
 use crate::proto::etcdserverpb::{AlarmMember, AlarmType};
 
 /// How often the state is looked at while a probe is under way.
@@ -39,8 +41,32 @@ pub(crate) trait Store: Send {
     fn probe(&mut self) -> BoxFuture<'_, Tried>;
 }
 
+/// Where it is told what can be done with the store: to the host, to the metrics, and to the node's own client.
+pub(crate) struct Signal {
+    pub tell: watch::Sender<Availability>,
+    pub gate: Arc<Gate>,
+    pub counters: Arc<Counters>,
+}
+
+impl Signal {
+    /// Tells it. A store that `is_lost` takes no writes: nobody has to wait to hear that.
+    pub fn set(&self, access: Access, reason: &str, kv: bool, kv_write: bool, is_lost: bool) {
+        self.counters.node.set_access(kv, kv_write);
+        self.gate.set(is_lost.then_some(reason));
+        self.tell.send_if_modified(|now| {
+            if now.access != access {
+                match access {
+                    Access::ReadWrite => tracing::info!(%access, before = %now.access, "the store's availability has changed"),
+                    _ => tracing::warn!(%access, before = %now.access, reason, "the store's availability has changed"),
+                }
+            }
+            now.set(SystemTime::now(), access, reason, kv, kv_write)
+        });
+    }
+}
+
 /// Tries until it is dropped.
-pub(crate) async fn watch_store(mut store: Box<dyn Store>, tell: watch::Sender<Availability>) {
+pub(crate) async fn watch_store(mut store: Box<dyn Store>, signal: &Signal) {
     let began = Instant::now();
     let mut tracker = Tracker::new(Duration::ZERO);
     let mut latencies = Latencies::default();
@@ -57,7 +83,7 @@ pub(crate) async fn watch_store(mut store: Box<dyn Store>, tell: watch::Sender<A
                     tried = &mut probe => break tried,
                     () = tokio::time::sleep(LOOK) => {
                         tracker.passed(began.elapsed());
-                        publish(&tell, &tracker, kv, kv_write);
+                        publish(signal, &tracker, began.elapsed(), kv, kv_write);
                     }
                 }
             }
@@ -71,21 +97,12 @@ pub(crate) async fn watch_store(mut store: Box<dyn Store>, tell: watch::Sender<A
         }
         (kv, kv_write) = (tried.read, tried.probe == Probe::Good);
         tracker.probed(began.elapsed(), tried.probe);
-        publish(&tell, &tracker, kv, kv_write);
+        publish(signal, &tracker, began.elapsed(), kv, kv_write);
     }
 }
 
-fn publish(tell: &watch::Sender<Availability>, tracker: &Tracker, kv: bool, kv_write: bool) {
-    tell.send_if_modified(|now| {
-        let (access, reason) = (tracker.access(), tracker.reason());
-        if now.access != access {
-            match access {
-                Access::ReadWrite => tracing::info!(%access, before = %now.access, "the store's availability has changed"),
-                _ => tracing::warn!(%access, before = %now.access, reason, "the store's availability has changed"),
-            }
-        }
-        now.set(SystemTime::now(), access, reason, kv, kv_write)
-    });
+fn publish(signal: &Signal, tracker: &Tracker, now: Duration, kv: bool, kv_write: bool) {
+    signal.set(tracker.access(), tracker.reason(), kv, kv_write, tracker.is_lost(now));
 }
 
 fn refused(alarms: &[AlarmMember]) -> Option<Probe> {
@@ -135,6 +152,19 @@ impl Remote {
         // Whether anybody is there shows soon; what comes after that may take long.
         let lines = lines.limited(FIRST_TIMEOUT, CONNECT_TIMEOUT);
         Remote { endpoints, ways: BTreeMap::new(), lines, first: None, is_ours, count: 0, alarms: None }
+    }
+
+    /// How long each of the servers takes to answer, but for one, or why it does not. What it has itself is asked for, so the time is that of
+    /// the way and the server, and has nothing to do with the others.
+    pub async fn measure(&mut self, but: Option<&str>) -> Vec<(String, Result<Duration, String>)> {
+        let endpoints: Vec<String> = self.endpoints.borrow().iter().filter(|endpoint| Some(endpoint.as_str()) != but).cloned().collect();
+        self.ways.retain(|endpoint, _| endpoints.contains(endpoint));
+        for endpoint in endpoints {
+            self.ways.entry(endpoint).or_default();
+        }
+        let (lines, until) = (&self.lines, Instant::now() + PROBE_TIMEOUT);
+        let asked = self.ways.iter_mut().map(|(endpoint, way)| async move { (endpoint.clone(), way.reach(lines, endpoint, until).await) });
+        join_all(asked).await
     }
 }
 

@@ -111,6 +111,33 @@ impl Way {
         }
     }
 
+    /// How long the server takes to answer from what it has itself.
+    ///
+    /// # Errors
+    /// Why it does not answer.
+    pub async fn reach(&mut self, lines: &Lines, endpoint: &str, until: Instant) -> Result<Duration, String> {
+        let (line, ticket) = self.line(lines, endpoint, until).await.map_err(|trouble| match trouble {
+            Trouble::Bad(why) | Trouble::Refused(why) => why,
+        })?;
+        let began = Instant::now();
+        let late = |_| Err(Status::deadline_exceeded("no answer in time"));
+        let answer = timeout_at(until, KvClient::new(line.clone()).range(request(true))).await.unwrap_or_else(late);
+        let Err(status) = answer else { return Ok(began.elapsed()) };
+        match line.fault(ticket, &status) {
+            Fault::Token => {
+                self.0 = State::Opening(open(lines, endpoint, Some(line)));
+                Err(format!("its token is refused: {}", status.message()))
+            }
+            Fault::Broken(why) => {
+                self.0 = State::Closed;
+                Err(why)
+            }
+            // Somebody is there, and decides who may do what.
+            Fault::None if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => Ok(began.elapsed()),
+            Fault::None => Err(status.message().to_owned()),
+        }
+    }
+
     /// Both at the same time.
     pub async fn probe(&mut self, lines: &Lines, endpoint: &str, look: bool, until: Instant) -> (Result<Found, Trouble>, bool) {
         match self.line(lines, endpoint, until).await {

@@ -31,6 +31,11 @@ impl Backups {
         self.newest.store(seconds(made), Ordering::Relaxed);
     }
 
+    /// The newest that was found where they are kept; others may have made it, or removed what there was.
+    pub(crate) fn see(&self, newest: Option<SystemTime>) {
+        self.newest.store(newest.map_or(0, seconds), Ordering::Relaxed);
+    }
+
     /// When the newest was made.
     pub fn newest(&self) -> u64 {
         self.newest.load(Ordering::Relaxed)
@@ -64,6 +69,10 @@ mod tests {
         backups.note(at(450));
         assert_eq!((backups.age(at(500)), backups.newest()), (50, 450));
         assert_eq!(backups.age(at(440)), 0, "a clock that was set back");
+        backups.see(Some(at(470)));
+        assert_eq!(backups.age(at(500)), 30);
+        backups.see(None);
+        assert_eq!((backups.age(at(500)), backups.newest()), (400, 0));
         let again = Backups::default();
         again.begin(at(1000), Some(at(900)));
         assert_eq!(again.age(at(1001)), 101);

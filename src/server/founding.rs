@@ -67,17 +67,23 @@ pub(crate) fn found(config: &Config, peer_urls: &[Url]) -> Result<Identity> {
     let founders = founders(config, peer_urls)?;
     let ours = founders.iter().find(|(_, name, _)| *name == config.name);
     let (member_id, ..) = ours.ok_or_else(|| Error::Config(format!("initial-cluster does not name this member, {:?}", config.name)))?;
-    let mut cluster = Sha256::new();
-    for (id, ..) in &founders {
-        cluster.update(id.to_be_bytes());
-    }
     Ok(Identity {
-        cluster_id: first_u64(&cluster.finalize()),
+        cluster_id: cluster_id(founders.iter().map(|(id, ..)| *id).collect()),
         member_id: *member_id,
         name: config.name.clone(),
         joined: false,
         incarnation: 0,
     })
+}
+
+/// The id of a cluster, by those of its founders.
+pub(crate) fn cluster_id(mut founders: Vec<u64>) -> u64 {
+    founders.sort_unstable();
+    let mut cluster = Sha256::new();
+    for id in founders {
+        cluster.update(id.to_be_bytes());
+    }
+    first_u64(&cluster.finalize())
 }
 
 /// The identity of a member that joins: as the members of the cluster know it, which has to know it before.

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use http::{HeaderName, Request, Response, Uri};
+use http::{HeaderName, HeaderValue, Request, Response, Uri};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -33,6 +33,7 @@ use super::options::FILE_NAMES;
 use crate::config::Url;
 use crate::cork::Cork;
 use crate::error::Result;
+use crate::raft::network::CLUSTER;
 use crate::tls::{self, Connector};
 
 /// What a member may send of one answer, or one watch, before it was taken: a large answer shall not wait for a round trip every 64 KiB. Beyond
@@ -58,6 +59,8 @@ pub(crate) struct Lines {
     pass: Pass,
     /// How long TCP alone may take; no more than the next.
     tcp_timeout: Duration,
+    /// The cluster that is meant, as the members' own calls name theirs.
+    cluster: Option<HeaderValue>,
     connect_timeout: Duration,
     keep_alive: (Duration, Duration),
     /// What it means that a member speaks TLS where it is spoken to in plain text.
@@ -69,6 +72,7 @@ pub(crate) struct Lines {
 pub(crate) struct Line {
     pub(super) channel: Channel,
     pub(super) pass: Pass,
+    cluster: Option<HeaderValue>,
 }
 
 impl Lines {
@@ -88,6 +92,7 @@ impl Lines {
             tls,
             pass: Pass::new(&options.username, &options.password),
             tcp_timeout: options.connect_timeout,
+            cluster: options.cluster.and_then(cluster_header),
             connect_timeout: options.connect_timeout,
             keep_alive: (options.keep_alive_interval, options.keep_alive_timeout),
             hint: "its URL is https://",
@@ -98,6 +103,11 @@ impl Lines {
     /// machine takes longer where TLS is spoken.
     pub fn limited(self, tcp_timeout: Duration, connect_timeout: Duration) -> Lines {
         Lines { tcp_timeout, connect_timeout, ..self }
+    }
+
+    /// The same, for members of one cluster alone: those of another refuse what is asked.
+    pub fn of_cluster(self, cluster: Option<u64>) -> Lines {
+        Lines { cluster: cluster.and_then(cluster_header), ..self }
     }
 
     /// The same, where it is not a URL that says how members are spoken to. `hint` follows on "it speaks TLS, so".
@@ -134,7 +144,7 @@ impl Lines {
             Some(dialer) => endpoint.connect_with_connector_lazy(dialer),
             None => endpoint.connect_lazy(),
         };
-        Ok(Line { channel, pass: self.pass.clone() })
+        Ok(Line { channel, pass: self.pass.clone(), cluster: self.cluster.clone() })
     }
 
     /// A line to a member that has said its first word. To be awaited on the runtime that is to have the connection, within a limit.
@@ -142,7 +152,7 @@ impl Lines {
     /// # Errors
     /// Why there is none.
     pub fn connect(&self, url: &Url) -> Result<BoxFuture<'static, Result<Line, String>>, String> {
-        let (endpoint, pass) = (self.endpoint(url)?, self.pass.clone());
+        let (endpoint, pass, cluster) = (self.endpoint(url)?, self.pass.clone(), self.cluster.clone());
         let (tell, mut told) = watch::channel(None);
         let dialer = self.dialer(url, tell);
         Ok(async move {
@@ -155,7 +165,7 @@ impl Lines {
                 }
                 None => endpoint.connect().await.map_err(|err| chain(&err))?,
             };
-            Ok(Line { channel, pass })
+            Ok(Line { channel, pass, cluster })
         }
         .boxed())
     }
@@ -187,6 +197,10 @@ impl Lines {
     }
 }
 
+fn cluster_header(cluster: u64) -> Option<HeaderValue> {
+    HeaderValue::try_from(format!("{cluster:016x}")).ok()
+}
+
 impl Service<Request<Body>> for Line {
     type Response = Response<Body>;
     type Error = tonic::transport::Error;
@@ -199,6 +213,9 @@ impl Service<Request<Body>> for Line {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         if let Some(token) = self.pass.token() {
             request.headers_mut().insert(TOKEN, token);
+        }
+        if let Some(cluster) = &self.cluster {
+            request.headers_mut().insert(CLUSTER, cluster.clone());
         }
         self.channel.call(request)
     }

@@ -98,6 +98,8 @@ pub struct RemoteOptions {
     pub username: String,
     /// Its password. It is sent as it is: give endpoints with `https` URLs, unless the network is to be trusted.
     pub password: Secret,
+    /// The cluster that is meant, if that is known: a member of another one refuses the calls.
+    pub(crate) cluster: Option<u64>,
 }
 
 /// What the files are called in complaints.
@@ -130,6 +132,7 @@ impl Default for RemoteOptions {
             tls: TlsFiles::default(),
             username: String::new(),
             password: Secret::default(),
+            cluster: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 use h2::Reason;
 use tonic::{Code, ConnectError, Status};
 
+use crate::api::router::OTHER_CLUSTER;
 use crate::error::{ApplyError, Error};
 
 #[derive(Debug)]
@@ -35,6 +36,10 @@ pub(super) fn verdict(status: &Status) -> Verdict {
         Some(err @ (ApplyError::TimeoutLeaderFail | ApplyError::LeaderChanged)) => return Verdict::Open(err.into()),
         Some(err) => return Verdict::Answer(err.into()),
         None => {}
+    }
+    // Nor has it here; another may belong to the one that is meant.
+    if status.code() == Code::FailedPrecondition && text.starts_with(OTHER_CLUSTER) {
+        return Verdict::NotDone(Error::Unavailable(text.into()));
     }
     // etcd has more timeouts than one, by what it was waiting for.
     if text.starts_with("etcdserver: request timed out") {
@@ -110,6 +115,8 @@ mod tests {
             (Code::InvalidArgument, "etcdserver: revision of auth store is old", "entry PermissionDenied"),
             (Code::InvalidArgument, "etcdserver: user name is empty", "entry PermissionDenied"),
             (Code::Unimplemented, "unknown service x", "answer Unsupported"),
+            (Code::FailedPrecondition, "this member belongs to another cluster: 7, and not 8", "not done Unavailable"),
+            (Code::FailedPrecondition, "something else", "answer FailedPrecondition"),
         ] {
             assert_eq!(is(code, text), expected, "{text}");
         }

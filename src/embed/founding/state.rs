@@ -26,13 +26,14 @@ use super::agree::{Ballot, Candidate, Decision, Known, NodeId, Role, State, Unbo
 use crate::error::{Error, Result};
 use crate::storage::dir::{Hold, hold, write_whole};
 
-const FILE: &str = "kv-state.json";
+/// What the node remembers.
+pub(crate) const FILE: &str = "kv-state.json";
 
 /// Version of the format. A release reads its own and older ones.
 const FORMAT: u64 = 1;
 
 /// Where a server keeps its data, below the node's directory.
-const SERVER: &str = "server";
+pub(crate) const SERVER: &str = "server";
 
 /// A node's directory, held by this node until it is dropped.
 #[derive(Debug)]
@@ -67,10 +68,13 @@ impl NodeDir {
                 Ok((NodeDir { path: path.to_owned(), node, _hold: hold }, state))
             }
             None => {
-                for foreign in [SERVER, "member"] {
+                // Until the last step of a restore there is no memory, and there is this.
+                for foreign in [SERVER, "member", "restoring"] {
                     if path.join(foreign).exists() {
-                        let what =
-                            format!("{foreign} is there, but no {FILE}: this is not the directory of a node, or it has lost its memory");
+                        let what = format!(
+                            "{foreign} is there, but no {FILE}: this is not the directory of a node, or it has lost its memory, \
+                             or a restore was cut off and is to be repeated"
+                        );
                         return Err(Error::Format { path: path.to_owned(), what });
                     }
                 }
@@ -97,8 +101,16 @@ impl NodeDir {
     /// # Errors
     /// `Io`. What is on disk then is the old state or the new one; only reading it again tells.
     pub fn save(&self, state: &State) -> Result<()> {
-        write_whole(&self.path, FILE, encode(self.node, state).as_bytes())
+        write(&self.path, self.node, state)
     }
+}
+
+/// Puts what a node remembers into a directory.
+///
+/// # Errors
+/// As [`NodeDir::save`].
+pub(crate) fn write(path: &Path, node: NodeId, state: &State) -> Result<()> {
+    write_whole(path, FILE, encode(node, state).as_bytes())
 }
 
 fn encode(node: NodeId, state: &State) -> String {
