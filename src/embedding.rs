@@ -1,4 +1,5 @@
-//! `quorate embed`: a node of the embedded mode by itself, so that one can be tried from a shell.
+//! `quorate embed`: a node of the embedded mode by itself, so that one can be tried from a shell; and `quorate node`, which changes who the
+//! servers are.
 //!
 //! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL`, `LOG_FORMAT` and `KV_LOG_FILTER`), and does what a host
 //! program does: it starts the node, tries again for as long as there is no cluster, and says in its log what role it has and whether the
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use quorate::Error;
 use quorate::cli::{LogConfig, LogFormat, LogLevel};
+use quorate::embed::members::Order;
 use quorate::embed::{EmbedConfig, Node};
 
 /// How long to wait between two tries to start.
@@ -33,6 +35,7 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_BACKUP_STORE  a directory for backups, which the nodes may share. Default: none\n\
   KV_BACKUP_SCHEDULE   when the leader makes one: cron, in UTC, such as 0 */12 * * *\n\
   KV_BACKUP_KEEP, KV_BACKUP_JITTER   how many are kept, and the delay by chance. Default: 5, 5s\n\
+  KV_ENLIST_TIMEOUT   how long a node that is to become a server may make no progress. Default: 5m\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
   TLS_ETCD_CA, TLS_ETCD_CLIENT_CERT, TLS_ETCD_CLIENT_KEY   for an etcd at https:// URLs\n\
   ETCD_USERNAME, ETCD_PASSWORD   the user to log in as at an etcd\n\
@@ -41,6 +44,36 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   LOG_LEVEL        debug, info, warn or error. Default: info\n\
   LOG_FORMAT       json or console. Default: json\n\
   KV_LOG_FILTER, LOG_FILTER  instead of LOG_LEVEL: levels by module, such as info,quorate::embed=debug\n";
+
+/// What `quorate node --help` prints.
+pub const NODE_HELP: &str = "Usage:\n\n  quorate node grow NODE...\n    Make servers of clients, so that there are three.\n\
+  \n  quorate node replace SERVER NODE [--even-alive]\n    Make a server of a client, in the place of one that is dead, or of any one.\n\
+  \n  quorate node remove SERVER\n    Remove a server.\n\n\
+  A NODE is host[:port] of its peer port, a SERVER the same, or its name or its id. Each node that is to be a server has to be started again.\n\
+  The cluster is looked for at JOIN, with KV_TOKEN or KV_TOKEN_FILE, as by `quorate embed`.\n";
+
+/// What the arguments of `quorate node` ask for.
+///
+/// # Errors
+/// [`Error::Config`], when they make no sense.
+pub fn order(args: &[String]) -> Result<Order, Error> {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    if let Some(flag) = args.iter().find(|arg| arg.starts_with('-') && **arg != "--even-alive") {
+        return Err(Error::Config(format!("node has no flag {flag}")));
+    }
+    match args[..] {
+        ["grow", ref nodes @ ..] if !nodes.is_empty() && !nodes.contains(&"--even-alive") => {
+            Ok(Order::Grow { nodes: nodes.iter().map(|node| (*node).to_owned()).collect() })
+        }
+        ["replace", server, by] | ["replace", server, by, "--even-alive"] | ["replace", "--even-alive", server, by]
+            if server != "--even-alive" && by != "--even-alive" =>
+        {
+            Ok(Order::Replace { server: server.to_owned(), by: by.to_owned(), even_alive: args.len() > 3 })
+        }
+        ["remove", server] if server != "--even-alive" => Ok(Order::Remove { server: server.to_owned() }),
+        _ => Err(Error::Config("node takes `grow NODE...`, `replace SERVER NODE` or `remove SERVER`".into())),
+    }
+}
 
 /// What the variables say of the log; `check_filter` says whether a filter can be read.
 ///

@@ -68,6 +68,11 @@ pub enum Error {
     #[error("the stop took longer than it was given, and has cut off {0}")]
     CutOff(String),
 
+    /// A change of a cluster's servers was refused, and nothing was changed. `reason` is its name, which stays (see
+    /// [`embed::members`](crate::embed::members)); `what` says who is meant, and what would be right.
+    #[error("{reason}: {what}")]
+    Ineligible { reason: String, what: String },
+
     /// The request could not be completed in time; a write may or may not have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
@@ -160,7 +165,7 @@ impl Error {
             Error::Refused { code: code::INVALID_ARGUMENT, .. } => ErrorKind::InvalidRequest,
             Error::Refused { code: code::PERMISSION_DENIED | code::UNAUTHENTICATED, .. } => ErrorKind::PermissionDenied,
             Error::Refused { code: code::UNIMPLEMENTED, .. } => ErrorKind::Unsupported,
-            Error::Refused { code: code::FAILED_PRECONDITION, .. } => ErrorKind::FailedPrecondition,
+            Error::Refused { code: code::FAILED_PRECONDITION, .. } | Error::Ineligible { .. } => ErrorKind::FailedPrecondition,
             Error::Refused { code: code::RESOURCE_EXHAUSTED, .. } => ErrorKind::Overloaded,
             err if err.is_disk_full() => ErrorKind::NoSpace,
             Error::Config(_)

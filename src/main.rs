@@ -30,7 +30,11 @@ const START_GRACE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_some_and(|first| first == "embed") {
+    let first = args.next();
+    if first.as_ref().is_some_and(|first| first == "node") {
+        return node(&args.map(|arg| arg.to_string_lossy().into_owned()).collect::<Vec<_>>());
+    }
+    if first.is_some_and(|first| first == "embed") {
         return match args.next() {
             None => embed(),
             Some(arg) if arg == "--help" || arg == "-h" => {
@@ -50,6 +54,26 @@ fn main() -> ExitCode {
         Ok(Action::Backup(command)) => backups::backup(command),
         Ok(Action::Restore(command)) => backups::restore(&command),
         Err(error) => usage(&error, "quorate --help"),
+    }
+}
+
+/// Changes who the servers of a cluster of nodes are.
+fn node(args: &[String]) -> ExitCode {
+    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
+        let _ = std::io::stdout().write_all(embedding::NODE_HELP.as_bytes());
+        return ExitCode::SUCCESS;
+    }
+    let (order, config) = match embedding::order(args).and_then(|order| Ok((order, EmbedConfig::from_env()?))) {
+        Ok(both) => both,
+        Err(error) => return usage(&error, "quorate node --help"),
+    };
+    let given = new_runtime("the main thread").and_then(|runtime| runtime.block_on(quorate::embed::members::give(&config, &order)));
+    match given {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "quorate: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -56,8 +56,8 @@ use crate::storage::wal::{Wal, WalOptions};
 use crate::tls::{Acceptor, Connector, Tls};
 use crate::world;
 
-use founding::{check_not_founded, join_cluster};
-pub(crate) use founding::{cluster_id, found, founders, member_id};
+pub(crate) use founding::{Enlistment, cluster_id, found, founders, member_id};
+use founding::{check_not_founded, join_cluster, join_enlisted};
 pub(crate) use opening::Damage;
 use opening::Opener;
 #[cfg(feature = "simulation")]
@@ -122,6 +122,16 @@ impl Server {
     /// As [`start`](Self::start), with something that answers founding messages on the peer port. When `late` is cancelled no other member
     /// is waited for any more, and the start fails with `Stopped` or `Unavailable`; what it has to do by itself is done to its end.
     pub(crate) async fn start_with(config: Config, say: Option<Say>, late: CancellationToken) -> Result<Server> {
+        Server::start_as(config, say, late, None).await
+    }
+
+    /// As [`start_with`](Self::start_with), for one that is enlisted: with an empty directory it takes its place among the members.
+    pub(crate) async fn start_as(
+        config: Config,
+        say: Option<Say>,
+        late: CancellationToken,
+        enlistment: Option<Enlistment>,
+    ) -> Result<Server> {
         config.validate()?;
         let (started, wait) = oneshot::channel();
         let (finished, done) = oneshot::channel();
@@ -135,7 +145,7 @@ impl Server {
             let mut started = Some(started);
             let ended = match runtime {
                 // It is gone before the last word is said: who hears that waits for nothing but the end of a thread.
-                Ok(runtime) => runtime.block_on(run(config, say, &late, &mut started)),
+                Ok(runtime) => runtime.block_on(run(config, say, &late, enlistment, &mut started)),
                 Err(err) => Err(Error::io("making the runtime of", &name, err)),
             };
             // Who started, or was to stop it, may have given up waiting.
@@ -261,10 +271,11 @@ async fn run(
     config: Config,
     say: Option<Say>,
     late: &CancellationToken,
+    enlistment: Option<Enlistment>,
     started: &mut Option<oneshot::Sender<Result<Arc<Shared>>>>,
 ) -> Result<()> {
     let given_up = || late.is_cancelled() || started.as_ref().is_none_or(oneshot::Sender::is_closed);
-    let member = Member::open(&config, &given_up).await?;
+    let member = Member::open(&config, enlistment.as_ref(), &given_up).await?;
     let stop = CancellationToken::new();
     let listening = match member.listen(&config, say.as_ref(), &stop).await {
         Ok(listening) => listening,
@@ -356,14 +367,17 @@ pub(crate) struct Member {
 
 impl Member {
     /// Opens everything below the wire. It may have to wait for other members; when `given_up` says so, it ends.
-    async fn open(config: &Config, given_up: &(dyn Fn() -> bool + Sync)) -> Result<Member> {
+    async fn open(config: &Config, enlistment: Option<&Enlistment>, given_up: &(dyn Fn() -> bool + Sync)) -> Result<Member> {
         // First, for nothing has been touched yet.
         let tls = Tls::open(config)?;
         let path = config.effective_data_dir();
         let mut dir = DataDir::open(&path, config.wal_dir.as_deref())?;
         let fresh = dir.identity().is_none();
         if fresh {
-            dir.set_identity(Self::identify(config, &tls.connector, given_up).await?)?;
+            dir.set_identity(match enlistment {
+                Some(enlistment) => join_enlisted(config, enlistment, &tls.connector, given_up).await?,
+                None => Self::identify(config, &tls.connector, given_up).await?,
+            })?;
         }
         let mut identity = dir.identity().cloned().ok_or_else(|| Error::Failed("the data directory has no identity".into()))?;
         if identity.incarnation == 0 {
@@ -488,7 +502,7 @@ impl Member {
             let members = founders.into_iter().map(|(id, name, urls)| {
                 let client_urls = if alone { &config.advertise_client_urls[..] } else { &[] };
                 let texts = |urls: &[Url]| urls.iter().map(Url::to_string).collect();
-                (id, internal::Member { name, peer_urls: texts(&urls), client_urls: texts(client_urls), voter_to_be: false })
+                (id, internal::Member { name, peer_urls: texts(&urls), client_urls: texts(client_urls), ..Default::default() })
             });
             let members: BTreeMap<u64, internal::Member> = members.collect();
             raft.initialize(members).await.map_err(|err| Error::Failed(err.to_string()))?;

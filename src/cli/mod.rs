@@ -438,6 +438,7 @@ fn help() -> String {
          \x20 quorate backup save|list DIR\n    Make a backup of a running member, or list those that there are; `quorate backup --help` says more.\n\n\
          \x20 quorate restore FILE --data-dir DIR\n    Make a backup into a new cluster; `quorate restore --help` says more.\n\n\
          \x20 quorate embed\n    Run one node of the embedded mode, told by variables; `quorate embed --help` lists them.\n\n\
+         \x20 quorate node grow|replace|remove ...\n    Change the servers of a cluster of such nodes; `quorate node --help` says more.\n\n\
          A flag is written --flag value, --flag=value or -flag=value, and one of true or false also --flag alone.\n\
          Each can be given as a variable too: --data-dir is ETCD_DATA_DIR. A flag goes before its variable.\n",
     );

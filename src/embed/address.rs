@@ -50,7 +50,7 @@ pub(super) async fn settle(config: &mut EmbedConfig, state: &State, node: NodeId
         Ok(ip) => ip,
         Err(_) => tokio::select! {
             biased;
-            ip = look(&config.join, remembered(state, node), matches!(state, State::Bound { .. })) => ip,
+            ip = look(&config.join, remembered(state, node), state.known().is_some()) => ip,
             () = late.cancelled() => {
                 return Err(Error::Founding("ADVERTISE_IP is not set, and no name in JOIN leads anywhere yet".into()));
             }
@@ -63,9 +63,7 @@ pub(super) async fn settle(config: &mut EmbedConfig, state: &State, node: NodeId
 
 /// Where a server was.
 fn remembered(state: &State, node: NodeId) -> Option<IpAddr> {
-    let State::Bound { known, .. } = state else { return None };
-    let own = known.servers.iter().chain(&known.decision.founders).find(|server| server.node == node);
-    own.and_then(|own| own.peer_url.parse::<Url>().ok()?.listen_ip())
+    state.own(node).and_then(|own| own.peer_url.parse::<Url>().ok()?.listen_ip())
 }
 
 async fn look(names: &[String], remembered: Option<IpAddr>, has_data: bool) -> IpAddr {

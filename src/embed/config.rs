@@ -37,6 +37,7 @@
 //! | `KV_BACKUP_STORE` | | a directory for backups, on a file system that the nodes share or of this node's own |
 //! | `KV_BACKUP_SCHEDULE` | | when the leader makes one by itself: a cron expression in UTC, such as `0 */12 * * *` |
 //! | `KV_BACKUP_KEEP`, `KV_BACKUP_JITTER` | 5, `5s` | how many are kept (0: all), and how much later than scheduled one may begin, by chance |
+//! | `KV_ENLIST_TIMEOUT` | `5m` | how long a node that is to become a server may make no progress with that, before it is a client again |
 //! | `ETCD_NAMESPACE` | | goes before every key, in the nodes themselves as in an external etcd |
 //! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | with `etcd` and `https://` in `KV_ADDR`: the CA of its certificate, and what to show. Also as `ETCD_TLS_CLIENT_CA` and so on |
 //! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | with `etcd`: the user to log in as |
@@ -123,6 +124,9 @@ pub struct EmbedConfig {
     pub token: Token,
     /// How long [`Node::start`](super::Node::start) may wait for other nodes.
     pub start_timeout: Duration,
+    /// How long a node that is enlisted to be a server may take to come, or make no progress, before it is put out again; see
+    /// [`members`](super::members). That of the server that leads counts.
+    pub enlist_timeout: Duration,
     /// What nodes and their clients speak TLS with. None: in plain text.
     pub tls: TlsFiles,
     /// What the peer port speaks TLS with, where that is something else.
@@ -161,6 +165,7 @@ impl Default for EmbedConfig {
             data_dir: "/var/lib/quorate".into(),
             token: Token::default(),
             start_timeout: Duration::from_secs(60),
+            enlist_timeout: Duration::from_secs(300),
             tls: TlsFiles::default(),
             peer_tls: TlsFiles::default(),
             plaintext: false,
@@ -221,6 +226,7 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("KV_TOKEN", &[], true, |config, text| { config.token = read_token(text.as_bytes())?; Ok(()) }),
     ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = read_token_file(Path::new(text))?; Ok(()) }),
     ("KV_START_TIMEOUT", &[], false, |config, text| { config.start_timeout = parse_duration(text)?; Ok(()) }),
+    ("KV_ENLIST_TIMEOUT", &[], false, |config, text| { config.enlist_timeout = parse_duration(text)?; Ok(()) }),
     ("KV_TLS_CA", &[], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
     ("KV_TLS_CERT", &[], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
     ("KV_TLS_KEY", &[], false, |config, text| { config.tls.key = Some(text.into()); Ok(()) }),
@@ -349,6 +355,9 @@ impl EmbedConfig {
     /// [`Error::Config`] for the first thing that is wrong.
     pub fn validate(&mut self) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
+        if self.enlist_timeout.is_zero() {
+            return wrong("KV_ENLIST_TIMEOUT is 0s; a node needs some time to start again and to fetch the data, such as 5m".into());
+        }
         if self.start_timeout.is_zero() {
             return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
         }
@@ -426,9 +435,7 @@ impl EmbedConfig {
         }
         let mut join: Vec<String> = Vec::new();
         for entry in &self.join {
-            let (host, port) =
-                host_and_port(entry, self.peer_port).map_err(|why| Error::Config(format!("JOIN has {:?}; {why}", without_user(entry))))?;
-            let one = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+            let one = address(entry, self.peer_port).map_err(|why| Error::Config(format!("JOIN has {:?}; {why}", without_user(entry))))?;
             if join.contains(&one) {
                 return wrong(format!("JOIN has {one} twice; leave one"));
             }
@@ -548,6 +555,12 @@ fn backup(config: &mut EmbedConfig) -> &mut BackupConfig {
 
 fn port(text: &str) -> std::result::Result<u16, String> {
     text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "it must be a port from 1 to 65535".into())
+}
+
+/// `host:port` of a node, in its one spelling.
+pub(super) fn address(text: &str, default: u16) -> std::result::Result<String, String> {
+    let (host, port) = host_and_port(text, default)?;
+    Ok(if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") })
 }
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port`, or a bare IPv6 address. Names in lower case, addresses in their one spelling.
@@ -683,6 +696,7 @@ mod tests {
                 "KV_BACKUP_STORE is \"...@bucket\"; it must be a directory",
             ),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_BACKUP_STORE", "/b")], "KV_BACKUP_STORE is set, but KV_BACKEND is etcd"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_ENLIST_TIMEOUT", "0s")], "KV_ENLIST_TIMEOUT is 0s"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", " ")], "KV_TOKEN is what it is; that is blank"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", "hunter2"), ("KV_TOKEN_FILE", "t")], "KV_TOKEN and KV_TOKEN_FILE are both set"),
             (

@@ -21,6 +21,7 @@ use super::founder_id;
 use super::founding::agree::{Answer, Ask, Candidate, JOIN_MAX, Known, NodeId};
 use super::founding::drive::{Caller, Driver, Progress};
 use super::founding::wire::Token;
+use super::members::nodes_of;
 use crate::client::Lines;
 use crate::config::Url;
 use crate::server::Server;
@@ -28,6 +29,9 @@ use crate::server::Server;
 /// How often a server looks whether the membership has changed, and a client asks a server.
 const SERVER_LOOK: Duration = Duration::from_secs(1);
 const CLIENT_LOOK: Duration = Duration::from_secs(2);
+
+/// How often a client asks while no server has answered: it may have many places to go through, and most of them may be deserted.
+const CLIENT_RETRY: Duration = Duration::from_millis(500);
 
 /// Addresses of foreign nodes that the log is told of, once each. Of those beyond it is not told.
 const STRANGERS_MAX: usize = JOIN_MAX;
@@ -37,17 +41,27 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
     let client = server.client();
     let own = own.to_string();
     let mut ticks = tokio::time::interval(SERVER_LOOK);
+    let mut votes = driver.grant().is_none();
     loop {
         ticks.tick().await;
         // First, so that what is told of it is not newer than the members are.
         let applied = server.applied();
         let members = client.last_members();
+        let listed = server.node().listed().1;
+        if !votes && listed.get(&server.member_id()).is_some_and(|own| own.votes) {
+            votes = true;
+            driver.votes().await;
+            tracing::info!("this node was enlisted, and votes: it is a server like any other");
+        }
+        let nodes = nodes_of(&known.decision, &listed);
         let founder = |id: u64| known.decision.founders.iter().find(|founder| founder_id(&known.decision, founder) == Some(id));
-        let before = |id: u64| known.servers.iter().find(|server| server.node == NodeId(id.into())).or_else(|| founder(id));
+        // One that was added by hand is no node, and goes by its id.
+        let node = |id: u64| nodes.get(&id).copied().unwrap_or(NodeId(id.into()));
+        let before = |id: u64| known.servers.iter().find(|server| server.node == node(id)).or_else(|| founder(id));
         let servers = members.iter().filter(|member| !member.is_learner).filter_map(|member| {
             let before = before(member.id);
             Some(Candidate {
-                node: founder(member.id).map_or(NodeId(member.id.into()), |founder| founder.node),
+                node: node(member.id),
                 name: member.name.clone(),
                 peer_url: member.peer_urls.first()?.clone(),
                 client_url: member.client_urls.first().cloned().or_else(|| before.map(|before| before.client_url.clone()))?,
@@ -58,7 +72,8 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
         let unlike = |a: &[Candidate], b: &[Candidate]| {
             a.len() != b.len() || a.iter().zip(b).any(|(a, b)| (a.node, &a.peer_url, &a.client_url) != (b.node, &b.peer_url, &b.client_url))
         };
-        if !servers.is_empty() && unlike(&servers, &known.servers) {
+        // Of one that has yet to catch up, what it knows of the members is old.
+        if !servers.is_empty() && applied >= known.as_of && unlike(&servers, &known.servers) {
             known = Known { decision: known.decision.clone(), servers, as_of: applied.max(known.as_of.saturating_add(1)) };
             driver.learn(known.clone()).await;
         }
@@ -82,7 +97,7 @@ pub(super) async fn as_client(join: &[String], token: &Token, lines: &Arc<Lines>
     let mut round = Round { join: join.to_vec(), own: own.to_string(), ..Round::default() };
     let mut caller: Option<Caller> = None;
     loop {
-        tokio::time::sleep(CLIENT_LOOK).await;
+        tokio::time::sleep(if round.stay.is_some() { CLIENT_LOOK } else { CLIENT_RETRY }).await;
         let Progress::Bound(_, known) = progress.borrow().clone() else { continue };
         let Some(url) = round.next(&known) else { continue };
         let mut asked = match caller.take() {

@@ -46,6 +46,8 @@ pub(super) struct Report {
 pub(super) struct Facts {
     pub role: Option<Role>,
     pub cluster: Option<u128>,
+    /// Whether the node is enlisted, once that can be said.
+    pub enlisted: Option<watch::Receiver<bool>>,
     /// A server's own.
     pub checks: Option<Arc<dyn Checks>>,
     pub metrics: Arc<Metrics>,
@@ -54,7 +56,7 @@ pub(super) struct Facts {
 
 impl Default for Facts {
     fn default() -> Self {
-        Facts { role: None, cluster: None, checks: None, metrics: Metrics::of_client(), keeper: None }
+        Facts { role: None, cluster: None, enlisted: None, checks: None, metrics: Metrics::of_client(), keeper: None }
     }
 }
 
@@ -78,10 +80,11 @@ impl Report {
 
     pub fn to_json(&self) -> serde_json::Value {
         let mut health = self.availability.borrow().to_json();
-        let Facts { role, cluster, keeper, .. } = self.facts();
+        let Facts { role, cluster, enlisted, keeper, .. } = self.facts();
         if let Some(health) = health.as_object_mut() {
             health.insert("role".into(), role.map(|role| role.to_string()).into());
             health.insert("cluster".into(), cluster.map(|cluster| format!("{cluster:032x}")).into());
+            health.insert("enlisted".into(), enlisted.is_some_and(|enlisted| *enlisted.borrow()).into());
             health.insert("servers".into(), self.peers.borrow().iter().map(Peer::to_json).collect());
             health.insert("backups".into(), keeper.map_or(serde_json::Value::Null, |keeper| keeper.to_json()));
         }

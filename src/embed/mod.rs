@@ -28,7 +28,8 @@
 //! ```
 //!
 //! # Invariants
-//! - A node's role and cluster are on disk before it acts in that role, and never change; [`founding`] says how they come about.
+//! - A node's role and cluster are on disk before it acts in that role, and do not change while it runs; [`founding`] says how they come
+//!   about. A client may be made a [server](members), and is one from its next start on; nothing else ever changes.
 //! - A restart with data needs no network. A server that was removed remembers that, and starts no more.
 //! - [`Node::start`] waits for other nodes no longer than the configured time, and can be tried again; after an error nothing is left
 //!   running or open. What it does not wait for others with, as reading its own data, takes as long as it takes. Everything runs on threads
@@ -38,7 +39,8 @@
 //! # Names and ids
 //! The server's ids are derived as etcd derives them, from its peer URL and the cluster's token; and the token is the id that was agreed
 //! on, which no other founding has. So the ids are as unique as the agreement, every founder computes those of all, and a node whose disk
-//! is new, at an old address, cannot come by the old one: it is not among the founders, by its node id, and becomes a client.
+//! is new, at an old address, cannot come by the old one: it is not among the founders, by its node id, and becomes a client. A server that
+//! came later has an id that is drawn for it; the membership says which node it is.
 //!
 //! # Looking after it
 //! Backups are made on a schedule by the server that leads, and by any node that is asked to; see [`Node::back_up`]. A backup becomes a new
@@ -47,8 +49,8 @@
 //!
 //! # Addresses
 //! A node that was not told its address finds it out once, when it starts (`address`). A server that comes back with another address tells the
-//! others' membership so, which takes a quorum. Clients follow the servers by asking any of them; if none is where it was, the addresses in
-//! `JOIN` are asked, too (`follow`).
+//! others' membership so, which takes a quorum. When all have moved, they find each other at the entries of `JOIN` first (`moved`). Clients
+//! follow the servers by asking any of them; if none is where it was, the addresses in `JOIN` are asked, too (`follow`).
 //!
 //! # TLS
 //! Nodes that are given certificates show them to each other on every port, and take nobody in who has none; without, a node has to be told
@@ -57,7 +59,7 @@
 //! # Caveats
 //! - A cluster keeps to what it was founded with, TLS or plain text.
 //! - With certificates, who asks a server's port for `/health` or `/metrics` needs one, too.
-//! - All servers moving at once is not healed by itself; one after the other is.
+//! - A server that has moved is found by those that have one of the new addresses in their `JOIN`, or know somebody who has.
 
 mod address;
 pub mod availability;
@@ -66,6 +68,8 @@ pub mod config;
 mod follow;
 pub mod founding;
 mod health;
+pub mod members;
+mod moved;
 mod peers;
 mod probe;
 mod restore;
@@ -77,12 +81,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::backups::Keeper;
-use self::founding::agree::{Agreement, Candidate, Decision, Known, List, State};
+use self::founding::agree::{Agreement, Candidate, Decision, Grant, Known, List, Order, State};
 use self::founding::drive::{Driver, Progress, node_url};
 use self::founding::state::NodeDir;
 use self::health::Report;
@@ -98,7 +102,8 @@ use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Metrics;
-use crate::server::{Server, cluster_id, member_id};
+use crate::node::members::enlist::ineligible;
+use crate::server::{Enlistment, Server, cluster_id, member_id};
 use crate::storage::dir::identity_in;
 
 pub use self::availability::{Access, Availability};
@@ -130,6 +135,8 @@ pub struct Node {
     report: Arc<Report>,
     keeper: Option<Arc<Keeper>>,
     ended: watch::Receiver<Option<Error>>,
+    enlisted: watch::Receiver<bool>,
+    orders: mpsc::Sender<members::Request>,
     stop: CancellationToken,
     /// Until when the stop may wait for others.
     until: Arc<Mutex<Option<Instant>>>,
@@ -190,13 +197,29 @@ impl Node {
                 return Err(err);
             }
         };
-        let Started { role, client, local, cluster, availability, endpoints, report, keeper, ended } = parts;
+        let Started { role, client, local, cluster, availability, endpoints, report, keeper, ended, enlisted, orders } = parts;
         let _ = guard.disarm();
         let (thread, done) = (Mutex::new(Some(thread)), Mutex::new(Some(done)));
-        Ok(Node { role, client, local, cluster, availability, endpoints, report, keeper, ended, stop, until, thread, done })
+        Ok(Node {
+            role,
+            client,
+            local,
+            cluster,
+            availability,
+            endpoints,
+            report,
+            keeper,
+            ended,
+            enlisted,
+            orders,
+            stop,
+            until,
+            thread,
+            done,
+        })
     }
 
-    /// What this node is, for the life of its data directory.
+    /// What this node is, as long as it runs. A server is one for the life of its data directory; a client may be [`enlisted`](Self::enlisted).
     pub fn role(&self) -> Role {
         self.role
     }
@@ -264,6 +287,55 @@ impl Node {
 
     fn keeper(&self) -> Result<&Arc<Keeper>> {
         self.keeper.as_ref().ok_or_else(|| Error::Config("KV_BACKUP_STORE is not set; name a directory for backups".into()))
+    }
+
+    /// Whether this client is to be a server, which it is from its next start on: the host [shuts it down](Self::shutdown), and starts it again.
+    pub fn enlisted(&self) -> watch::Receiver<bool> {
+        self.enlisted.clone()
+    }
+
+    /// Makes servers of clients, so that there are three: see [`members`]. They are named by their addresses, `host[:port]`.
+    ///
+    /// Returns when it is in the servers' log. They are servers when they have been started again, and vote when all of them have the data.
+    ///
+    /// # Errors
+    /// `Ineligible`, and nothing was changed; `Unavailable`, when no server was there to be told; those of a write.
+    pub async fn grow(&self, nodes: &[&str]) -> Result<()> {
+        self.order(Order::Grow { nodes: nodes.iter().map(|node| (*node).to_owned()).collect() }).await
+    }
+
+    /// Makes a server of a client, in the place of a server that is dead. The server is named by its name, its address or its id, the
+    /// client by its address.
+    ///
+    /// # Errors
+    /// As [`grow`](Self::grow).
+    pub async fn replace(&self, server: &str, by: &str) -> Result<()> {
+        self.order(Order::Replace { server: server.to_owned(), by: by.to_owned(), even_alive: false }).await
+    }
+
+    /// As [`replace`](Self::replace), whether the server is dead or not.
+    ///
+    /// # Errors
+    /// As [`grow`](Self::grow).
+    pub async fn replace_alive(&self, server: &str, by: &str) -> Result<()> {
+        self.order(Order::Replace { server: server.to_owned(), by: by.to_owned(), even_alive: true }).await
+    }
+
+    /// Removes a server, or one that is enlisted and does not vote yet.
+    ///
+    /// # Errors
+    /// As [`grow`](Self::grow).
+    pub async fn remove(&self, server: &str) -> Result<()> {
+        self.order(Order::Remove { server: server.to_owned() }).await
+    }
+
+    async fn order(&self, order: Order) -> Result<()> {
+        if self.cluster.is_none() {
+            return Err(ineligible(members::NOT_EMBEDDED, "the store is an external etcd, whose members are its own business"));
+        }
+        let (answer, wait) = oneshot::channel();
+        self.orders.send((order, answer)).await.map_err(|_| Error::Stopped)?;
+        wait.await.unwrap_or(Err(Error::Stopped))
     }
 
     /// Returns when the node's server has stopped by itself, or the node was told to stop. A client node has no server that could.
@@ -342,6 +414,8 @@ struct Started {
     keeper: Option<Arc<Keeper>>,
     /// Why its server has stopped by itself.
     ended: watch::Receiver<Option<Error>>,
+    enlisted: watch::Receiver<bool>,
+    orders: mpsc::Sender<members::Request>,
 }
 
 /// The life of a node, on its own runtime. `started` is told, and taken, when it runs; an error before that is returned.
@@ -389,6 +463,7 @@ async fn run(
     let counters = report.facts().metrics.counters.clone();
     let signal = Signal { tell, gate, counters: counters.clone() };
     let (tell_end, ended) = watch::channel(None);
+    let (orders, mut asked) = mpsc::channel(members::ORDERS_MAX);
     let handle = Started {
         role: parts.role,
         client,
@@ -399,6 +474,8 @@ async fn run(
         report: report.clone(),
         keeper: parts.keeper.clone(),
         ended,
+        enlisted: parts.driver.as_ref().map_or_else(|| watch::channel(false).1, Driver::enlisted),
+        orders,
     };
     if started.take().is_none_or(|started| started.send(Ok(handle)).is_err()) {
         stop.cancel();
@@ -411,7 +488,7 @@ async fn run(
     };
     let own = parts.server.as_ref().and_then(|_| config.client_url().ok()).map(|url| url.to_string());
     let result = {
-        let ended = parts.live(&config, announce);
+        let ended = parts.live(&config, announce, &mut asked);
         let keeper = parts.keeper.clone();
         let kept = async {
             match &keeper {
@@ -432,6 +509,7 @@ async fn run(
         tracing::error!(error = %err, "this node's server has stopped");
         signal.set(Access::ReadOnly, &err.to_string(), false, false, true);
         tell_end.send_replace(Some(err.clone()));
+        drop(asked);
         stop.cancelled().await;
     }
     end.announce();
@@ -530,6 +608,7 @@ impl Parts {
         report.set(|facts| {
             facts.role = Some(self.role);
             facts.cluster = self.known.as_ref().map(|known| known.decision.cluster);
+            facts.enlisted = self.driver.as_ref().map(Driver::enlisted);
             if let Some(server) = &self.server {
                 facts.checks = Some(server.node().clone());
                 facts.metrics = server.metrics().clone();
@@ -560,6 +639,10 @@ impl Parts {
             return Err(Error::Removed);
         }
         secure.check(&state)?;
+        if matches!(state, State::Bound { role: Role::Client, .. }) {
+            // Of one that was enlisted, and put out before it has voted.
+            dir.forget_server()?;
+        }
         address::settle(config, &state, dir.node(), late).await?;
         let (peer_url, client_url) = (config.peer_url()?, config.client_url()?);
         let list = List::new(config.join.clone(), config.founders());
@@ -587,14 +670,25 @@ impl Parts {
         if !matches!(*driver.progress().borrow(), Progress::Bound(Role::Server, _)) {
             self.serving = Some(serve_founding(peer_url, driver, &self.secure).await?);
         }
-        let (role, known) = bound(driver, late).await?;
+        let (mut role, known) = bound(driver, late).await?;
         if role == Role::Server {
             if let Some(serving) = self.serving.take() {
                 serving.stop(DRAIN).await;
             }
             let member = server_config(config, dir, &known, peer_url, &config.client_url()?)?;
-            match Server::start_with(member, Some(driver.say()), late.clone()).await {
-                Ok(server) => self.server = Some(server),
+            let enlistment = driver.grant().map(|grant| enlistment(config, grant, &known, peer_url));
+            match Server::start_as(member, Some(driver.say()), late.clone(), enlistment).await {
+                Ok(server) => {
+                    server.node().mind_enlisted(config.enlist_timeout);
+                    self.server = Some(server);
+                }
+                Err(Error::Removed) if driver.grant().is_some() => {
+                    tracing::warn!("this node was enlisted, and put out before it has voted: it is a client");
+                    driver.removed().await;
+                    dir.forget_server()?;
+                    self.serving = Some(serve_founding(peer_url, driver, &self.secure).await?);
+                    role = Role::Client;
+                }
                 Err(Error::Stopped) if late.is_cancelled() => {
                     return Err(Error::Unavailable(format!("no other server has given its state within {:?}", config.start_timeout)));
                 }
@@ -618,7 +712,12 @@ impl Parts {
     ///
     /// # Errors
     /// Why its server has stopped by itself.
-    async fn live(&self, config: &EmbedConfig, announce: watch::Sender<Vec<String>>) -> Result<()> {
+    async fn live(
+        &self,
+        config: &EmbedConfig,
+        announce: watch::Sender<Vec<String>>,
+        orders: &mut mpsc::Receiver<members::Request>,
+    ) -> Result<()> {
         let (Some(driver), Some(known)) = (&self.driver, &self.known) else { return std::future::pending().await };
         let mut progress = driver.progress();
         let announced = async {
@@ -638,11 +737,15 @@ impl Parts {
             std::future::pending::<()>().await;
         };
         let Some(own) = &self.own_url else { return std::future::pending().await };
+        let join = join_urls(config);
         match &self.server {
             Some(server) => {
                 tokio::select! {
                     () = announced => Ok(()),
                     () = follow::as_server(server, driver, own, known.clone()) => Ok(()),
+                    () = members::as_server(server, driver, config.peer_port, orders) => Ok(()),
+                    () = members::tell_enlisted(server, driver) => Ok(()),
+                    () = moved::look_around(server, driver, &join) => Ok(()),
                     stopped = server.stopped() => {
                         if matches!(stopped, Err(Error::Removed)) {
                             driver.removed().await;
@@ -652,9 +755,9 @@ impl Parts {
                 }
             }
             None => {
-                let join: Vec<String> = config.join.iter().map(|entry| node_url(entry, self.secure.is_tls())).collect();
                 tokio::select! {
                     () = announced => Ok(()),
+                    () = members::as_client(driver, orders) => Ok(()),
                     () = follow::as_client(&join, &config.token, &self.secure.peers, own, driver) => Ok(()),
                 }
             }
@@ -745,6 +848,20 @@ async fn serve_founding(url: &Url, driver: &Driver, secure: &Secure) -> Result<S
     Ok(Serving::start(listener, Limits::new(options), App { grpc: Some(Arc::new(router)), http: None }))
 }
 
+/// The peer URLs of the listed nodes.
+fn join_urls(config: &EmbedConfig) -> Vec<String> {
+    config.join.iter().map(|entry| node_url(entry, config.is_tls())).collect()
+}
+
+/// Where one that is enlisted looks for the others: where the servers were, and at the entries of JOIN.
+fn enlistment(config: &EmbedConfig, grant: &Grant, known: &Known, own: &Url) -> Enlistment {
+    let servers = known.servers.iter().map(|server| server.peer_url.clone());
+    let mut at: Vec<String> = servers.chain(join_urls(config)).filter(|url| *url != own.to_string()).collect();
+    at.sort();
+    at.dedup();
+    Enlistment { member: grant.member, cluster: grant.cluster, at }
+}
+
 /// What a server is told, of what was agreed.
 fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &Url, client_url: &Url) -> Result<Config> {
     let names = names(&known.decision);
@@ -760,19 +877,35 @@ fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &
         return Err(Error::Format { path: dir.server(), what });
     }
     let own = names.iter().find(|(founder, _)| founder.node == dir.node());
-    let (own, name) = own.ok_or_else(|| Error::Failed("the node is a server, and not among the founders".into()))?;
     let mut member = config.member();
-    member.name.clone_from(name);
     member.data_dir = Some(dir.server());
     member.listen_client_urls = vec![client_url.clone()];
     member.advertise_client_urls = vec![client_url.clone()];
     member.listen_peer_urls = vec![peer_url.clone()];
-    // As it was agreed: if the node has moved since, the members are told so once it runs.
-    member.initial_advertise_peer_urls = vec![own.peer_url.parse()?];
-    member.initial_cluster = names.iter().map(|(founder, name)| format!("{name}={}", founder.peer_url)).collect::<Vec<_>>().join(",");
     member.initial_cluster_token = token(&known.decision);
-    member.initial_cluster_state = ClusterState::New;
+    if let Some((own, name)) = own {
+        member.name.clone_from(name);
+        // As it was agreed: if the node has moved since, the members are told so once it runs.
+        member.initial_advertise_peer_urls = vec![own.peer_url.parse()?];
+        member.initial_cluster = names.iter().map(|(founder, name)| format!("{name}={}", founder.peer_url)).collect::<Vec<_>>().join(",");
+        member.initial_cluster_state = ClusterState::New;
+    } else {
+        // It came later. Who it is it was told, or knows from its data; who the others are, only in case that is damaged. It founds nothing.
+        member.name = later_name(config, dir, known);
+        member.initial_advertise_peer_urls = vec![peer_url.clone()];
+        let others = known.servers.iter().filter(|server| server.node != dir.node());
+        let others = others.map(|server| format!("{}={}", server.node, server.peer_url));
+        member.initial_cluster = others.chain([format!("{}={peer_url}", member.name)]).collect::<Vec<_>>().join(",");
+        member.initial_cluster_state = ClusterState::Existing;
+    }
     Ok(member)
+}
+
+/// The name of a server that is no founder: its own, unless another server is called so.
+fn later_name(config: &EmbedConfig, dir: &NodeDir, known: &Known) -> String {
+    let mut others = known.servers.iter().filter(|server| server.node != dir.node());
+    let name = &config.hostname;
+    if others.any(|other| other.name == *name) { format!("{name}-{:.8}", dir.node().to_string()) } else { name.clone() }
 }
 
 /// The founders' names as members: their own, if those are different, otherwise with a part of their node id. All founders see the same.
@@ -812,10 +945,10 @@ fn heed_changes(state: &State, list: &List) {
             join = ?unbound.entries, told = ?list.entries,
             "this node has agreed to found a cluster with another JOIN list, and keeps to that until it is settled"
         ),
-        State::Bound { role, known } if *role == Role::Server && known.decision.founders.len() != list.servers => tracing::warn!(
-            founders = known.decision.founders.len(),
+        State::Bound { role, known } if *role == Role::Server && known.servers.len() != list.servers => tracing::warn!(
+            servers = known.servers.len(),
             told = list.servers,
-            "KV_SERVERS or JOIN ask for another number of servers than the cluster was founded with; that is not changed by them"
+            "KV_SERVERS or JOIN ask for another number of servers than the cluster has; that is not changed by them"
         ),
         _ => {}
     }

@@ -224,7 +224,7 @@ impl Secure {
     /// `Config`, when all that it knows of speak otherwise.
     pub fn check(&self, state: &State) -> Result<()> {
         let known = match state {
-            State::Bound { known, .. } => &known.servers,
+            State::Bound { known, .. } | State::Enlisted { known, .. } => &known.servers,
             State::Unbound(unbound) => match &unbound.accepted {
                 Some((_, decision)) => &decision.founders,
                 None => return Ok(()),

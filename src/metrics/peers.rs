@@ -128,6 +128,11 @@ impl PeerMetrics {
         self.begin(|peer| &peer.received_snapshots)
     }
 
+    /// Whether one is on its way to it.
+    pub fn is_sent_snapshot(&self) -> bool {
+        self.sent_snapshots.under_way.load(Ordering::Relaxed) > 0
+    }
+
     fn begin(self: &Arc<Self>, of: fn(&PeerMetrics) -> &Transfers) -> Transfer {
         of(self).under_way.fetch_add(1, Ordering::Relaxed);
         Transfer { peer: self.clone(), of, began: Instant::now(), done: false }

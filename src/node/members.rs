@@ -7,6 +7,7 @@
 //! add d (learner)  ->  Raft: learner          promote d  ->  Raft: voter, if d has the log
 //! add d            ->  Raft: learner, told to clients as the voter that it becomes by itself as soon as it has the log
 //! remove d         ->  Raft: gone, its id for good; d is told when it asks, and stops
+//! enlist d, e      ->  Raft: learners, and voters in one change by themselves: see `enlist`
 //! ```
 //!
 //! # Invariants
@@ -32,6 +33,8 @@ use crate::proto::peer::{
     TransferLeaderResponse, UpdateMember,
 };
 use crate::raft::{Membership, log_id_from_proto, vote_from_proto};
+
+pub(crate) mod enlist;
 
 /// Entries that a learner may lack to be promoted, beside etcd's tenth of the log: the quorum may have to wait for them.
 const LAG_MAX: u64 = 1000;
@@ -192,6 +195,10 @@ impl View {
                 if self.members.get(id).is_some_and(|seen| seen.voter) {
                     return Err(ApplyError::MemberNotLearner.into());
                 }
+                if self.member(*id)?.enlisted != 0 {
+                    // It votes from one change on with others, who may not be ready: alone it would make two voters of one.
+                    return Err(ApplyError::LearnerNotReady.into());
+                }
                 // Other than in etcd one that is not there is not ready, whatever it once had: it would cost a voter that is.
                 if !self.in_sync(*id) || (strict && !self.is_active(*id)) {
                     return Err(ApplyError::LearnerNotReady.into());
@@ -205,6 +212,7 @@ impl View {
                 }
                 self.with(|voters, _| voters.extend([*id]))
             }
+            Change::Enlist(enlist) => self.plan_enlisting(enlist, &[new]),
         }
     }
 
@@ -343,6 +351,7 @@ impl Node {
         match answer.map(|answer| (answer.index, answer.outcome)) {
             Ok((index, Some(Changed::Done(id)))) => Ok(Handed::Done((index, id))),
             Ok((_, Some(Changed::Refused(text)))) => Err(peers::refusal(&text).into()),
+            Ok((_, Some(Changed::Ineligible(refused)))) => Err(enlist::from_proto(refused)),
             Ok((_, Some(Changed::NotLeader(_)))) => Ok(Handed::Refused),
             Ok((_, Some(Changed::Unknown(_)) | None)) => Ok(Handed::Unknown),
             Err(status) if status.code() == tonic::Code::FailedPrecondition => Ok(Handed::Refused),
@@ -353,6 +362,11 @@ impl Node {
     /// Makes a change, as the leader. Returns its entry, and the id of the member.
     async fn change_here(&self, change: &Change) -> Result<Handed<(u64, u64)>> {
         let began = Instant::now();
+        if let Change::Enlist(enlist) = change
+            && !self.look_before_enlisting(enlist).await?
+        {
+            return Ok(Handed::Refused);
+        }
         let _one = self.within(self.request_timeout(), self.changing.lock()).await?;
         loop {
             let left = self.request_timeout().saturating_sub(began.elapsed());
@@ -371,8 +385,15 @@ impl Node {
                 Change::Add(_) => new,
                 Change::Remove(id) | Change::Promote(id) => *id,
                 Change::Update(update) => update.id,
+                Change::Enlist(_) => new,
             };
-            let plan = view.plan(change, new, self.options.strict_reconfig)?;
+            let plan = match change {
+                Change::Enlist(enlist) => {
+                    let others = enlist.members.iter().skip(1).map(|_| self.unused_id(&view));
+                    view.plan_enlisting(enlist, &std::iter::once(new).chain(others).collect::<Vec<_>>())?
+                }
+                change => view.plan(change, new, self.options.strict_reconfig)?,
+            };
             match self.within(left, self.carry_out(plan, view.at)).await {
                 Ok(tried) => match tried? {
                     Tried::Done(index) => {
@@ -432,6 +453,9 @@ impl Node {
             return None;
         }
         let membership = now.membership_config.membership().clone();
+        if membership.get_joint_config().len() > 1 {
+            return None;
+        }
         let voters: Vec<u64> = membership.voter_ids().collect();
         if !voters.contains(&self.identity.member_id) {
             // It has removed itself, and leads until another does: the next change is for that one.
@@ -694,6 +718,7 @@ impl Node {
             Ok(Handed::Refused) => (0, Changed::NotLeader(Nothing {})),
             Ok(Handed::Unknown) => (0, Changed::Unknown(Nothing {})),
             Err(Error::Apply(refused)) => (0, Changed::Refused(refused.to_string())),
+            Err(Error::Ineligible { reason, what }) => (0, enlist::to_proto(reason, what)),
             Err(Error::Timeout) => (0, Changed::NotLeader(Nothing {})),
             Err(Error::Stopped) => (0, Changed::Unknown(Nothing {})),
             Err(err) => return Err(err),
@@ -734,12 +759,12 @@ fn checked(urls: &[String]) -> Result<Vec<String>, ApplyError> {
 mod tests {
     use super::*;
 
-    fn url(id: u64) -> Vec<String> {
+    pub(super) fn url(id: u64) -> Vec<String> {
         vec![format!("http://127.0.0.1:{id}")]
     }
 
     /// Members 1 to n, 1 leading, all voters, up and with the whole log of 100 entries, but for what is told otherwise.
-    fn view(n: u64, but: &[(u64, Seen)]) -> View {
+    pub(super) fn view(n: u64, but: &[(u64, Seen)]) -> View {
         let seen = |id| but.iter().find(|(other, _)| *other == id).map_or(UP, |(_, seen)| seen.clone());
         let members: BTreeMap<u64, Seen> = (1..=n).map(|id| (id, seen(id))).collect();
         let nodes: BTreeMap<u64, Member> = (1..=n).map(|id| (id, Member { peer_urls: url(id), ..Member::default() })).collect();
@@ -756,10 +781,10 @@ mod tests {
         assert_eq!(refused(&View { max_learners: 0, ..view(3, &[]) }, &add), Some(ApplyError::TooManyLearners));
     }
 
-    const UP: Seen = Seen { voter: true, started: true, active: true, matched: 100 };
-    const DOWN: Seen = Seen { active: false, ..UP };
+    pub(super) const UP: Seen = Seen { voter: true, started: true, active: true, matched: 100 };
+    pub(super) const DOWN: Seen = Seen { active: false, ..UP };
     const UNSTARTED: Seen = Seen { started: false, ..DOWN };
-    const LEARNER: Seen = Seen { voter: false, ..UP };
+    pub(super) const LEARNER: Seen = Seen { voter: false, ..UP };
 
     fn refused(view: &View, change: &Change) -> Option<ApplyError> {
         match view.plan(change, 99, true) {

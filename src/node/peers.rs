@@ -50,6 +50,11 @@ impl Node {
         link.clone()
     }
 
+    /// Takes a hint where another member is: see [`Network::hint`]. Returns whether it is news.
+    pub fn hint(&self, id: u64, url: &str) -> bool {
+        id != self.identity.member_id && self.network.hint(id, url)
+    }
+
     /// Puts a link back that may have learnt that its connection is broken.
     pub(super) fn keep_link(&self, link: Link) {
         let mut kept = lock(&self.leader_link);

@@ -3,6 +3,7 @@
 //! A link is a gRPC connection to the peer port, made when it is first needed and made anew when it broke, or has been silent; a member
 //! with several peer URLs is tried at the next one after each failure. openraft asks for a link of its own for each of its tasks, so that a
 //! heartbeat never waits behind entries in one queue. A member that moves is followed: connections are made to where the newest membership has it.
+//! One that has moved while nobody led, of which the membership can say nothing, is tried at a [hint](Network::hint), too.
 //!
 //! ```text
 //! Append {vote, previous, entries} + headers quorate-cluster, quorate-from, quorate-to  ->  success | conflict | higher vote
@@ -110,6 +111,8 @@ pub(crate) struct Network {
     machine: Option<Arc<Machine>>,
     /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
     book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
+    /// Where members are said to be that are not where the membership has them. One for each member at most.
+    hints: Arc<Mutex<BTreeMap<u64, String>>>,
     /// Members that refuse this one: each heartbeat comes to a refusal.
     refused: Arc<Refusals>,
 }
@@ -163,7 +166,7 @@ type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Wire>, Status>>>;
 
 impl Network {
     pub fn new(identity: Identity, counters: Arc<Counters>, machine: Option<Arc<Machine>>, tls: Option<Connector>) -> Network {
-        Network { identity, counters, machine, tls, book: Arc::default(), refused: Arc::new(Refusals::new()) }
+        Network { identity, counters, machine, tls, book: Arc::default(), hints: Arc::default(), refused: Arc::new(Refusals::new()) }
     }
 
     /// What every call to a member says of both.
@@ -180,7 +183,17 @@ impl Network {
     /// Takes a note of where the members are. Connections that work are kept.
     pub fn note(&self, membership: &Membership) {
         self.counters.peers.follow(membership.nodes().map(|(&id, _)| id).filter(|id| *id != self.identity.member_id));
-        *lock(&self.book) = membership.nodes().map(|(&id, member)| (id, member.peer_urls.clone())).collect();
+        let now: BTreeMap<u64, Vec<String>> = membership.nodes().map(|(&id, member)| (id, member.peer_urls.clone())).collect();
+        let before = std::mem::replace(&mut *lock(&self.book), now.clone());
+        // Of whom the membership has news, that is newer than any hint.
+        lock(&self.hints).retain(|id, _| now.contains_key(id) && now.get(id) == before.get(id));
+    }
+
+    /// Takes a hint where a member is: it is tried there in turn with where the membership has it, until that says something else. A wrong
+    /// hint costs a connection now and then; whoever is found there has to be the member, as everywhere. Returns whether it is news.
+    pub fn hint(&self, id: u64, url: &str) -> bool {
+        let is_known = lock(&self.book).get(&id).is_none_or(|urls| urls.iter().any(|known| known == url));
+        !is_known && lock(&self.hints).insert(id, url.to_owned()).as_deref() != Some(url)
     }
 
     /// A link to a member.
@@ -212,9 +225,10 @@ impl Link {
             Some(connecting) => connecting,
             None => {
                 let noted = lock(&self.ours.book).get(&self.id).cloned();
-                let urls = noted.as_ref().unwrap_or(&self.urls);
+                let hinted = lock(&self.ours.hints).get(&self.id).cloned();
+                let urls: Vec<&String> = hinted.iter().chain(noted.as_ref().unwrap_or(&self.urls)).collect();
                 let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
-                self.connecting.insert(connect(url.clone(), self.ours.tls.clone()).boxed().shared()).clone()
+                self.connecting.insert(connect((*url).clone(), self.ours.tls.clone()).boxed().shared()).clone()
             }
         };
         // The caller may give up here; whoever calls next goes on.
@@ -608,4 +622,32 @@ pub(crate) fn append_answer(answer: AppendEntriesResponse<TypeConfig>) -> Append
         AppendEntriesResponse::HigherVote(vote) => Outcome::HigherVote(vote_to_proto(&vote)),
     };
     AppendResponse { outcome: Some(outcome) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_counts_until_the_membership_has_news() {
+        let at = |url: &str| internal::Member { peer_urls: vec![url.to_owned()], ..internal::Member::default() };
+        let of = |members: &[(u64, &str)]| {
+            let members: BTreeMap<u64, internal::Member> = members.iter().map(|(id, url)| (*id, at(url))).collect();
+            Membership::new(vec![members.keys().copied().collect()], members).unwrap()
+        };
+        let identity = Identity { cluster_id: 1, member_id: 1, name: "a".into(), joined: false, incarnation: 0 };
+        let network = Network::new(identity, Arc::default(), None, None);
+        network.note(&of(&[(1, "http://a"), (2, "http://b"), (3, "http://c")]));
+        // It is news once, and none where the member is known to be; and there are none of strangers.
+        assert_eq!(
+            [("http://x", 2), ("http://x", 2), ("http://b", 2), ("http://x", 9)].map(|(url, id)| network.hint(id, url)),
+            [true, false, false, false]
+        );
+        assert!(network.hint(3, "http://z"));
+        let hints = || lock(&network.hints).keys().copied().collect::<Vec<_>>();
+        network.note(&of(&[(1, "http://d"), (2, "http://b"), (3, "http://c")]));
+        assert_eq!(hints(), [2, 3]);
+        network.note(&of(&[(1, "http://d"), (2, "http://y")]));
+        assert!(hints().is_empty());
+    }
 }

@@ -7,6 +7,7 @@
 //! ```text
 //! new       a=http://h1:2380,b=http://h2:2380 + token  ->  ids of a and b -> id of the cluster
 //! existing  Members, asked at b                        ->  the member with a's URLs: its id, and the cluster's
+//! enlisted  told its id; Members, asked at b           ->  that it is one still, and has not been up as that
 //! ```
 //!
 //! # Invariants
@@ -28,6 +29,19 @@ use crate::tls::Connector;
 /// it its start fails, and can be tried again.
 const JOIN_ELECTIONS: u32 = 20;
 const JOIN_RETRY: Duration = Duration::from_millis(200);
+
+/// Who is enlisted is told who it is, and looks for the cluster by itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Enlistment {
+    /// Its id as a member, and that of the members' cluster.
+    pub member: u64,
+    pub cluster: u64,
+    /// Peer URLs of members, and of others who may be members.
+    pub at: Vec<String>,
+}
+
+/// How often it is told that who is enlisted still looks for its cluster.
+const JOIN_TELL: Duration = Duration::from_secs(10);
 
 /// Who founds the cluster: id, name and peer URLs of each, by id. The ids follow from the peer URLs and the token, so that founders who
 /// are told the same come to the same ids.
@@ -105,6 +119,49 @@ pub(super) async fn join_cluster(config: &Config, tls: &Option<Connector>, given
             }
             tried => return tried,
         }
+    }
+}
+
+/// The identity of a member that is enlisted, once a member has said that it is one still.
+///
+/// # Errors
+/// `Removed`, when it is none any more: it was put out before it has come. `Config`, when it has been up before, with data that it has lost.
+/// `Unavailable`, when the start was given up before anyone had said so.
+pub(super) async fn join_enlisted(
+    config: &Config,
+    enlistment: &Enlistment,
+    tls: &Option<Connector>,
+    given_up: &(dyn Fn() -> bool + Sync),
+) -> Result<Identity> {
+    let Enlistment { member, cluster, at } = enlistment;
+    let mut told: Option<Instant> = None;
+    loop {
+        let asked = at.iter().map(|url| async move { (url, network::members_at(url, tls).await) });
+        let mut tried = Vec::new();
+        for (url, answer) in futures_util::future::join_all(asked).await {
+            match answer {
+                Ok(there) if there.cluster_id != *cluster => tried.push(format!("{url}: it belongs to cluster {:x}", there.cluster_id)),
+                // It may be from before this member was enlisted.
+                Ok(there) if !there.newest => tried.push(format!("{url}: it does not know of a leader")),
+                Ok(there) => match there.members.iter().find(|other| other.id == *member) {
+                    None => return Err(Error::Removed),
+                    Some(other) if other.published || other.votes => return Err(bootstrapped(*member)),
+                    Some(_) => {
+                        let name = config.name.clone();
+                        return Ok(Identity { cluster_id: *cluster, member_id: *member, name, joined: true, incarnation: 0 });
+                    }
+                },
+                Err(status) => tried.push(status.message().to_owned()),
+            }
+        }
+        if given_up() {
+            return Err(Error::Unavailable(format!("no member of the cluster that this one is enlisted for: {}", tried.join("; "))));
+        }
+        if told.is_none_or(|told| told.elapsed() >= JOIN_TELL) {
+            tracing::warn!(tried = tried.join("; "), "this member is enlisted, and no member of its cluster answers yet: asking on");
+            told = Some(Instant::now());
+        }
+        tokio::time::sleep(JOIN_RETRY).await;
     }
 }
 

@@ -6,12 +6,16 @@
 //! that what is found is found by a shortest way. After each step at most one cluster may have been decided.
 //!
 //! A crash between a save and the messages behind it is a step whose messages are not delivered, followed by a crash.
+//!
+//! In each state that a node comes to it is enlisted, too: nothing may be founded by that.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
-use quorate::embed::founding::agree::{Agreement, Answer, Ask, Candidate, Effect, List, NodeId, State, Unbound, quorum};
+use quorate::embed::founding::agree::{
+    Agreement, Answer, Ask, Candidate, Decision, Effect, Grant, Known, List, NodeId, State, Unbound, quorum,
+};
 
 /// What a case allows.
 #[derive(Clone, Debug)]
@@ -190,6 +194,24 @@ impl World {
     }
 }
 
+/// A node that belongs to no cluster is not enlisted, and one that does stays with it.
+fn check_enlisting(node: &Agreement) {
+    const STRANGE: u128 = 1 << 100;
+    let cluster = node.bound().map(|(_, known)| known.decision.cluster);
+    for theirs in cluster.into_iter().chain([STRANGE]) {
+        let who = Candidate { node: NodeId(STRANGE), name: String::new(), peer_url: String::new(), client_url: String::new() };
+        let decision = Decision { cluster: theirs, founders: vec![who.clone()] };
+        let known = Known { decision, servers: vec![who], as_of: u64::MAX };
+        let (mut asked, ask) = (node.clone(), Ask::Enlist { known, grant: Grant { member: 1, cluster: 1, since: u64::MAX } });
+        let effects = asked.asked(&ask);
+        if Some(theirs) != cluster {
+            assert!(matches!(effects[..], [Effect::Answer(_)]) && asked.state() == node.state(), "{node:?} does {effects:?}");
+        }
+        assert_eq!(asked.bound().map(|(_, known)| known.decision.cluster), cluster);
+        assert_eq!(asked.bound().map(|(role, _)| role), node.bound().map(|(role, _)| role), "a role does not change in one life");
+    }
+}
+
 fn show(what: &What) -> String {
     match what {
         What::Attempt(at) => format!("{at} begins an attempt"),
@@ -225,6 +247,7 @@ fn explore(bounds: &Bounds) -> Result<(usize, usize), String> {
     let (mut founded, mut wrong) = (0, None);
     while let Some(world) = frontier.pop_front() {
         founded += usize::from(!world.decided.is_empty());
+        world.nodes.iter().for_each(|node| check_enlisting(&node.0));
         world.steps(bounds, |next| {
             if wrong.is_none() && visited.insert(next.essence()) {
                 if next.decided.len() > 1 {

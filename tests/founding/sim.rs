@@ -211,7 +211,8 @@ impl Sim {
                 self.founders.insert(known.decision.cluster, known.decision.founders.clone());
                 self.machines[at].role.get_or_insert(*role);
             }
-            State::Removed { .. } => {}
+            // Nobody enlists or removes anyone here.
+            State::Enlisted { .. } | State::Removed { .. } => {}
         }
         self.machines[at].disk = Some(state);
     }

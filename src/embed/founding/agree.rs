@@ -20,11 +20,20 @@
 //! a: Accept(ballot, decision) ->  b, c: Accepted                  (decision: the newest that was accepted before, or a's own)
 //! a has a quorum: decided     ->  a is bound, tells b and c, who are bound, and say so to everyone who asks
 //! ```
+//!
+//! # Later
+//! What becomes of a node that belongs to a cluster is in `enlist`: a client may be made a server.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use sha2::{Digest, Sha256};
+
+mod enlist;
+mod message;
+
+pub use self::enlist::{Grant, NodeStanding, Order, Refusal};
+pub use self::message::{Answer, Ask};
 
 /// Ticks between two rounds of questions to the listed nodes; messages of an attempt that were not answered are sent again as often.
 pub const HELLO_TICKS: u64 = 2;
@@ -83,7 +92,7 @@ pub struct Decision {
 }
 
 /// A cluster as it is told to others: the decision, and who its servers are now.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Known {
     pub decision: Decision,
     /// How each of them is reached. At first these are the founders.
@@ -117,6 +126,11 @@ pub enum State {
     Bound {
         role: Role,
         known: Known,
+    },
+    /// It is a client that was enlisted: a server from its next start on, and no more than that until it votes.
+    Enlisted {
+        known: Known,
+        grant: Grant,
     },
     /// It was a server, and was removed. It takes part in nothing any more.
     Removed {
@@ -165,73 +179,6 @@ impl List {
 /// three), so that one still remembers when another has lost its disk.
 pub fn quorum(listed: usize) -> usize {
     listed.min((listed + 2).div_ceil(2))
-}
-
-/// What nodes ask each other.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Ask {
-    /// Who is there?
-    Hello,
-    /// The list is that of the one who asks; who has another takes no part.
-    Prepare {
-        list: u128,
-        ballot: Ballot,
-    },
-    Accept {
-        list: u128,
-        ballot: Ballot,
-        decision: Decision,
-    },
-    /// This is decided.
-    Decided {
-        decision: Decision,
-    },
-}
-
-/// What they answer.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Answer {
-    /// To Hello, and to Prepare and Accept from one with another list.
-    Unbound {
-        who: Candidate,
-        list: u128,
-        listed: usize,
-        servers: usize,
-    },
-    Promise {
-        who: Candidate,
-        ballot: Ballot,
-        accepted: Option<(Ballot, Decision)>,
-    },
-    Accepted {
-        who: NodeId,
-        ballot: Ballot,
-    },
-    /// It takes part in a higher one.
-    Refused {
-        who: NodeId,
-        ballot: Ballot,
-        promised: Ballot,
-    },
-    /// To everything: there is a cluster already.
-    Bound {
-        who: NodeId,
-        known: Known,
-    },
-    /// To everything: it was a server, once.
-    Removed {
-        who: NodeId,
-    },
-}
-
-impl Answer {
-    /// Who says so.
-    pub fn who(&self) -> NodeId {
-        match self {
-            Answer::Unbound { who, .. } | Answer::Promise { who, .. } => who.node,
-            Answer::Accepted { who, .. } | Answer::Refused { who, .. } | Answer::Bound { who, .. } | Answer::Removed { who } => *who,
-        }
-    }
 }
 
 /// What is to be done. See the [module's head](self) for the contract.
@@ -305,6 +252,8 @@ pub struct Agreement {
     now: u64,
     ready_since: Option<u64>,
     quiet_until: u64,
+    /// It was enlisted before this life began, and is a server in it.
+    serves: bool,
 }
 
 impl Agreement {
@@ -315,6 +264,7 @@ impl Agreement {
     pub fn new(me: Candidate, list: List, state: State) -> Agreement {
         let mut list = list;
         let mut state = state;
+        let serves = matches!(state, State::Enlisted { .. });
         if let State::Unbound(unbound) = &mut state {
             if unbound.accepted.is_some() && unbound.list != list.id {
                 let servers = unbound.accepted.as_ref().map_or(1, |(_, decision)| decision.founders.len());
@@ -338,6 +288,7 @@ impl Agreement {
             now: 0,
             ready_since: None,
             quiet_until: 0,
+            serves,
         }
     }
 
@@ -360,6 +311,7 @@ impl Agreement {
     pub fn bound(&self) -> Option<(Role, &Known)> {
         match &self.state {
             State::Bound { role, known } => Some((*role, known)),
+            State::Enlisted { known, .. } => Some((if self.serves { Role::Server } else { Role::Client }, known)),
             _ => None,
         }
     }
@@ -389,7 +341,7 @@ impl Agreement {
     /// everything at all times.
     #[doc(hidden)]
     pub fn essence(&self) -> impl std::hash::Hash + '_ {
-        (&self.me.node, &self.state, self.own, self.round, &self.attempt)
+        (&self.me.node, &self.state, self.own, self.round, &self.attempt, self.serves)
     }
 
     fn is_fresh(&self, seen: &Seen) -> bool {
@@ -409,7 +361,9 @@ impl Agreement {
     pub fn asked(&mut self, ask: &Ask) -> Vec<Effect> {
         let who = self.me.node;
         match &self.state {
-            State::Bound { known, .. } => {
+            State::Bound { .. } | State::Enlisted { .. } if matches!(ask, Ask::Present { .. }) => self.present_member(),
+            State::Bound { .. } | State::Enlisted { .. } if matches!(ask, Ask::Enlist { .. }) => self.enlist(ask),
+            State::Bound { known, .. } | State::Enlisted { known, .. } => {
                 let mut effects = vec![Effect::Answer(Answer::Bound { who, known: known.clone() })];
                 if let Ask::Decided { decision } = ask
                     && decision.cluster != known.decision.cluster
@@ -420,7 +374,8 @@ impl Agreement {
             }
             State::Removed { .. } => vec![Effect::Answer(Answer::Removed { who })],
             State::Unbound(_) => match ask {
-                Ask::Hello => vec![self.present()],
+                // Who belongs to no cluster is no server of one either, whoever says so.
+                Ask::Hello | Ask::Present { .. } | Ask::Enlist { .. } | Ask::Order { .. } => vec![self.present()],
                 Ask::Prepare { list, .. } | Ask::Accept { list, .. } if *list != self.list.id => vec![self.present()],
                 Ask::Prepare { ballot, .. } => self.prepare(*ballot),
                 Ask::Accept { ballot, decision, .. } => self.accept(*ballot, decision),
@@ -522,6 +477,8 @@ impl Agreement {
                     return self.look_at_accepted();
                 }
             }
+            // Nothing that is asked for founding is answered so.
+            Answer::Present { .. } | Answer::Enlisted { .. } | Answer::Ordered { .. } => {}
         }
         Vec::new()
     }
@@ -694,14 +651,16 @@ impl Agreement {
     pub fn learn(&mut self, known: Known) -> Vec<Effect> {
         match &mut self.state {
             State::Unbound(_) => self.bind(known),
-            State::Bound { known: ours, .. } if ours.decision.cluster != known.decision.cluster => {
+            State::Bound { known: ours, .. } | State::Enlisted { known: ours, .. } if ours.decision.cluster != known.decision.cluster => {
                 vec![Effect::Conflict { ours: ours.decision.cluster, theirs: known.decision.cluster }]
             }
-            State::Bound { known: ours, .. } if ours.as_of < known.as_of && !known.servers.is_empty() => {
+            State::Bound { known: ours, .. } | State::Enlisted { known: ours, .. }
+                if ours.as_of < known.as_of && !known.servers.is_empty() =>
+            {
                 *ours = known;
                 vec![Effect::Save(self.state.clone())]
             }
-            State::Bound { .. } | State::Removed { .. } => Vec::new(),
+            State::Bound { .. } | State::Enlisted { .. } | State::Removed { .. } => Vec::new(),
         }
     }
 
@@ -714,10 +673,14 @@ impl Agreement {
         vec![Effect::Save(self.state.clone()), Effect::Bound]
     }
 
-    /// This node was a server, and was removed from the cluster.
+    /// This node was a server, and was removed from the cluster; or it was enlisted and put out before it has voted: then it is a client again.
     pub fn removed(&mut self) -> Vec<Effect> {
-        let State::Bound { known, .. } = &self.state else { return Vec::new() };
-        self.state = State::Removed { cluster: known.decision.cluster };
+        self.serves = false;
+        self.state = match &self.state {
+            State::Bound { known, .. } => State::Removed { cluster: known.decision.cluster },
+            State::Enlisted { known, .. } => State::Bound { role: Role::Client, known: known.clone() },
+            _ => return Vec::new(),
+        };
         vec![Effect::Save(self.state.clone())]
     }
 }

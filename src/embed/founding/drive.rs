@@ -21,7 +21,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Status};
 
-use super::agree::{Agreement, Answer, Ask, Effect, Known, NodeId, Role, Standing, State};
+use super::agree::{Agreement, Answer, Ask, Candidate, Effect, Grant, Known, NodeId, Refusal, Role, Standing, State};
+use super::desk::Desk;
 use super::state::NodeDir;
 use super::wire::{self, Token};
 use crate::api::peer::Say;
@@ -72,6 +73,7 @@ enum Input {
     Asked(Ask, oneshot::Sender<Answer>),
     Answered(usize, Answer),
     Learn(Known),
+    Votes,
     Removed(oneshot::Sender<()>),
 }
 
@@ -79,8 +81,14 @@ enum Input {
 pub(crate) struct Driver {
     inputs: mpsc::Sender<Input>,
     progress: watch::Receiver<Progress>,
-    node: NodeId,
+    /// Whether the node is enlisted, and a server from its next start on.
+    enlisted: watch::Receiver<bool>,
+    /// As whom it was enlisted when this life began.
+    grant: Option<Grant>,
+    me: Candidate,
     token: Token,
+    lines: Arc<Lines>,
+    desk: Arc<Desk>,
     tasks: TaskTracker,
     stop: CancellationToken,
     saver: Mutex<Option<Saver>>,
@@ -130,13 +138,10 @@ impl Driver {
         let (saver, saves) = Saver::start(dir)?;
         let (inputs, queue) = mpsc::channel(INPUTS_MAX);
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let first = match agreement.state() {
-            State::Unbound(_) => Progress::Waiting("it has just begun".into()),
-            State::Bound { role, known } => Progress::Bound(*role, known.clone()),
-            State::Removed { .. } => Progress::Removed,
-        };
+        let first = progress_of(agreement.state(), agreement.serves()).unwrap_or_else(|| Progress::Waiting("it has just begun".into()));
         let (tell, progress) = watch::channel(first);
-        let node = agreement.me().node;
+        let (tell_enlisted, enlisted) = watch::channel(false);
+        let (me, grant) = (agreement.me().clone(), agreement.grant().cloned());
         let trouble: Arc<Mutex<BTreeMap<usize, String>>> = Arc::default();
         let mut peers = Vec::new();
         for (at, entry) in agreement.list().entries.iter().enumerate() {
@@ -151,14 +156,45 @@ impl Driver {
             };
             spawn(&tasks, &stop, peer.run(theirs));
         }
-        let core = Core { agreement, saves, tell, peers, trouble, told: String::new(), told_at: None };
+        let core = Core { agreement, saves, tell, tell_enlisted, peers, trouble, told: String::new(), told_at: None };
         spawn(&tasks, &stop, core.run(queue));
-        Ok(Driver { inputs, progress, node, token, tasks, stop, saver: Mutex::new(Some(saver)) })
+        let (desk, saver) = (Arc::new(Desk::new()), Mutex::new(Some(saver)));
+        Ok(Driver { inputs, progress, enlisted, grant, me, token, lines: lines.clone(), desk, tasks, stop, saver })
     }
 
     /// Which node this is.
     pub fn node(&self) -> NodeId {
-        self.node
+        self.me.node
+    }
+
+    /// The same, as it presents itself.
+    pub fn me(&self) -> &Candidate {
+        &self.me
+    }
+
+    /// As whom the node was enlisted when it started.
+    pub fn grant(&self) -> Option<&Grant> {
+        self.grant.as_ref()
+    }
+
+    /// Whether the node is enlisted, and a server from its next start on; as it changes.
+    pub fn enlisted(&self) -> watch::Receiver<bool> {
+        self.enlisted.clone()
+    }
+
+    /// What is asked of it as a server.
+    pub fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
+    /// Whether the nodes speak TLS with each other.
+    pub fn is_tls(&self) -> bool {
+        self.lines.is_tls()
+    }
+
+    /// Asks whoever is at a peer URL, with the shared token.
+    pub fn caller(&self, url: String) -> Caller {
+        Caller::new(url, self.token.clone(), self.lines.clone())
     }
 
     /// Where the node stands, as it moves.
@@ -168,15 +204,34 @@ impl Driver {
 
     /// What answers the others' questions.
     pub fn say(&self) -> Say {
-        let (inputs, token, node) = (self.inputs.clone(), self.token.clone(), self.node);
+        let (inputs, token, desk, node) = (self.inputs.clone(), self.token.clone(), self.desk.clone(), self.node());
         Arc::new(move |question: Envelope| {
-            let (inputs, token) = (inputs.clone(), token.clone());
+            let (inputs, token, desk) = (inputs.clone(), token.clone(), desk.clone());
             async move {
-                let ask = wire::open_question(&token, node, &question)?;
+                let ask = match wire::open_question(&token, node, &question)? {
+                    Ask::Order { ticket, order } => {
+                        let outcome = match desk.order(ticket, order) {
+                            Ok(wait) => wait.await.unwrap_or_else(|_| {
+                                let what = "the server has stopped while it carried the order out".into();
+                                Err(Refusal { reason: String::new(), what })
+                            }),
+                            Err(refusal) => Err(refusal),
+                        };
+                        return Ok(wire::reply(&token, &question, &Answer::Ordered { who: node, outcome }));
+                    }
+                    Ask::Present { from: Some((cluster, who)) } => {
+                        desk.hear(cluster, who);
+                        Ask::Present { from: None }
+                    }
+                    ask => ask,
+                };
                 let (answer, wait) = oneshot::channel();
                 let gone = || Status::unavailable("the node is not ready to answer");
                 inputs.try_send(Input::Asked(ask, answer)).map_err(|_| gone())?;
-                let answer = wait.await.map_err(|_| gone())?;
+                let mut answer = wait.await.map_err(|_| gone())?;
+                if let Answer::Present { ticket, .. } = &mut answer {
+                    *ticket = desk.ticket();
+                }
                 Ok(wire::reply(&token, &question, &answer))
             }
             .boxed()
@@ -187,6 +242,11 @@ impl Driver {
     pub async fn learn(&self, known: Known) {
         // Gone: then nobody needs it any more.
         let _ = self.inputs.send(Input::Learn(known)).await;
+    }
+
+    /// Tells it that this node's server votes.
+    pub async fn votes(&self) {
+        let _ = self.inputs.send(Input::Votes).await;
     }
 
     /// Tells it that this node was removed from the cluster; returns when that is on disk.
@@ -230,6 +290,7 @@ struct Core {
     agreement: Agreement,
     saves: blocking::SyncSender<Save>,
     tell: watch::Sender<Progress>,
+    tell_enlisted: watch::Sender<bool>,
     peers: Vec<mpsc::Sender<Ask>>,
     trouble: Arc<Mutex<BTreeMap<usize, String>>>,
     told: String,
@@ -279,6 +340,10 @@ impl Core {
             }
             Input::Learn(known) => {
                 let effects = self.agreement.learn(known);
+                self.carry(effects, None).await
+            }
+            Input::Votes => {
+                let effects = self.agreement.votes();
                 self.carry(effects, None).await
             }
             Input::Removed(done) => {
@@ -332,6 +397,9 @@ impl Core {
                 tracing::debug!(promised = ?unbound.promised, accepted = unbound.accepted.is_some(), "founding: saving")
             }
             State::Bound { .. } => tracing::debug!("founding: saving the cluster"),
+            State::Enlisted { grant, .. } => {
+                tracing::debug!(member = %format_args!("{:x}", grant.member), "founding: saving that the node is enlisted")
+            }
             State::Removed { .. } => tracing::info!("founding: saving that the node was removed from the cluster"),
         }
         let gone = || Error::Failed("the thread that saves has ended".into());
@@ -341,11 +409,17 @@ impl Core {
         saved.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Tells the rest of the node of what was saved.
     fn announce(&self, state: &State) {
-        match state {
-            State::Unbound(_) => {}
-            State::Bound { role, known } => drop(self.tell.send_replace(Progress::Bound(*role, known.clone()))),
-            State::Removed { .. } => drop(self.tell.send_replace(Progress::Removed)),
+        if let Some(progress) = progress_of(state, self.agreement.serves()) {
+            self.tell.send_replace(progress);
+        }
+        let waits = matches!(state, State::Enlisted { .. }) && !self.agreement.serves();
+        if waits != *self.tell_enlisted.borrow() {
+            if waits {
+                tracing::warn!("this node is enlisted: it is a client, and will be a server when it is started again");
+            }
+            self.tell_enlisted.send_replace(waits);
         }
     }
 
@@ -406,6 +480,16 @@ impl Core {
         }
         (ready, missing)
     }
+}
+
+/// Where a node with this on disk stands, once it belongs to a cluster. One that is enlisted may serve already.
+fn progress_of(state: &State, serves: bool) -> Option<Progress> {
+    Some(match state {
+        State::Unbound(_) => return None,
+        State::Bound { role, known } => Progress::Bound(*role, known.clone()),
+        State::Enlisted { known, .. } => Progress::Bound(if serves { Role::Server } else { Role::Client }, known.clone()),
+        State::Removed { .. } => Progress::Removed,
+    })
 }
 
 /// The way to a node of the list.
@@ -473,21 +557,30 @@ impl Caller {
     /// # Errors
     /// That there is none, or that it is not to be trusted. The next question goes over a new connection then.
     pub async fn ask(&mut self, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
-        let answer = self.exchange(to, ask).await;
+        self.ask_within(ASK_TIMEOUT, to, ask).await
+    }
+
+    /// As [`ask`](Self::ask), of what takes longer.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub async fn ask_within(&mut self, limit: Duration, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
+        let answer = self.exchange(limit, to, ask).await;
         if answer.is_err() {
             self.client = None;
         }
         answer
     }
 
-    async fn exchange(&mut self, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
+    /// Making the connection has a limit of its own.
+    async fn exchange(&mut self, limit: Duration, to: Option<NodeId>, ask: &Ask) -> Result<Answer, Status> {
         let mut client = match &self.client {
             Some(client) => client.clone(),
             None => self.client.insert(connect(&self.url, &self.lines).await.map_err(Status::unavailable)?).clone(),
         };
         let question = wire::question(&self.token, to, ask);
-        let answer = tokio::time::timeout(ASK_TIMEOUT, client.say(question.clone())).await;
-        let answer = answer.map_err(|_| Status::deadline_exceeded(format!("no answer within {ASK_TIMEOUT:?}")))?;
+        let answer = tokio::time::timeout(limit, client.say(question.clone())).await;
+        let answer = answer.map_err(|_| Status::deadline_exceeded(format!("no answer within {limit:?}")))?;
         wire::open_reply(&self.token, &question, &answer?.into_inner())
     }
 }

@@ -8,6 +8,7 @@
 //! | `agree` | the agreement: a state machine without clock, disk and network, which is what the tests examine |
 //! | `state` | what a node remembers of it: `kv-state.json` |
 //! | `wire` | its messages, and the seal by which nodes that share a token know each other |
+//! | `desk` | what is asked of a server beside it: orders, and where other servers are |
 //! | `drive` | runs it: the timer, the messages, the disk, and lines in the log that say who is missing |
 //!
 //! # What is promised
@@ -28,7 +29,8 @@
 //! cluster says so* to everyone who asks: one node of the cluster that is up is enough for any other to join it, with whatever list. A
 //! node that has learned it is no longer one that could forget; the table counts only until then.
 //!
-//! A node's role never changes, and is remembered with the cluster. A directory without memory is a new node, also at an old address:
+//! A node's role never changes while it runs, and is remembered with the cluster. A client may be [enlisted](agree::Grant): then it is a server from
+//! its next start on. No founding comes of that, and no binding: who belongs to no cluster cannot be enlisted. A directory without memory is a new node, also at an old address:
 //! it never takes the place of the one that was there.
 //!
 //! # What is not promised
@@ -47,6 +49,7 @@
 //! has accepted a decision under the old list. That may have been decided, so it keeps to the old list until it is bound, and says so.
 
 pub mod agree;
+pub(crate) mod desk;
 pub(crate) mod drive;
 pub(crate) mod state;
 pub(crate) mod wire;

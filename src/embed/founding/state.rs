@@ -9,6 +9,9 @@
 //! }
 //! ```
 //!
+//! A node that is enlisted has `"format": 2`, and `"enlisted": { "member": "...", "of": "...", "since": 9, "cluster": ... }` in place of `bound`.
+//! What a release before it would understand has still format 1, and is so read by it.
+//!
 //! The checksum is over the same without it, as it would be written: a person can read the file, and no byte of it can change unseen.
 //!
 //! # Invariants
@@ -22,15 +25,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::agree::{Ballot, Candidate, Decision, Known, NodeId, Role, State, Unbound};
+use super::agree::{Ballot, Candidate, Decision, Grant, Known, NodeId, Role, State, Unbound};
 use crate::error::{Error, Result};
-use crate::storage::dir::{Hold, hold, write_whole};
+use crate::storage::dir::{Hold, hold, identity_in, sync_dir, write_whole};
 
 /// What the node remembers.
 pub(crate) const FILE: &str = "kv-state.json";
 
-/// Version of the format. A release reads its own and older ones.
-const FORMAT: u64 = 1;
+/// Version of the format. A release reads its own and older ones, and writes the oldest that can say what it has to.
+const FORMAT: u64 = 2;
 
 /// Where a server keeps its data, below the node's directory.
 pub(crate) const SERVER: &str = "server";
@@ -96,6 +99,25 @@ impl NodeDir {
         self.path.join(SERVER)
     }
 
+    /// Removes what a server has left that this node is not, if there is anything: one that was enlisted, and put out before it has voted. What a
+    /// founder has is never removed.
+    ///
+    /// # Errors
+    /// `Io`, and those of reading who the server was.
+    pub fn forget_server(&self) -> Result<()> {
+        let server = self.server();
+        if identity_in(&server.join("member"))?.is_some_and(|identity| !identity.joined) {
+            tracing::warn!(path = %server.display(), "this node is a client, and has the data of a server that has founded a cluster: it is left as it is");
+            return Ok(());
+        }
+        match fs::remove_dir_all(&server) {
+            Ok(()) => tracing::info!(path = %server.display(), "removed what this node had as a server, which it is not"),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(err) => return Err(Error::io("removing", &server, err)),
+        }
+        sync_dir(&self.path)
+    }
+
     /// Puts the state on disk, in place of what was there.
     ///
     /// # Errors
@@ -115,7 +137,8 @@ pub(crate) fn write(path: &Path, node: NodeId, state: &State) -> Result<()> {
 
 fn encode(node: NodeId, state: &State) -> String {
     let mut whole = Map::new();
-    whole.insert("format".into(), FORMAT.into());
+    let format = if matches!(state, State::Enlisted { .. }) { FORMAT } else { 1 };
+    whole.insert("format".into(), format.into());
     whole.insert("node".into(), hex(node.0));
     whole.insert("state".into(), state_to_json(state));
     seal(whole)
@@ -176,21 +199,35 @@ fn state_to_json(state: &State) -> Value {
                 "founders": candidates_to_json(&decision.founders),
             })),
         }}),
-        State::Bound { role, known } => json!({ "bound": {
-            "role": role.to_string(),
-            "cluster": hex(known.decision.cluster),
-            "founders": candidates_to_json(&known.decision.founders),
-            "servers": candidates_to_json(&known.servers),
-            "as_of": known.as_of,
-        }}),
+        State::Bound { role, known } => json!({ "bound": known_to_json(known, [("role", role.to_string().into())]) }),
+        State::Enlisted { known, grant } => {
+            // As text: a number in JSON may not have all of its bits.
+            let id = |id: u64| format!("{id:016x}").into();
+            let grant = [("member", id(grant.member)), ("of", id(grant.cluster)), ("since", grant.since.into())];
+            json!({ "enlisted": known_to_json(known, grant) })
+        }
         State::Removed { cluster } => json!({ "removed": { "cluster": hex(*cluster) } }),
     }
+}
+
+fn known_to_json<const N: usize>(known: &Known, more: [(&str, Value); N]) -> Value {
+    let of_cluster = [
+        ("cluster", hex(known.decision.cluster)),
+        ("founders", candidates_to_json(&known.decision.founders)),
+        ("servers", candidates_to_json(&known.servers)),
+        ("as_of", known.as_of.into()),
+    ];
+    Value::Object(of_cluster.into_iter().chain(more).map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
 fn state_from_json(value: &Value) -> Option<State> {
     let (kind, of) = value.as_object()?.iter().next()?;
     let decision =
         |of: &Value| Some(Decision { cluster: from_hex(of.get("cluster")?)?, founders: candidates_from_json(of.get("founders")?)? });
+    let known = |of: &Value| {
+        let servers = candidates_from_json(of.get("servers")?)?;
+        Some(Known { decision: decision(of)?, servers, as_of: of.get("as_of")?.as_u64()? })
+    };
     match kind.as_str() {
         "unbound" => {
             let entries = of.get("join")?.as_array()?.iter().map(|entry| entry.as_str().map(str::to_owned)).collect::<Option<_>>()?;
@@ -210,8 +247,12 @@ fn state_from_json(value: &Value) -> Option<State> {
                 "client" => Role::Client,
                 _ => return None,
             };
-            let servers = candidates_from_json(of.get("servers")?)?;
-            Some(State::Bound { role, known: Known { decision: decision(of)?, servers, as_of: of.get("as_of")?.as_u64()? } })
+            Some(State::Bound { role, known: known(of)? })
+        }
+        "enlisted" => {
+            let id = |name: &str| u64::from_str_radix(of.get(name)?.as_str()?, 16).ok();
+            let grant = Grant { member: id("member")?, cluster: id("of")?, since: of.get("since")?.as_u64()? };
+            Some(State::Enlisted { known: known(of)?, grant })
         }
         "removed" => Some(State::Removed { cluster: from_hex(of.get("cluster")?)? }),
         _ => None,
@@ -262,9 +303,26 @@ mod tests {
             State::Unbound(Unbound { promised: Some(ballot), ..unbound.clone() }),
             State::Unbound(Unbound { promised: Some(ballot), accepted: Some((ballot, decision)), ..unbound }),
             State::Bound { role: Role::Server, known: known.clone() },
-            State::Bound { role: Role::Client, known },
+            State::Bound { role: Role::Client, known: known.clone() },
+            State::Enlisted { known, grant: Grant { member: u64::MAX, cluster: 1, since: u64::MAX } },
             State::Removed { cluster: 7 },
         ]
+    }
+
+    /// As the first release has written it.
+    #[test]
+    fn what_was_saved_before_is_read() {
+        let old = Map::from_iter([
+            ("format".to_owned(), 1.into()),
+            ("node".to_owned(), hex(9)),
+            ("state".to_owned(), json!({ "bound": { "role": "client", "cluster": hex(3), "founders": [], "servers": [], "as_of": 5 } })),
+        ]);
+        let known = Known { decision: Decision { cluster: 3, founders: Vec::new() }, servers: Vec::new(), as_of: 5 };
+        let state = State::Bound { role: Role::Client, known };
+        let text = seal(old);
+        assert!(matches!(decode(text.as_bytes()), Ok((NodeId(9), read)) if read == state));
+        // And so it is written still.
+        assert_eq!(encode(NodeId(9), &state), text);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! that was just asked, by its nonce. A node without a token takes what comes.
 //!
 //! What is meant for one node names it, so that a message that was recorded is of no use against a node whose disk is new: that has
-//! another id. Hello alone is meant for whoever is there.
+//! another id. Hello and Present alone are meant for whoever is there. What a recorded message could do a second time is asked for with
+//! something that counts once: an order with a ticket, an enlistment with an entry of the log.
 //!
 //! ```text
 //! seal = HMAC(token, version | kind | len(to) to | len(nonce) nonce | len(body) body)      kind: question or answer
@@ -16,8 +17,9 @@ use prost::Message;
 use sha2::{Digest, Sha256};
 use tonic::Status;
 
-use super::agree::{Answer, Ask, Ballot, Candidate, Decision, JOIN_MAX, Known, NodeId};
+use super::agree::{Answer, Ask, Ballot, Candidate, Decision, Grant, JOIN_MAX, Known, NodeId, NodeStanding, Order, Refusal};
 use crate::proto::founding as wire;
+use crate::proto::founding::order::Order as Ordered;
 use crate::proto::founding::question::Question as Asked;
 use crate::proto::founding::reply::Reply as Said;
 
@@ -117,6 +119,14 @@ pub(crate) fn question(token: &Token, to: Option<NodeId>, ask: &Ask) -> wire::En
             Asked::Accept(wire::Accept { list: id(*list), proposal: Some(proposal_to(ballot, decision)) })
         }
         Ask::Decided { decision } => Asked::Decided(decision_to(decision)),
+        Ask::Present { from } => Asked::Present(wire::Present {
+            from: from.as_ref().map(|(_, who)| candidate_to(who)),
+            cluster: from.as_ref().map_or_else(Bytes::new, |(cluster, _)| id(*cluster)),
+        }),
+        Ask::Enlist { known, grant: Grant { member, cluster, since } } => {
+            Asked::Enlist(wire::Enlist { member: *member, cluster: *cluster, since: *since, known: Some(known_to(known)) })
+        }
+        Ask::Order { ticket, order } => Asked::Order(wire::Order { ticket: id(*ticket), order: Some(order_to(order)) }),
     };
     let body = wire::Question { question: Some(question) }.encode_to_vec().into();
     let nonce = Bytes::copy_from_slice(&rand::random::<[u8; 16]>());
@@ -133,8 +143,8 @@ pub(crate) fn question(token: &Token, to: Option<NodeId>, ask: &Ask) -> wire::En
 pub(crate) fn open_question(token: &Token, own: NodeId, envelope: &wire::Envelope) -> Result<Ask, Status> {
     check(token, Kind::Question, envelope)?;
     let question = wire::Question::decode(envelope.body.clone()).map_err(|err| Status::invalid_argument(err.to_string()))?.question;
-    let is_hello = matches!(question, Some(Asked::Hello(_)));
-    if !is_hello && from_id(&envelope.to) != Some(own.0) {
+    let is_for_all = matches!(question, Some(Asked::Hello(_) | Asked::Present(_)));
+    if !is_for_all && from_id(&envelope.to) != Some(own.0) {
         return Err(Status::failed_precondition(format!("this is node {own}, and another is meant")));
     }
     let read = || {
@@ -146,6 +156,14 @@ pub(crate) fn open_question(token: &Token, own: NodeId, envelope: &wire::Envelop
                 Ask::Accept { list: from_id(&accept.list)?, ballot, decision }
             }
             Asked::Decided(decision) => Ask::Decided { decision: decision_from(decision)? },
+            Asked::Present(wire::Present { from: None, .. }) => Ask::Present { from: None },
+            Asked::Present(wire::Present { from: Some(who), cluster }) => {
+                Ask::Present { from: Some((from_id(&cluster)?, candidate_from(who)?)) }
+            }
+            Asked::Enlist(wire::Enlist { member, cluster, since, known }) => {
+                Ask::Enlist { known: known_from(known?)?, grant: Grant { member, cluster, since } }
+            }
+            Asked::Order(order) => Ask::Order { ticket: from_id(&order.ticket)?, order: order_from(order.order?)? },
         })
     };
     read().ok_or_else(|| Status::invalid_argument("a founding message that makes no sense"))
@@ -169,6 +187,21 @@ pub(crate) fn reply(token: &Token, question: &wire::Envelope, answer: &Answer) -
         }
         Answer::Bound { known, .. } => Said::Bound(known_to(known)),
         Answer::Removed { .. } => Said::Removed(wire::Hello {}),
+        Answer::Present { who, standing, known, ticket } => Said::Presented(wire::Presented {
+            who: Some(candidate_to(who)),
+            standing: match standing {
+                NodeStanding::Client => 1,
+                NodeStanding::Enlisted => 2,
+                NodeStanding::Server => 3,
+            },
+            known: Some(known_to(known)),
+            ticket: id(*ticket),
+        }),
+        Answer::Enlisted { .. } => Said::Enlisted(wire::Hello {}),
+        Answer::Ordered { outcome, .. } => {
+            let failure = outcome.as_ref().err().cloned().map(|Refusal { reason, what }| wire::OrderFailure { reason, what });
+            Said::Ordered(wire::Ordered { failure })
+        }
     };
     let body = wire::Reply { who: id(answer.who().0), reply: Some(said) }.encode_to_vec().into();
     let mut envelope = wire::Envelope { version: VERSION, to: Bytes::new(), body, nonce: question.nonce.clone(), seal: Bytes::new() };
@@ -209,6 +242,25 @@ pub(crate) fn open_reply(token: &Token, question: &wire::Envelope, envelope: &wi
             }
             Said::Bound(known) => Answer::Bound { who, known: known_from(known)? },
             Said::Removed(_) => Answer::Removed { who },
+            Said::Presented(wire::Presented { who, standing, known, ticket }) => Answer::Present {
+                who: candidate_from(who?)?,
+                standing: match standing {
+                    1 => NodeStanding::Client,
+                    2 => NodeStanding::Enlisted,
+                    3 => NodeStanding::Server,
+                    _ => return None,
+                },
+                known: known_from(known?)?,
+                ticket: from_id(&ticket)?,
+            },
+            Said::Enlisted(_) => Answer::Enlisted { who },
+            Said::Ordered(wire::Ordered { failure }) => Answer::Ordered {
+                who,
+                outcome: match failure {
+                    None => Ok(()),
+                    Some(wire::OrderFailure { reason, what }) => Err(Refusal { reason, what }),
+                },
+            },
         };
         (answer.who() == who).then_some(answer)
     };
@@ -280,6 +332,28 @@ fn known_to(known: &Known) -> wire::Known {
     }
 }
 
+fn order_to(order: &Order) -> Ordered {
+    match order.clone() {
+        Order::Grow { nodes } => Ordered::Grow(wire::Grow { nodes }),
+        Order::Replace { server, by, even_alive } => Ordered::Replace(wire::Replace { server, by, even_alive }),
+        Order::Remove { server } => Ordered::Remove(server),
+    }
+}
+
+fn order_from(order: Ordered) -> Option<Order> {
+    let fits = |text: &String| !text.is_empty() && text.len() <= TEXT_MAX;
+    match order {
+        Ordered::Grow(wire::Grow { nodes }) => {
+            let some = (1..=SERVERS_MAX).contains(&nodes.len()) && nodes.iter().all(fits);
+            some.then_some(Order::Grow { nodes })
+        }
+        Ordered::Replace(wire::Replace { server, by, even_alive }) => {
+            (fits(&server) && fits(&by)).then_some(Order::Replace { server, by, even_alive })
+        }
+        Ordered::Remove(server) => fits(&server).then_some(Order::Remove { server }),
+    }
+}
+
 fn known_from(known: wire::Known) -> Option<Known> {
     Some(Known { decision: decision_from(known.decision?)?, servers: all_from(known.servers, server_from)?, as_of: known.as_of })
 }
@@ -304,20 +378,34 @@ mod tests {
             Ask::Prepare { list: 5, ballot },
             Ask::Accept { list: 5, ballot, decision: decision() },
             Ask::Decided { decision: decision() },
+            Ask::Present { from: None },
+            Ask::Present { from: Some((77, candidate(3))) },
+            Ask::Enlist { known: known(), grant: Grant { member: u64::MAX, cluster: 1, since: 2 } },
+            Ask::Order { ticket: 4, order: Order::Grow { nodes: vec!["a:1".into(), "b:2".into()] } },
+            Ask::Order { ticket: 4, order: Order::Replace { server: "n1".into(), by: "b:2".into(), even_alive: true } },
+            Ask::Order { ticket: 4, order: Order::Remove { server: "n1".into() } },
         ]
+    }
+
+    fn known() -> Known {
+        Known { decision: decision(), servers: vec![candidate(4)], as_of: 12 }
     }
 
     fn answers() -> Vec<Answer> {
         let (who, ballot) = (NodeId(2), Ballot { round: 3, by: NodeId(1) });
-        let known = Known { decision: decision(), servers: vec![candidate(4)], as_of: 12 };
+        let known = known();
         vec![
             Answer::Unbound { who: candidate(2), list: 5, listed: 3, servers: 1 },
             Answer::Promise { who: candidate(2), ballot, accepted: None },
             Answer::Promise { who: candidate(2), ballot, accepted: Some((ballot, decision())) },
             Answer::Accepted { who, ballot },
             Answer::Refused { who, ballot, promised: Ballot { round: 4, by: NodeId(9) } },
+            Answer::Present { who: candidate(2), standing: NodeStanding::Enlisted, known: known.clone(), ticket: 5 },
             Answer::Bound { who, known },
             Answer::Removed { who },
+            Answer::Enlisted { who },
+            Answer::Ordered { who, outcome: Ok(()) },
+            Answer::Ordered { who, outcome: Err(Refusal { reason: "Busy".into(), what: "n1".into() }) },
         ]
     }
 
