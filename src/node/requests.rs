@@ -110,10 +110,10 @@ impl Node {
             response?
         } else {
             self.check_corrupt()?;
-            if txn::may_put(&request) {
-                if let Some(used_up) = self.check_space(txn_cost(&request))? {
-                    used_up.await?;
-                }
+            if txn::may_put(&request)
+                && let Some(used_up) = self.check_space(txn_cost(&request))?
+            {
+                used_up.await?;
             }
             let Reply::Txn(response) = self.propose(Op::Txn(request)).await? else { return Err(mismatch()) };
             response
