@@ -4,7 +4,8 @@
 //! with tabs between for people. Only the binary installs this; a program that embeds the library brings its own subscriber.
 //!
 //! # Invariants
-//! - A line is written by one call per output, so that lines of several threads do not mix.
+//! - A line is written by one call per output, so that lines of several threads do not mix; all outputs have them in the same order, that of
+//!   their times.
 //! - Logging never fails the server: a line that an output does not take is lost.
 //!
 //! # Caveats
@@ -13,6 +14,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use quorate::Error;
@@ -48,7 +50,7 @@ pub fn install(config: &LogConfig, now: fn() -> SystemTime) -> Result<(), Error>
         Some(text) => read_filter(text).map_err(Error::Config)?,
         None => Targets::new().with_default(below).with_target("quorate", level).with_target("openraft", raft),
     };
-    let lines = Lines { format: config.format, outputs, now };
+    let lines = Lines { format: config.format, outputs, turn: Mutex::new(()), now };
     // Fails only if a subscriber is there already, and then there is a log.
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     Ok(())
@@ -94,6 +96,7 @@ impl Output {
 struct Lines {
     format: LogFormat,
     outputs: Vec<Output>,
+    turn: Mutex<()>,
     now: fn() -> SystemTime,
 }
 
@@ -101,6 +104,7 @@ impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         let mut parts = Parts::default();
         event.record(&mut parts);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let line = match self.format {
             LogFormat::Json => json_line(event.metadata(), &parts, (self.now)()),
             LogFormat::Console => console_line(event.metadata(), &parts, (self.now)()),

@@ -17,10 +17,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::founder_id;
 use super::founding::agree::{Answer, Ask, Candidate, JOIN_MAX, Known, NodeId};
 use super::founding::drive::{Caller, Driver, Progress};
 use super::founding::wire::Token;
+use super::life::founder_id;
 use super::members::nodes_of;
 use crate::client::Lines;
 use crate::config::Url;

@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use super::config::{Backend, EmbedConfig};
 use super::founding::agree::{Candidate, Decision, Known, NodeId, Role, State};
 use super::founding::state;
-use super::token;
+use super::life::token;
 use crate::backup::{RestoreOptions, Restored, free_names, restore_as};
 use crate::error::{Error, Result};
 use crate::storage::dir::{hold, sync_dir};
