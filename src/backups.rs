@@ -78,7 +78,7 @@ fn restore_node(command: &RestoreCommand) -> Result<(String, Restored), Error> {
     let Restored { revision, keys, .. } = &node.server;
     let text = format!(
         "cluster {} has one server, the node in {}, and is at revision {revision} with {keys} keys\n\
-         the other nodes join it when they are started without their directories\n",
+         the other nodes join it when they are started once it serves, without their directories\n",
         node.cluster,
         config.data_dir.display()
     );

@@ -315,6 +315,10 @@ async fn one_server_becomes_three() {
     }
     until_written(&nodes[0]).await;
     shut_down(nodes).await;
+    // The one that has founded the cluster alone does not do so again when it has lost its data.
+    std::fs::remove_dir_all(configs[0].data_dir.join("server")).unwrap();
+    let why = start(&configs[0]).await.unwrap_err().to_string();
+    assert!(why.contains("its data is gone, and the cluster has other servers"), "{why}");
     let seen = memberships(&configs[1]);
     assert!(seen.contains(&vec![1, 3]) && seen.last() == Some(&vec![3]) && !seen.iter().any(|sets| sets.contains(&2)), "{seen:?}");
 }
@@ -402,7 +406,7 @@ async fn a_dead_server_is_replaced() {
 async fn who_is_enlisted_and_does_not_come_is_put_out() {
     let dir = tempfile::tempdir().unwrap();
     let mut configs = configs(dir.path(), 1, 2);
-    configs[0].enlist_timeout = Duration::from_secs(3);
+    configs[0].enlist_timeout = Duration::from_secs(10);
     let mut nodes = start_all(&configs).await;
     let (b, c) = (at(&configs[1]), at(&configs[2]));
     carried_out(async || nodes[0].grow(&[&b, &c]).await).await;

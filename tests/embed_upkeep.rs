@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use quorate::backup::BUMP_REVISION;
 use quorate::embed::{Access, BackupConfig, EmbedConfig, Node, Role, Servers, Token};
-use quorate::proto::etcdserverpb::{DeleteRangeRequest, RangeRequest};
+use quorate::proto::etcdserverpb::{DeleteRangeRequest, RangeRequest, RequestOp, TxnRequest, request_op};
 use quorate::{Client, Error, ErrorKind};
 
 #[path = "common/ports.rs"]
@@ -130,7 +130,7 @@ async fn nodes_are_backed_up_and_one_is_restored() {
     let newest = newest.unwrap();
     assert!(newest.revision >= 2);
     for node in &nodes {
-        until("its health says so", async || node.health_json()["backups"]["newestAt"].is_u64() || node.backups().await.is_err()).await;
+        until("its health says so", async || node.backups().await.is_ok() && node.health_json()["backups"]["newestAt"].is_u64()).await;
         assert!(node.metrics().text().contains("quorate_backup_newest_age_seconds"));
     }
     let kept = dir.path().join("kept.backup");
@@ -373,6 +373,9 @@ async fn writes_fail_fast_without_a_quorum() {
         assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
         let read = RangeRequest { key: "volumes/a".into(), serializable: true, ..RangeRequest::default() };
         until("a read", async || here.range(read.clone()).await.is_ok_and(|answer| answer.count == 1)).await;
+        let reads = RequestOp { request: Some(request_op::Request::RequestRange(read)) };
+        let reads = TxnRequest { success: vec![reads], ..TxnRequest::default() };
+        until("reads together", async || here.txn(reads.clone()).await.is_ok_and(|answer| answer.responses.len() == 1)).await;
     }
 
     let back = start(config).await;

@@ -100,8 +100,8 @@ pub(super) const RESTORE_HELP: &str = "Usage:
     How much higher its revision is than the backup's, so that no revision that was seen before comes to stand for something else.
   --node
     Make it into a node of the embedded mode, of which the variables are set as for `quorate embed`: JOIN, ADVERTISE_IP, HOSTNAME and others. It
-    has founded a cluster with itself as the only server. --data-dir is KV_DATA_DIR then, unless it is given. The other nodes join it once
-    their directories are removed. Of the other flags only --bump-revision is taken.
+    has founded a cluster with itself as the only server. --data-dir is KV_DATA_DIR then, unless it is given. The other nodes join it when
+    they are started once it serves, without their directories. Of the other flags only --bump-revision is taken.
   --mark-compacted
     Have everything below count as compacted, so that watches from before are told that they have missed something. It is so if the
     revision is bumped, and only then.

@@ -35,7 +35,8 @@ impl InProcess {
     }
 
     pub async fn put(&self, request: PutRequest) -> Result<PutResponse> {
-        self.written(self.node.put(request)).await
+        // Lazily: whether the member runs is looked at before the put is queued.
+        self.written(async { self.node.put(request).await }).await
     }
 
     pub async fn delete_range(&self, request: DeleteRangeRequest) -> Result<DeleteRangeResponse> {

@@ -299,7 +299,10 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put): after an error that leaves it open all of it or nothing may have been done; after any other, none of it.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse> {
-        self.pass().await?;
+        // What only reads is up to the servers, which may read what they have.
+        if !crate::mvcc::txn::is_read_only(&request) {
+            self.pass().await?;
+        }
         let Some(space) = &self.space else { return self.backend.txn(request).await };
         space.done(self.backend.txn(space.txn(request)?).await?)
     }

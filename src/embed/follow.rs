@@ -77,7 +77,7 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
             known = Known { decision: known.decision.clone(), servers, as_of: applied.max(known.as_of.saturating_add(1)) };
             driver.learn(known.clone()).await;
         }
-        let moved = members.iter().find(|member| member.id == server.member_id() && !member.peer_urls.contains(&own));
+        let moved = members.iter().find(|member| member.id == server.member_id() && !member.is_learner && !member.peer_urls.contains(&own));
         if let Some(member) = moved {
             match server.node().member_update(member.id, std::slice::from_ref(&own)).await {
                 Ok(()) => {

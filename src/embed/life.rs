@@ -138,8 +138,15 @@ impl Parts {
                 serving.stop(DRAIN).await;
             }
             let member = server_config(config, dir, &known, peer_url, &config.client_url()?)?;
-            let enlistment = driver.grant().map(|grant| enlistment(config, grant, &known, peer_url));
-            match Server::start_as(member, Some(driver.say()), late.clone(), enlistment).await {
+            check_not_lost(driver, dir, &known)?;
+            // What names another cluster was no server's of this one.
+            let is_ours = |grant: &Grant| cluster_number(&known.decision) == Some(grant.cluster);
+            let enlistment = driver.grant().map(|grant| is_ours(grant).then(|| enlistment(config, grant, &known, peer_url)));
+            let started = match enlistment {
+                Some(None) => Err(Error::Removed),
+                enlistment => Server::start_as(member, Some(driver.say()), late.clone(), enlistment.flatten()).await,
+            };
+            match started {
                 Ok(server) => {
                     server.node().mind_enlisted(config.enlist_timeout);
                     self.server = Some(server);
@@ -228,22 +235,28 @@ impl Parts {
 
     /// Stops everything, in order. All of it is tried, whatever fails.
     pub async fn close(self, limit: &mut Limit) -> Result<()> {
-        let mut result = Ok(());
-        if let Some(keeper) = self.keeper {
+        // A store of backups that hangs takes none of the server's time.
+        let (left, keeper) = (limit.left(backups::END), self.keeper);
+        let kept = async move {
+            let Some(keeper) = keeper else { return true };
             let was_at_work = keeper.is_at_work();
-            if tokio::time::timeout(limit.left(backups::END), keeper.close()).await.is_err() && was_at_work {
-                limit.cut("a backup");
-            }
-        }
-        if let Some(server) = self.server {
+            tokio::time::timeout(left, keeper.close()).await.is_ok() || !was_at_work
+        };
+        let server = self.server;
+        let served = async {
+            let Some(server) = server else { return Ok(()) };
             hand_over(&server, limit).await;
             let (closed, cut) = server.shutdown_by(limit.until).await;
             limit.cut.extend(cut);
-            result = match closed {
+            match closed {
                 // That was the reason to stop, and is remembered.
                 Err(Error::Removed) => Ok(()),
                 other => other,
-            };
+            }
+        };
+        let (kept, result) = tokio::join!(kept, served);
+        if !kept {
+            limit.cut("a backup");
         }
         for serving in [self.serving, self.health].into_iter().flatten() {
             serving.stop(limit.left(DRAIN)).await;
@@ -308,6 +321,20 @@ async fn serve_founding(url: &Url, driver: &Driver, secure: &Secure) -> Result<S
     let metrics = Metrics::new(ETCD_VERSION, "3.7");
     let router = founding_router(&driver.say(), defaults.warning_unary_request_duration, &metrics);
     Ok(Serving::start(listener, Limits::new(options), App { grpc: Some(Arc::new(router)), http: None }))
+}
+
+/// Sees to it that who has founded the cluster alone does not found it again, once it has other servers: what it had is lost, and they have it.
+///
+/// # Errors
+/// `Format`, with what would be right.
+fn check_not_lost(driver: &Driver, dir: &NodeDir, known: &Known) -> Result<()> {
+    let is_alone = known.decision.founders.len() == 1 && !known.servers.iter().any(|server| server.node != dir.node());
+    if is_alone || known.decision.founders.len() > 1 || driver.grant().is_some() || identity_in(&dir.server().join("member"))?.is_some() {
+        return Ok(());
+    }
+    let what = "its data is gone, and the cluster has other servers: have it replaced, remove the node's whole directory, and start it as a \
+                client with the others in JOIN";
+    Err(Error::Format { path: dir.server(), what: what.into() })
 }
 
 /// The peer URLs of the listed nodes.

@@ -49,7 +49,10 @@
 //! # Caveats
 //! - Removing one server of three leaves two, and neither of them may fail; that is told in the log. To replace it is better.
 //! - Nothing is replaced by itself.
-//! - The first start of an enlisted node as a server needs the other servers, and waits for them; every later one needs nobody.
+//! - The first start of an enlisted node as a server needs the other servers, and waits for them; every later one needs nobody. Until it
+//!   votes its own client reads nothing: start all that are enlisted together, soon.
+//! - A list of one entry has no other memory than that node's disk, also when there are three servers by now: with its directory removed it
+//!   founds another cluster. Give all nodes a `JOIN` with the others before that.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -62,7 +65,7 @@ use super::founding::agree::{Answer, Ask, Candidate, Decision, Grant, Known, Nod
 use super::founding::drive::{Caller, Driver, Progress, node_url};
 use super::life::{founder_id, join_urls};
 use super::moved::PLACES_MAX;
-use super::secure::Secure;
+use super::secure::{Secure, speaks_tls};
 use crate::error::{ApplyError, Error, ErrorKind, Result};
 use crate::node::members::enlist::{Listed, ineligible, reason};
 use crate::proto::etcdserverpb::Member;
@@ -122,7 +125,8 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, port: u16, host:
         tokio::select! {
             Some((order, answer)) = host.recv() => {
                 // Whoever has asked may have given up.
-                let _ = answer.send(carry_out(server, driver, port, &order).await);
+                let done = if server.node().is_learner() { hand_on(driver, order).await } else { carry_out(server, driver, port, &order).await };
+                let _ = answer.send(done);
             }
             Some((order, answer)) = others.recv() => {
                 let _ = answer.send(carry_out(server, driver, port, &order).await.map_err(refusal));
@@ -142,6 +146,9 @@ fn refusal(err: Error) -> Refusal {
 }
 
 async fn carry_out(server: &Server, driver: &Driver, port: u16, order: &Order) -> Result<()> {
+    if server.node().is_learner() {
+        return Err(ineligible(reason::NOT_READY, "this server does not vote yet"));
+    }
     tracing::info!(?order, "a change of the servers is asked for");
     let done = match order {
         Order::Grow { nodes } => enlist(server, driver, port, nodes, Vec::new(), false).await,
@@ -223,10 +230,13 @@ async fn present(driver: &Driver, port: u16, node: &str) -> Result<Candidate> {
             Err(ineligible(OTHER_CLUSTER, format!("the node at {at} belongs to the cluster {theirs}, not to this one, {ours:032x}")))
         }
         Ok(Answer::Present { standing: NodeStanding::Server, .. }) => not_a_client("is a server already"),
-        Ok(Answer::Present { who, .. }) => Ok(who),
-        Ok(Answer::Removed { .. }) => {
-            not_a_client("was a server, and was removed; remove its data directory, and start it as a client first")
+        Ok(Answer::Present { who, .. }) if speaks_tls(&who.peer_url) != driver.is_tls() => {
+            Err(ineligible(UNREACHABLE, format!("the node at {at} says that it is at {}: these nodes speak otherwise", who.peer_url)))
         }
+        Ok(Answer::Present { who, .. }) => Ok(who),
+        Ok(Answer::Removed { .. }) => not_a_client(
+            "was a server, and was removed; remove its data directory, and start it as a client first, with other servers in JOIN",
+        ),
         Ok(Answer::Unbound { .. }) => {
             Err(ineligible(NO_CLUSTER, format!("the node at {at} belongs to no cluster yet; wait until it is a client of this one")))
         }

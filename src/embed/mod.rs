@@ -360,8 +360,8 @@ impl Node {
     }
 
     /// The same in a given time. What waits for others is cut off when it is over: handing over the lead, connections that have something
-    /// under way, a backup. So is writing the state out, which the log has; the next start takes longer. What the disk is at is waited for,
-    /// for nothing may be left behind; that is far below a second, unless the disk hangs.
+    /// under way, a backup. Nor is the state written out if it is over by then, for the log has it; the next start takes longer. What the
+    /// disk is at is waited for, and a state that is being written out, too: nothing may be left behind.
     ///
     /// # Errors
     /// As [`shutdown`](Self::shutdown); [`CutOff`](Error::CutOff) names what was cut off.
@@ -504,10 +504,13 @@ async fn run(
         // The host goes on; it is told, and nothing here tries to be a server any more.
         tracing::error!(error = %err, "this node's server has stopped");
         signal.set(Access::ReadOnly, &err.to_string(), false, false, true);
+        tell_peers.send_replace(Vec::new());
         tell_end.send_replace(Some(err.clone()));
         drop(asked);
         stop.cancelled().await;
     }
+    // From here on its client says itself that it has stopped.
+    signal.gate.set(None);
     end.announce();
     let mut limit = Limit { until: *lock(until), cut: Vec::new() };
     let closed = parts.close(&mut limit).await;

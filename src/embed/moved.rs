@@ -24,6 +24,7 @@ use std::time::Duration;
 use super::founding::agree::{Answer, Ask, Candidate, JOIN_MAX, NodeStanding};
 use super::founding::drive::{Caller, Driver, Progress};
 use super::members::nodes_of;
+use super::secure::speaks_tls;
 use crate::server::Server;
 
 /// How often.
@@ -43,6 +44,8 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
         let cluster = known.decision.cluster;
         let mut there: Vec<Candidate> =
             driver.desk().heard().into_iter().filter(|(theirs, _)| *theirs == cluster).map(|(_, who)| who).collect();
+        // A node speaks to no other in plain text that has certificates, nor the other way round.
+        there.retain(|who| speaks_tls(&who.peer_url) == driver.is_tls());
         if server.node().has_leader() {
             callers.clear();
             heard_of.clear();
@@ -62,7 +65,7 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
                     && who.node != own.node
                 {
                     heard_of.extend(theirs.servers.into_iter().map(|server| server.peer_url));
-                    if standing == NodeStanding::Server {
+                    if standing == NodeStanding::Server && speaks_tls(&who.peer_url) == driver.is_tls() {
                         heard_of.insert(who.peer_url.clone());
                         there.push(who);
                     }

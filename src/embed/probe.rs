@@ -1,6 +1,7 @@
 //! Tries the store twice a second, and makes the node's [`Availability`] of it. See [`availability`](super::availability).
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,10 +19,10 @@ use crate::proto::etcdserverpb::{AlarmMember, AlarmType};
 /// How often the state is looked at while a probe is under way.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How long the server that answered last is waited for, before the others are asked.
+/// How long the server that answered last is waited for, before the others are asked, too.
 const FIRST_TIMEOUT: Duration = Duration::from_millis(400);
 
-/// How long all the others are waited for together. With the time before it, it is within [`PROBE_TIMEOUT`].
+/// How long all of them are waited for from then on. With the time before it, it is within [`PROBE_TIMEOUT`].
 const OTHERS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Probes of an external etcd between two looks at its alarms, which cost it a write to its log.
@@ -150,7 +151,7 @@ pub(crate) struct Remote {
 impl Remote {
     pub fn new(endpoints: watch::Receiver<Vec<String>>, is_ours: bool, lines: Lines) -> Remote {
         // Whether anybody is there shows soon; what comes after that may take long.
-        let lines = lines.limited(FIRST_TIMEOUT, CONNECT_TIMEOUT);
+        let lines = lines.limited(FIRST_TIMEOUT + OTHERS_TIMEOUT, CONNECT_TIMEOUT);
         Remote { endpoints, ways: BTreeMap::new(), lines, first: None, is_ours, count: 0, alarms: None }
     }
 
@@ -182,29 +183,37 @@ impl Store for Remote {
             for endpoint in endpoints {
                 self.ways.entry(endpoint).or_default();
             }
-            let (lines, first_way) = (&self.lines, self.ways.entry(first.clone()).or_default());
-            let trouble = match first_way.write_probe(lines, &first, look, Instant::now() + FIRST_TIMEOUT).await {
-                Ok(found) => return self.found(first, found),
-                Err(trouble) => trouble,
+            // The first is given all the time there is; the others are asked beside it when that takes long.
+            let (lines, until) = (&self.lines, Instant::now() + FIRST_TIMEOUT + OTHERS_TIMEOUT);
+            let (firsts, others): (Vec<_>, Vec<_>) = self.ways.iter_mut().partition(|(endpoint, _)| **endpoint == first);
+            let Some((_, first_way)) = firsts.into_iter().next() else {
+                return Tried { probe: Probe::Bad("no server is known".into()), read: false, by: None };
             };
-            let (mut troubles, until) = (vec![(first.clone(), trouble)], Instant::now() + OTHERS_TIMEOUT);
-            let asked = self.ways.iter_mut().map(|(endpoint, way)| {
-                let is_first = *endpoint == first;
-                async move {
-                    if is_first {
-                        return (endpoint, None, way.read_probe(lines, endpoint, until).await);
-                    }
-                    let (found, read) = way.probe(lines, endpoint, look, until).await;
-                    (endpoint, Some(found), read)
+            let answers = {
+                let mut asked = pin!(first_way.probe(lines, &first, look, until));
+                let soon = tokio::time::timeout(FIRST_TIMEOUT, asked.as_mut()).await;
+                if let Ok((Ok(found), read)) = soon {
+                    vec![(first.clone(), Ok(found), read)]
+                } else {
+                    let others = others.into_iter().map(|(endpoint, way)| async move {
+                        let (found, read) = way.probe(lines, endpoint, look, until).await;
+                        (endpoint.clone(), found, read)
+                    });
+                    let (of_first, others) = match soon {
+                        Ok(of_first) => (of_first, join_all(others).await),
+                        Err(_) => tokio::join!(asked, join_all(others)),
+                    };
+                    [(first.clone(), of_first.0, of_first.1)].into_iter().chain(others).collect()
                 }
-            });
-            let (mut found, mut read) = (None, false);
-            for (endpoint, asked, has_read) in join_all(asked).await {
+            };
+            let (mut found, mut read, mut troubles) = (None, false, Vec::new());
+            for (endpoint, asked, has_read) in answers {
                 read |= has_read;
                 match asked {
-                    Some(Ok(of)) => found = found.or_else(|| Some((endpoint.clone(), of))),
-                    Some(Err(trouble)) => troubles.push((endpoint.clone(), trouble)),
-                    None => {}
+                    // Whoever was quicker is asked first the next time.
+                    Ok(of) if found.as_ref().is_none_or(|(_, best): &(String, Found)| of.0 < best.0) => found = Some((endpoint, of)),
+                    Ok(_) => {}
+                    Err(trouble) => troubles.push((endpoint, trouble)),
                 }
             }
             match found {

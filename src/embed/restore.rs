@@ -8,12 +8,15 @@
 //! the cluster is lost; all nodes are stopped
 //! one node:    restore(file, its config)       the old directory's content is in old-20261123T050000Z/
 //! the others:  their directories are removed
-//! all start:   the one serves, as the only server; the others find it by JOIN, and are its clients
+//! it starts, and serves as the only server; then the others start, find it by JOIN, and are its clients
 //! ```
+//!
+//! The order counts: without their directories the others remember nothing, and where JOIN has four entries or more they are enough to found
+//! another cluster while the restored node is not there yet.
 //!
 //! The new cluster has another id, and this node another, so whoever remembers the old one is no part of it: its calls name the cluster that
 //! it means, and are refused. Such a node says that it has met a stranger, and is read-only until its directory is removed; and its server,
-//! if it has one, is refused by the peer port. The revision lies far above the backup's, as [`crate::backup::restore()`] says.
+//! if it has one, is refused by the peer port. But old servers that are a quorum are the old cluster, and go on with it. The revision lies far above the backup's, as [`crate::backup::restore()`] says.
 //!
 //! # Invariants
 //! - Who holds the directory, such as a node that runs, hinders the restore; and the other way round.

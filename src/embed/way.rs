@@ -103,14 +103,6 @@ impl Way {
         }
     }
 
-    /// Asks for a serializable read, and says whether there was one.
-    pub async fn read_probe(&mut self, lines: &Lines, endpoint: &str, until: Instant) -> bool {
-        match self.line(lines, endpoint, until).await {
-            Ok((line, _)) => serializable(line, until).await,
-            Err(_) => false,
-        }
-    }
-
     /// How long the server takes to answer from what it has itself.
     ///
     /// # Errors

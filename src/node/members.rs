@@ -318,7 +318,9 @@ impl Node {
     async fn change(&self, change: Change) -> Result<u64> {
         self.check_running()?;
         self.check_voter()?;
-        let (until, mut pause) = (self.deadline(), LEADER_RETRY);
+        // Of one that looks first, whoever leads.
+        let looks = if matches!(change, Change::Enlist(_)) { enlist::DEAD_LOOKS } else { 0 };
+        let (until, mut pause) = (self.deadline() + looks * self.options.election_timeout, LEADER_RETRY);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -361,12 +363,13 @@ impl Node {
 
     /// Makes a change, as the leader. Returns its entry, and the id of the member.
     async fn change_here(&self, change: &Change) -> Result<Handed<(u64, u64)>> {
-        let began = Instant::now();
         if let Change::Enlist(enlist) = change
             && !self.look_before_enlisting(enlist).await?
         {
             return Ok(Handed::Refused);
         }
+        // The look takes its own time.
+        let began = Instant::now();
         let _one = self.within(self.request_timeout(), self.changing.lock()).await?;
         loop {
             let left = self.request_timeout().saturating_sub(began.elapsed());

@@ -112,7 +112,7 @@ pub(crate) struct Network {
     /// The peer URLs of each member by the newest membership, so that a link follows a member that moves.
     book: Arc<Mutex<BTreeMap<u64, Vec<String>>>>,
     /// Where members are said to be that are not where the membership has them. One for each member at most.
-    hints: Arc<Mutex<BTreeMap<u64, String>>>,
+    hints: Arc<Mutex<BTreeMap<u64, Hint>>>,
     /// Members that refuse this one: each heartbeat comes to a refusal.
     refused: Arc<Refusals>,
 }
@@ -162,6 +162,12 @@ impl Drop for Sending {
     }
 }
 
+/// Where a member may be, and whether it is looked for there first.
+struct Hint {
+    url: String,
+    first: bool,
+}
+
 type Connecting = Shared<BoxFuture<'static, Result<PeerClient<Wire>, Status>>>;
 
 impl Network {
@@ -189,11 +195,21 @@ impl Network {
         lock(&self.hints).retain(|id, _| now.contains_key(id) && now.get(id) == before.get(id));
     }
 
-    /// Takes a hint where a member is: it is tried there in turn with where the membership has it, until that says something else. A wrong
-    /// hint costs a connection now and then; whoever is found there has to be the member, as everywhere. Returns whether it is news.
+    /// Takes a hint where a member is: it is tried there in turn with where the membership has it, until that says something else, or the
+    /// hint is that. A wrong one costs a connection now and then; whoever is found there has to be the member, as everywhere. Returns
+    /// whether it is news.
     pub fn hint(&self, id: u64, url: &str) -> bool {
         let is_known = lock(&self.book).get(&id).is_none_or(|urls| urls.iter().any(|known| known == url));
-        !is_known && lock(&self.hints).insert(id, url.to_owned()).as_deref() != Some(url)
+        let mut hints = lock(&self.hints);
+        if is_known {
+            hints.remove(&id);
+            return false;
+        }
+        let is_news = hints.get(&id).is_none_or(|hint| hint.url != url);
+        if is_news {
+            hints.insert(id, Hint { url: url.to_owned(), first: true });
+        }
+        is_news
     }
 
     /// A link to a member.
@@ -225,16 +241,17 @@ impl Link {
             Some(connecting) => connecting,
             None => {
                 let noted = lock(&self.ours.book).get(&self.id).cloned();
-                let hinted = lock(&self.ours.hints).get(&self.id).cloned();
-                let urls: Vec<&String> = hinted.iter().chain(noted.as_ref().unwrap_or(&self.urls)).collect();
-                let url = urls.get(self.turn % urls.len().max(1)).ok_or_else(|| Status::unavailable("it has no peer URL"))?;
-                self.connecting.insert(connect((*url).clone(), self.ours.tls.clone()).boxed().shared()).clone()
+                let hinted = lock(&self.ours.hints).get(&self.id).filter(|hint| hint.first).map(|hint| hint.url.clone());
+                let urls = noted.as_ref().unwrap_or(&self.urls);
+                let url = hinted.or_else(|| urls.get(self.turn % urls.len().max(1)).cloned());
+                let url = url.ok_or_else(|| Status::unavailable("it has no peer URL"))?;
+                self.connecting.insert(connect(url, self.ours.tls.clone()).boxed().shared()).clone()
             }
         };
         // The caller may give up here; whoever calls next goes on.
         let connected = connecting.await;
         self.connecting = None;
-        let client = connected.inspect_err(|_| self.turn = self.turn.wrapping_add(1))?;
+        let client = connected.inspect_err(|_| self.turn_elsewhere())?;
         self.client = Some(client.clone());
         self.heard = Instant::now();
         Ok(client)
@@ -255,7 +272,10 @@ impl Link {
         let mut sending = Sending { peer: self.ours.counters.peers.get(self.id), answered: false };
         let client = match tokio::time::timeout(limit, self.reach()).await {
             Ok(client) => client?,
-            Err(_) => return Err(Status::unavailable("it cannot be connected to in time")),
+            Err(_) => {
+                self.turn_elsewhere();
+                return Err(Status::unavailable("it cannot be connected to in time"));
+            }
         };
         sending.sends(message.encoded_len());
         let mut request = Request::new(message);
@@ -272,7 +292,7 @@ impl Link {
             Err(status) if status.code() == Code::DeadlineExceeded && self.heard.elapsed() < SILENCE => {}
             // A refusal, too: another member may stand where this one was.
             Err(_) => {
-                self.turn = self.turn.wrapping_add(1);
+                self.turn_elsewhere();
                 self.client = None;
             }
             Ok(answer) => {
@@ -281,6 +301,18 @@ impl Link {
             }
         }
         answer.map(tonic::Response::into_inner)
+    }
+
+    /// The next connection is made to another address, if there is one. Links that are made for one question each, as for votes, shall not
+    /// all go by the same hint: so whose turn it is stands beside the hint, and not in the link.
+    fn turn_elsewhere(&mut self) {
+        if let Some(hint) = lock(&self.ours.hints).get_mut(&self.id) {
+            hint.first = !hint.first;
+            if !hint.first {
+                return;
+            }
+        }
+        self.turn = self.turn.wrapping_add(1);
     }
 
     fn unreachable(&self, status: &Status) -> RPCError<TypeConfig> {
@@ -638,13 +670,18 @@ mod tests {
         let identity = Identity { cluster_id: 1, member_id: 1, name: "a".into(), joined: false, incarnation: 0 };
         let network = Network::new(identity, Arc::default(), None, None);
         network.note(&of(&[(1, "http://a"), (2, "http://b"), (3, "http://c")]));
-        // It is news once, and none where the member is known to be; and there are none of strangers.
-        assert_eq!(
-            [("http://x", 2), ("http://x", 2), ("http://b", 2), ("http://x", 9)].map(|(url, id)| network.hint(id, url)),
-            [true, false, false, false]
-        );
-        assert!(network.hint(3, "http://z"));
         let hints = || lock(&network.hints).keys().copied().collect::<Vec<_>>();
+        // It is news once, and there are none of strangers. A member that is where it is known to be has no hint any more.
+        assert_eq!([("http://x", 2), ("http://x", 2), ("http://x", 9)].map(|(url, id)| network.hint(id, url)), [true, false, false]);
+        assert!(hints() == [2] && !network.hint(2, "http://b") && hints().is_empty());
+        assert!(network.hint(2, "http://x") && network.hint(3, "http://z"));
+        // Each failure is followed by the other address, whichever link has failed: those for votes are made for one question.
+        let firsts = || {
+            let first = lock(&network.hints)[&2].first;
+            network.link(2, &at("http://b")).turn_elsewhere();
+            first
+        };
+        assert_eq!([firsts(), firsts(), firsts()], [true, false, true]);
         network.note(&of(&[(1, "http://d"), (2, "http://b"), (3, "http://c")]));
         assert_eq!(hints(), [2, 3]);
         network.note(&of(&[(1, "http://d"), (2, "http://y")]));

@@ -36,7 +36,8 @@
 //! # What is not promised
 //! - Two lists may make two clusters. Nodes with different lists take no part in each other's founding (that is told in the log), but each
 //!   list has its own quorum. Give all nodes one list.
-//! - A list of one entry has no other memory than that node's disk: when it is lost, the cluster is lost, and the node founds another.
+//! - A list of one entry has no other memory than that node's disk: when it is lost, the node founds another cluster. The first one is lost with it, unless it has grown;
+//!   before its directory is removed then, give it a list with the others.
 //! - More wiped disks than the table allows, before their nodes have heard of the cluster again, may lead to a second one. So may copying a
 //!   node's directory to another, which counts as a wipe; while both are up this is seen, and neither proposes.
 //! - Founding with three entries needs all three up. That is the price of outliving a wiped disk.

@@ -30,7 +30,7 @@ use crate::proto::peer::{Enlist, Enlisted, Ineligible};
 const SERVERS: [usize; 2] = [1, 3];
 
 /// Election timeouts for which one that is to be replaced as dead may not have been heard of. One may pass on a busy machine.
-const DEAD_LOOKS: u32 = 3;
+pub(super) const DEAD_LOOKS: u32 = 3;
 
 /// Bytes of the id of a node.
 const NODE_BYTES: usize = 16;

@@ -8,7 +8,8 @@
 //! # Invariants
 //! - It founds nothing and joins nothing: who belongs to no cluster is not enlisted, and who belongs to another one neither.
 //! - A node's role does not change while it runs. One that is enlisted while it runs as a client goes on as one.
-//! - What is enlisted as another member than before is so by a newer entry of the log alone: an old message, sent again, changes nothing.
+//! - What is enlisted as another member than before is so by a newer entry of the log alone. A client that is sent an old message again is enlisted until its
+//!   next start, which finds that it was put out.
 
 use super::{Agreement, Answer, Ask, Candidate, Effect, Known, Role, State};
 
