@@ -48,7 +48,7 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
 /// What `quorate node --help` prints.
 pub const NODE_HELP: &str = "Usage:\n\n  quorate node grow NODE...\n    Make servers of clients, so that there are three.\n\
   \n  quorate node replace SERVER NODE [--even-alive]\n    Make a server of a client, in the place of one that is dead, or of any one.\n\
-  \n  quorate node remove SERVER\n    Remove a server.\n\n\
+  \n  quorate node remove SERVER\n    Remove a server. Of three that leaves two, and neither of them may fail: to replace one is better.\n\n\
   A NODE is host[:port] of its peer port, a SERVER the same, or its name or its id. Each node that is to be a server has to be started again.\n\
   The cluster is looked for at JOIN, with KV_TOKEN or KV_TOKEN_FILE, as by `quorate embed`.\n";
 

@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use quorate::cli::{self, Action, PrintLog, Run};
 use quorate::embed::EmbedConfig;
+use quorate::embed::members::Order;
 use quorate::{Error, Server};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -69,7 +70,15 @@ fn node(args: &[String]) -> ExitCode {
     };
     let given = new_runtime("the main thread").and_then(|runtime| runtime.block_on(quorate::embed::members::give(&config, &order)));
     match given {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            let done = match &order {
+                Order::Grow { nodes } => format!("{} are to be servers: start them again", nodes.join(" and ")),
+                Order::Replace { by, .. } => format!("{by} is to be a server: start it again"),
+                Order::Remove { server } => format!("{server} is a server no more"),
+            };
+            let _ = writeln!(std::io::stdout(), "{done}");
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "quorate: {error}");
             ExitCode::FAILURE

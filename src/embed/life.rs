@@ -97,7 +97,7 @@ impl Parts {
         let (dir, state) = NodeDir::open(&config.data_dir)?;
         if let State::Removed { cluster } = &state {
             let cluster = format_args!("{cluster:032x}");
-            tracing::warn!(%cluster, "this node was a server of the cluster, and was removed from it; it founds and joins none");
+            tracing::warn!(%cluster, "this node was a server of the cluster, and was removed from it; it founds and joins none, until its data directory is removed");
             return Err(Error::Removed);
         }
         secure.check(&state)?;

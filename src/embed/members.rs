@@ -60,7 +60,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use super::config::{EmbedConfig, address};
+use super::config::{Backend, EmbedConfig, address};
 use super::founding::agree::{Answer, Ask, Candidate, Decision, Grant, Known, NodeId, NodeStanding, Refusal};
 use super::founding::drive::{Caller, Driver, Progress, node_url};
 use super::life::{founder_id, join_urls};
@@ -303,6 +303,9 @@ async fn hand_on(driver: &Driver, order: Order) -> Result<()> {
 /// # Errors
 /// As [`Node::grow`](super::Node::grow).
 pub async fn give(config: &EmbedConfig, order: &Order) -> Result<()> {
+    if config.backend == Backend::Etcd {
+        return Err(ineligible(NOT_EMBEDDED, "the store is an external etcd, whose members are its own business"));
+    }
     let (token, secure) = (&config.token, Secure::open(config)?);
     give_at(|url| Caller::new(url, token.clone(), secure.peers.clone()), join_urls(config), None, order).await
 }

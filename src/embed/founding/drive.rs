@@ -444,7 +444,7 @@ impl Core {
             Some(at) => at.elapsed() >= if text == self.told { REPORT } else { REPORT_CHANGED },
         };
         if due {
-            tracing::info!(ready, needed, missing = ?missing, twice = self.agreement.is_twice(), "founding: waiting");
+            tracing::info!(at = %self.agreement.me().peer_url, ready, needed, missing = ?missing, twice = self.agreement.is_twice(), "founding: waiting");
             self.told_at = Some(Instant::now());
             self.told.clone_from(&text);
         }

@@ -103,7 +103,9 @@ fn check(token: &Token, kind: Kind, envelope: &wire::Envelope) -> Result<(), Sta
         return Ok(());
     }
     if envelope.seal.is_empty() {
-        return Err(Status::unauthenticated("the message is not sealed: the other node has no shared token"));
+        return Err(Status::unauthenticated(
+            "the message is not sealed: one of the two has a shared token (KV_TOKEN), and the other has none",
+        ));
     }
     let ours = seal(token, kind, envelope);
     let differ = ours.len() != envelope.seal.len() || ours.iter().zip(&envelope.seal).fold(0, |all, (a, b)| all | (a ^ b)) != 0;
@@ -450,7 +452,7 @@ mod tests {
         let (token, none) = (Token::new("secret"), Token::default());
         let ask = Ask::Decided { decision: decision() };
         let refused = |envelope: &wire::Envelope| open_question(&token, NodeId(2), envelope).unwrap_err().message().to_owned();
-        assert!(refused(&question(&none, Some(NodeId(2)), &ask)).contains("no shared token"));
+        assert!(refused(&question(&none, Some(NodeId(2)), &ask)).contains("and the other has none"));
         assert!(refused(&question(&Token::new("other"), Some(NodeId(2)), &ask)).contains("another shared token"));
         // One that was meant for the node that was here before its disk was wiped.
         assert!(refused(&question(&token, Some(NodeId(1)), &ask)).contains("another is meant"));

@@ -150,7 +150,10 @@ impl View {
                 return Err(ineligible(reason::NOT_A_SERVER, format!("{} is none that votes, and cannot be replaced", self.name(id))));
             }
             if !even_alive && self.is_active(id) {
-                let what = format!("{} is heard of; it can be replaced while it is there only by who says so", self.name(id));
+                let what = format!(
+                    "{} is heard of; while it is there it is replaced only if that is asked for (--even-alive, replace_alive)",
+                    self.name(id)
+                );
                 return Err(ineligible(reason::STILL_ALIVE, what));
             }
         }
