@@ -1,7 +1,7 @@
 //! The background writer: one thread that takes applied state to the storage and keeps the storage in shape.
 //!
 //! Nothing a client waits for happens here. What has been applied is in memory, and in the Raft log on disk; this thread
-//! packs it into the storage every [`WRITE_INTERVAL`], syncs it every [`SYNC_INTERVAL`] so that the log may be cut off
+//! packs it into the storage every [`WRITE_INTERVAL`] or [`WRITE_BYTES`], syncs it every [`SYNC_INTERVAL`] so that the log may be cut off
 //! below, carries out compactions, and gives space back. Each of its steps is bounded, so that it can turn to the next
 //! matter, and stop, within milliseconds.
 //!
@@ -47,8 +47,14 @@ use crate::mvcc::{Current, Store};
 use crate::raft::apply::Clock;
 use crate::storage::Backend;
 
-/// How long applied state waits in memory before it is written out.
-const WRITE_INTERVAL: Duration = Duration::from_millis(100);
+/// How often the thread looks whether there is something to do.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long applied state waits in memory before it is written out, and how much of it does not wait longer than for the next look. The more
+/// goes out at a time, the less is written twice: at 25,000 puts/s of 256 bytes each byte given to the storage was written 1.2 times with
+/// 4 MB at a time and 3.9 times with 0.8 MB.
+const WRITE_INTERVAL: Duration = Duration::from_secs(1);
+const WRITE_BYTES: u64 = 2 * 1024 * 1024;
 
 /// How long written state waits before it is synced, and with it the longest stretch of log that a start replays.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
@@ -66,7 +72,7 @@ const COMPACT_TIME: Duration = Duration::from_millis(10);
 const STEP_REST: Duration = Duration::from_micros(100);
 
 /// While clients write, work that nobody waits for rests after each round for this many times as long as the round took, up to
-/// [`WRITE_INTERVAL`]: disk and processors are theirs first. A store to which nobody writes is tidied up at full speed.
+/// [`LOOK_INTERVAL`]: disk and processors are theirs first. A store to which nobody writes is tidied up at full speed.
 const REST_ROUNDS: u32 = 2;
 
 /// Deaths that may wait in memory while the disk is full, some 64 MiB; beyond it compaction waits too.
@@ -274,11 +280,11 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         let turns = std::panic::AssertUnwindSafe(|| {
-            let mut rest = Some(WRITE_INTERVAL);
+            let mut rest = Some(LOOK_INTERVAL);
             while let Some(wait) = rest {
                 let full = self.shared.full.load(Ordering::Relaxed);
-                let (stop, defragments) = self.wait(wait);
-                rest = self.turn(full, stop, defragments);
+                let wants = self.wait(wait);
+                rest = self.turn(full, wants);
             }
         });
         if std::panic::catch_unwind(turns).is_err() {
@@ -291,36 +297,42 @@ impl Worker {
     #[cfg(feature = "simulation")]
     async fn run_as_task(mut self) {
         let shared = self.shared.clone();
-        let mut rest = Some(WRITE_INTERVAL);
+        let mut rest = Some(LOOK_INTERVAL);
         while let Some(wait) = rest {
             let full = shared.full.load(Ordering::Relaxed);
             let _ = tokio::time::timeout(wait.max(Duration::from_millis(1)), shared.nudged.notified()).await;
-            let (stop, defragments) = self.wait(Duration::ZERO);
-            rest = self.turn(full, stop, defragments);
+            let wants = self.wait(Duration::ZERO);
+            rest = self.turn(full, wants);
         }
     }
 
     /// Does what is to be done. Returns how long to rest before the next turn; none after the last.
-    fn turn(&mut self, full: bool, stop: bool, defragments: Vec<oneshot::Sender<Result<()>>>) -> Option<Duration> {
+    fn turn(&mut self, full: bool, wants: Wants) -> Option<Duration> {
+        let Wants { stop, wake, defragment } = wants;
         if stop && self.shared.hurry.load(Ordering::Relaxed) {
             return None;
         }
         self.follow();
         let (began, revision) = ((self.clock)(), self.store.revision());
-        let ask_rewrite = !defragments.is_empty();
-        self.rewriting.extend(defragments);
+        let ask_rewrite = !defragment.is_empty();
+        self.rewriting.extend(defragment);
         let must_sync = stop || ask_rewrite || began.saturating_sub(self.synced) >= SYNC_INTERVAL;
         let mut busy = !self.failed && !stop && self.compact().unwrap_or_else(|err| self.fault(err));
         // A full disk is not tried again after each round of compaction.
         if full && !stop && !ask_rewrite && (self.clock)().saturating_sub(self.tried) < FULL_RETRY {
             return Some(if busy { Duration::ZERO } else { FULL_RETRY });
         }
-        // While a compaction only gathers, what clients write goes out as often as otherwise: small batches cost most.
-        let gathers = busy && self.store.history().deaths_waiting() == 0 && !self.store.history().is_behind();
-        if gathers && !must_sync && (self.clock)().saturating_sub(self.tried) < WRITE_INTERVAL {
-            return Some(self.rest(began, revision));
-        }
-        let written = if self.failed { Err(Error::Stopped) } else { self.write(must_sync) };
+        // Deaths go out at once, for the next round of compaction waits for it. While one only gathers, what clients write waits as otherwise.
+        let history = self.store.history();
+        let waited = (self.clock)().saturating_sub(self.tried) >= WRITE_INTERVAL;
+        let due = must_sync || full || wake || waited || history.deaths_waiting() > 0 || history.stats().tail_bytes >= WRITE_BYTES;
+        let written = if self.failed {
+            Err(Error::Stopped)
+        } else if due {
+            self.write(must_sync)
+        } else {
+            Ok(())
+        };
         if must_sync {
             self.synced = (self.clock)();
         }
@@ -333,7 +345,9 @@ impl Worker {
         });
         busy |= tidied.unwrap_or_else(|err| self.fault(err));
         self.tell_compacted();
-        self.tried = (self.clock)();
+        if due {
+            self.tried = (self.clock)();
+        }
         Some(if self.store.history().is_behind() && !self.failed {
             // Writers are held back until this has caught up.
             Duration::ZERO
@@ -342,7 +356,7 @@ impl Worker {
         } else if self.shared.full.load(Ordering::Relaxed) {
             FULL_RETRY
         } else {
-            WRITE_INTERVAL
+            LOOK_INTERVAL
         })
     }
 
@@ -350,7 +364,7 @@ impl Worker {
     fn rest(&self, began: Duration, revision: i64) -> Duration {
         let took = (self.clock)().saturating_sub(began);
         let quiet = self.store.revision() == revision;
-        if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(WRITE_INTERVAL) }
+        if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(LOOK_INTERVAL) }
     }
 
     /// Goes over to another store, if the member has.
@@ -378,13 +392,12 @@ impl Worker {
     }
 
     /// Sleeps until it is time, or somebody wants something.
-    fn wait(&self, wait: Duration) -> (bool, Vec<oneshot::Sender<Result<()>>>) {
+    fn wait(&self, wait: Duration) -> Wants {
         let mut wants = lock(&self.shared.wants);
         if !wants.stop && !wants.wake && wants.defragment.is_empty() && !wait.is_zero() {
             wants = self.shared.woken.wait_timeout(wants, wait).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
-        wants.wake = false;
-        (wants.stop, std::mem::take(&mut wants.defragment))
+        Wants { stop: wants.stop, wake: std::mem::take(&mut wants.wake), defragment: std::mem::take(&mut wants.defragment) }
     }
 
     /// Writes out what was applied, and syncs if it is time. A full disk is waited out here, up to the next round.

@@ -189,11 +189,11 @@ fn a_rewrite_that_fails_harms_nothing() {
         write(&store, 10);
         background.wake();
         wait_for("a write", || store.history().stats().tail_records == 0);
-        std::thread::sleep(3 * WRITE_INTERVAL);
+        std::thread::sleep(3 * LOOK_INTERVAL);
         assert_eq!(begun(), 1);
         now.store(REWRITE_REST.as_secs() + 1, Ordering::Relaxed);
         wait_for("the next attempt", || begun() > 1);
-        std::thread::sleep(3 * WRITE_INTERVAL);
+        std::thread::sleep(3 * LOOK_INTERVAL);
         assert_eq!(begun(), 2, "it is begun again at once");
         // Who asks does not have to wait.
         *lock(&disk.refuses) = None;

@@ -24,6 +24,11 @@
 //!   panics leaves `flush` waiting for ever, hence [`STALL`].
 //! - **A batch that fails half-way for any reason but a failed write is finished by sled as if the half were the whole.**
 //!   The generation is then marked with a file `DAMAGED`, and never opened again.
+//! - **It writes a page anew for every tenth change, and both halves of it for a split**: in key order each value of 16 KiB was written 3.5
+//!   to 4 times. So the keys of large values that come last get [placeholders](Generation::hold_places) first, which costs some 60 bytes
+//!   each: the pages are split while they are all but empty, and a page takes its nine values before the tenth change. Of 128 values all
+//!   but those that share their page with earlier ones are written once. What has no bytes is a placeholder, and is not there to a reader;
+//!   a crash leaves at most [`PLACES_MAX`], which the next rewrite does not copy.
 //! - **Blob files**, into which it puts pages beyond a quarter of a segment, it neither syncs nor survives running out of
 //!   space in. Segments are large enough for the largest page: 19 values of [`VALUE_BYTES_MAX`] stay below a quarter.
 //!
@@ -84,9 +89,6 @@ const PAGE_VALUES: usize = 12;
 /// Keys remembered as touched lately. Beyond it trimming is done more often than it need be.
 const RECENT_KEYS: usize = 1024;
 
-/// Entries of one chunk of a scan.
-const CHUNK_ENTRIES: usize = 64;
-
 /// Disk space kept allocated behind the end of `db` for batches below [`SMALL_BATCH_BYTES`], and for the next open: larger batches are
 /// refused as on a full disk when they would have to take from it.
 const KEPT_BACK_BYTES: u64 = 8 * 1024 * 1024;
@@ -97,6 +99,15 @@ const SMALL_BATCH_BYTES: usize = 64 * 1024;
 /// What a batch is reckoned to write, as a multiple of its own bytes: each value once, and its page when it is next merged
 /// or split. 2.5 to 5 were measured.
 const WRITE_FACTOR: u64 = 5;
+
+/// From how many bytes on a value is worth a placeholder, and from how many such values on a batch is: with fewer most of them share their
+/// pages with earlier ones, and the placeholders cost a sync.
+pub(super) const PLACE_BYTES: usize = 1024;
+pub(super) const PLACES_MIN: usize = 12;
+
+/// Placeholders that are made before the next sync: with one old page that is split and merged, half a segment. Within two segments sled
+/// has not yet taken for free what they have replaced. What is beyond goes without.
+pub(super) const PLACES_MAX: usize = 512;
 
 /// Attempts, 10 ms apart, at a database whose last owner in this process is still letting go. Beyond it: `Error::Locked`.
 const LOCK_TRIES: usize = 300;
@@ -138,8 +149,8 @@ pub(super) struct Generation {
     other_bytes: u64,
 }
 
-struct Handle {
-    tree: Tree,
+pub(super) struct Handle {
+    pub(super) tree: Tree,
     trim: Trim,
     db: Db,
     /// Set when sled stopped answering: dropping it would wait for ever too.
@@ -262,7 +273,7 @@ impl Generation {
         })
     }
 
-    fn handle(&self) -> Result<&Handle> {
+    pub(super) fn handle(&self) -> Result<&Handle> {
         self.handle.as_ref().ok_or(Error::Stopped)
     }
 
@@ -278,15 +289,15 @@ impl Generation {
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Bytes>> {
         let handle = self.handle()?;
-        let value = guarded(&self.path, "read", || handle.tree.get(key))?;
+        let value = guarded(&self.path, "read", || handle.tree.get(key))?.filter(|value| !value.is_empty());
         self.trim(key, value.as_ref().map_or(256, |value| value.len()) * PAGE_VALUES);
         // Copied: sled's own buffer would hold the page's memory for as long as the caller's cache holds the value.
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
-    /// The first entries of `[start, end)`, at most [`CHUNK_ENTRIES`] and `max_bytes` or one more; and whether there may be more
+    /// The first entries of `[start, end)`, at most `max_entries` and `max_bytes` or one more; and whether there may be more
     /// behind them.
-    pub(super) fn chunk(&self, start: &[u8], end: &[u8], max_bytes: usize) -> Result<(Vec<(IVec, IVec)>, bool)> {
+    pub(super) fn chunk(&self, start: &[u8], end: &[u8], max_entries: usize, max_bytes: usize) -> Result<(Vec<(IVec, IVec)>, bool)> {
         if !end.is_empty() && start >= end {
             return Ok((Vec::new(), false));
         }
@@ -298,9 +309,12 @@ impl Generation {
             let iter = if end.is_empty() { handle.tree.range(start..) } else { handle.tree.range(start..end) };
             for entry in iter {
                 let entry = entry?;
+                if entry.1.is_empty() {
+                    continue;
+                }
                 bytes += entry.0.len() + entry.1.len();
                 entries.push(entry);
-                more = entries.len() >= CHUNK_ENTRIES || bytes >= max_bytes;
+                more = entries.len() >= max_entries || bytes >= max_bytes;
                 if more {
                     break;
                 }
@@ -309,6 +323,30 @@ impl Generation {
         })?;
         self.trim(start, bytes);
         Ok((entries, more))
+    }
+
+    /// Makes pages for the values that are about to come behind all others of their kind; see the module head. Nothing that a reader can
+    /// see changes. Synced when it returns, for sled may recycle what the splits have replaced while it takes the batch.
+    pub(super) fn hold_places<'a>(&self, puts: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<()> {
+        let mut large: Vec<&[u8]> = puts.filter(|(_, value)| value.len() >= PLACE_BYTES).map(|(key, _)| key).collect();
+        large.sort_unstable();
+        let Some(last) = large.last().filter(|_| large.len() >= PLACES_MIN) else { return Ok(()) };
+        self.check()?;
+        let handle = self.handle()?;
+        self.applied.fetch_add(1, Ordering::SeqCst);
+        let made = guarded(&self.path, "make pages in", || {
+            // Behind what is there, all fall on one old page; between old ones each would have another one split and written anew.
+            let before = handle.tree.range(..=*last).keys().next_back().transpose()?;
+            let from = before.map_or(0, |before| large.partition_point(|key| *key <= before.as_ref()));
+            let new = large.get(from..).filter(|new| new.len() >= PLACES_MIN).unwrap_or_default();
+            new.iter().take(PLACES_MAX).try_for_each(|key| handle.tree.insert(key, IVec::default()).map(drop))?;
+            Ok(!new.is_empty())
+        });
+        match made {
+            Ok(true) => self.sync(),
+            Ok(false) => Ok(()),
+            Err(error) => Err(self.fail(error)),
+        }
     }
 
     /// Hands a batch to sled. The caller excludes readers, who would see the half of it when it fails.
@@ -411,6 +449,9 @@ impl Generation {
         let keys = batch.puts.iter().map(|(key, _)| key).chain(&batch.deletes);
         let key = keys.map(Vec::len).max().unwrap_or(0);
         let value = batch.puts.iter().map(|(_, value)| value.len()).max().unwrap_or(0);
+        if let Some((key, _)) = batch.puts.iter().find(|(_, value)| value.is_empty()) {
+            return Err(Error::Failed(format!("a value without bytes cannot be stored, as that of key {key:02x?}")));
+        }
         if key > KEY_BYTES_MAX || value > VALUE_BYTES_MAX {
             // Not stored all the same: beyond these sizes sled is on paths that do not survive a full disk.
             return Err(Error::Failed(format!("a key of {key} or a value of {value} bytes is too large for {}", self.path.display())));

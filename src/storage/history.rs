@@ -127,7 +127,7 @@ struct Limits {
 }
 
 const LIMITS: Limits =
-    Limits { cut_bytes: 256 * 1024, batch_bytes: 2 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024, behind_bytes: TAIL_BYTES_HIGH };
+    Limits { cut_bytes: 256 * 1024, batch_bytes: 4 * 1024 * 1024, unsynced_bytes: 4 * 1024 * 1024, behind_bytes: TAIL_BYTES_HIGH };
 
 /// How a history is opened.
 #[derive(Clone, Debug)]

@@ -73,7 +73,8 @@ pub struct Record {
 
 /// One atomic set of changes: applied whole or not at all, also across a crash.
 ///
-/// A key stands at most once in a batch, in `puts` or in `deletes`; debug builds assert it when the batch is applied.
+/// A key stands at most once in a batch, in `puts` or in `deletes`, and no value is without bytes; debug builds assert it when the batch is
+/// applied.
 /// Deleting a key that is not there is no error. An empty batch changes nothing.
 #[derive(Default, Debug, Clone)]
 pub struct Batch {
@@ -114,6 +115,7 @@ impl Batch {
             assert!(key.len() <= KEY_BYTES_MAX, "key {key:02x?} has {} bytes, at most {KEY_BYTES_MAX} are allowed", key.len());
         }
         for (key, value) in &self.puts {
+            assert!(!value.is_empty(), "the value of key {key:02x?} has no bytes");
             assert!(
                 value.len() <= VALUE_BYTES_MAX,
                 "value of key {key:02x?} has {} bytes, at most {VALUE_BYTES_MAX} are allowed",
