@@ -10,59 +10,13 @@ use quorate::proto::etcdserverpb::cluster_client::ClusterClient;
 use quorate::proto::etcdserverpb::{MemberRemoveRequest, RangeRequest};
 use tonic::transport::Channel;
 
+#[path = "common/nodes.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod nodes;
 #[path = "common/ports.rs"]
 mod ports;
+use nodes::{PATIENCE, config, join, places, start_all, until_access};
 use ports::free_port;
-
-/// What anything here may take. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Where a node is: its peer port, its client port.
-type Place = (u16, u16);
-
-fn places(count: usize) -> Vec<Place> {
-    (0..count).map(|_| (free_port(), free_port())).collect()
-}
-
-fn join(places: &[Place]) -> Vec<String> {
-    places.iter().map(|(peer, _)| format!("127.0.0.1:{peer}")).collect()
-}
-
-fn config(dir: &Path, at: usize, place: Place, join: Vec<String>) -> EmbedConfig {
-    let mut config = EmbedConfig::default();
-    config.advertise_ip = Some([127, 0, 0, 1].into());
-    (config.peer_port, config.client_port) = place;
-    config.join = join;
-    config.hostname = format!("node-{at}");
-    config.data_dir = dir.join(format!("node-{at}"));
-    config.token = Token::new("a secret");
-    config.start_timeout = PATIENCE;
-    config
-}
-
-async fn until(node: &Node, access: Access) {
-    let mut availability = node.availability();
-    let waited = tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.access == access)).await;
-    let last = node.availability().borrow().clone();
-    assert!(matches!(waited, Ok(Ok(_))), "{node:?} is {last:?}, and not {access}");
-}
-
-async fn start_all(configs: Vec<EmbedConfig>) -> Vec<Node> {
-    let start = |config: EmbedConfig| async move {
-        let began = Instant::now();
-        loop {
-            match Node::start(config.clone()).await {
-                Ok(node) => return node,
-                // A start that nobody waited for any more may still be coming to its end.
-                Err(Error::Locked { .. } | Error::Io { .. }) if began.elapsed() < PATIENCE => {
-                    tokio::time::sleep(Duration::from_millis(50)).await
-                }
-                Err(err) => panic!("{err}"),
-            }
-        }
-    };
-    futures_util::future::join_all(configs.into_iter().map(start)).await
-}
 
 /// The story of the README: five nodes, three servers, one killed, two killed, one back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -70,7 +24,7 @@ async fn five_nodes_have_one_cluster() {
     let dir = tempfile::tempdir().unwrap();
     let places = places(5);
     let configs: Vec<_> = (0..5).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
-    let mut nodes: Vec<Option<Node>> = start_all(configs.clone()).await.into_iter().map(Some).collect();
+    let mut nodes: Vec<Option<Node>> = start_all(&configs).await.into_iter().map(Some).collect();
     let of = |nodes: &[Option<Node>], role| -> Vec<usize> {
         (0..5).filter(|at| nodes[*at].as_ref().is_some_and(|node| node.role() == role)).collect()
     };
@@ -80,7 +34,7 @@ async fn five_nodes_have_one_cluster() {
     for node in nodes.iter().flatten() {
         assert_eq!(node.cluster_id(), cluster);
         assert_eq!(node.endpoints().borrow().len(), 3);
-        until(node, Access::ReadWrite).await;
+        until_access(node, Access::ReadWrite).await;
     }
     let local = |nodes: &[Option<Node>], at: usize| nodes[at].as_ref().unwrap().local().unwrap().clone();
     assert!(nodes[clients[0]].as_ref().unwrap().local().is_none());
@@ -98,7 +52,7 @@ async fn five_nodes_have_one_cluster() {
     // One server stops: everything goes on.
     nodes[servers[2]].take().unwrap().shutdown().await.unwrap();
     for at in [servers[0], clients[0]] {
-        until(nodes[at].as_ref().unwrap(), Access::ReadWrite).await;
+        until_access(nodes[at].as_ref().unwrap(), Access::ReadWrite).await;
     }
     let began = Instant::now();
     while let Err(err) = local(&nodes, servers[0]).put("volumes/b", "2 replicas").await {
@@ -108,7 +62,7 @@ async fn five_nodes_have_one_cluster() {
     // Two are down: every node says so, and still reads.
     nodes[servers[1]].take().unwrap().shutdown().await.unwrap();
     for node in nodes.iter().flatten() {
-        until(node, Access::ReadOnly).await;
+        until_access(node, Access::ReadOnly).await;
         let mut availability = node.availability();
         tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.kv && !now.kv_write && !now.reason.is_empty()))
             .await
@@ -129,7 +83,7 @@ async fn five_nodes_have_one_cluster() {
     assert_eq!((back.role(), back.cluster_id()), (Role::Server, cluster.clone()));
     nodes[servers[1]] = Some(back);
     for node in nodes.iter().flatten() {
-        until(node, Access::ReadWrite).await;
+        until_access(node, Access::ReadWrite).await;
     }
 
     // One that nobody has listed, and that knows one address, joins; and a client that comes back needs nobody's help to know what it is.
@@ -137,7 +91,7 @@ async fn five_nodes_have_one_cluster() {
     let late = Node::start(late).await.unwrap();
     assert_eq!((late.role(), late.cluster_id()), (Role::Client, cluster.clone()));
     assert_eq!(late.endpoints().borrow().len(), 3);
-    until(&late, Access::ReadWrite).await;
+    until_access(&late, Access::ReadWrite).await;
     late.shutdown().await.unwrap();
     for node in nodes.iter_mut().filter_map(Option::take) {
         node.shutdown().await.unwrap();
@@ -146,7 +100,7 @@ async fn five_nodes_have_one_cluster() {
     alone.start_timeout = Duration::from_secs(1);
     let alone = Node::start(alone).await.unwrap();
     assert_eq!((alone.role(), alone.cluster_id()), (Role::Client, cluster));
-    until(&alone, Access::ReadOnly).await;
+    until_access(&alone, Access::ReadOnly).await;
     alone.shutdown().await.unwrap();
 }
 
@@ -189,10 +143,10 @@ async fn a_start_can_be_tried_again() {
     }
     // With the right ones all is well.
     let configs: Vec<_> = (0..3).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
-    let nodes = start_all(configs).await;
+    let nodes = start_all(&configs).await;
     for node in nodes {
         assert_eq!(node.role(), Role::Server);
-        until(&node, Access::ReadWrite).await;
+        until_access(&node, Access::ReadWrite).await;
         node.shutdown().await.unwrap();
     }
 }
@@ -235,9 +189,9 @@ async fn a_start_does_not_wait_for_ever() {
     alone.start_timeout = Duration::from_secs(2);
     let began = Instant::now();
     loop {
-        let nodes = start_all(configs.clone()).await;
+        let nodes = start_all(&configs).await;
         for node in &nodes {
-            until(node, Access::ReadWrite).await;
+            until_access(node, Access::ReadWrite).await;
         }
         for key in 0..100 {
             while let Err(err) = nodes[0].client().put(format!("key {key}"), vec![b'v'; 300]).await {
@@ -263,8 +217,8 @@ async fn a_start_does_not_wait_for_ever() {
         let why = Node::start(alone.clone()).await;
         assert!(matches!(why, Err(Error::Unavailable(_))), "{why:?}");
     }
-    for node in start_all(configs).await {
-        until(&node, Access::ReadWrite).await;
+    for node in start_all(&configs).await {
+        until_access(&node, Access::ReadWrite).await;
         node.shutdown().await.unwrap();
     }
 }
@@ -275,9 +229,9 @@ async fn a_removed_server_leaves_a_tombstone() {
     let dir = tempfile::tempdir().unwrap();
     let places = places(3);
     let configs: Vec<_> = (0..3).map(|at| config(dir.path(), at, places[at], join(&places))).collect();
-    let mut nodes = start_all(configs.clone()).await;
+    let mut nodes = start_all(&configs).await;
     for node in &nodes {
-        until(node, Access::ReadWrite).await;
+        until_access(node, Access::ReadWrite).await;
     }
     let members = nodes[0].local().unwrap().last_members();
     let gone = members.iter().find(|member| member.name == "node-2").unwrap();
@@ -300,7 +254,7 @@ async fn a_removed_server_leaves_a_tombstone() {
     binary.env("KV_DATA_DIR", dir.path().join("node-1")).env("HOSTNAME", "node-1");
     nodes.pop().unwrap().shutdown().await.unwrap();
     let mut child = Process(binary.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    until(&nodes[0], Access::ReadWrite).await;
+    until_access(&nodes[0], Access::ReadWrite).await;
     let members = nodes[0].local().unwrap().last_members();
     let gone = members.iter().find(|member| member.name == "node-1").unwrap().id;
     remove(&mut cluster, gone).await;

@@ -8,27 +8,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use quorate::embed::{Access, EmbedConfig, Node, Role, Servers, Token};
+use quorate::embed::{Access, EmbedConfig, Node, Role, Servers};
 use quorate::{Client, Error};
 
+#[path = "common/nodes.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod nodes;
 #[path = "common/ports.rs"]
 mod ports;
+use nodes::{PATIENCE, get, places, put, start, start_all, until, until_access};
 use ports::free_port;
 
-/// What anything here may take. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
-
 fn config(dir: &Path, name: &str, join: &[String]) -> EmbedConfig {
-    let mut config = EmbedConfig::default();
-    config.advertise_ip = Some(LOOPBACK.into());
-    (config.peer_port, config.client_port) = (free_port(), free_port());
-    config.join = join.to_vec();
+    let mut config = nodes::config(dir, 0, places(1)[0], join.to_vec());
     config.hostname = name.into();
     config.data_dir = dir.join(name);
-    config.token = Token::new("a secret");
-    config.start_timeout = PATIENCE;
     config
 }
 
@@ -46,43 +40,14 @@ fn configs(dir: &Path, servers: usize, clients: usize) -> Vec<EmbedConfig> {
     configs
 }
 
-/// Starts a node; one that was only just stopped may not have let go of everything yet.
-async fn start(config: &EmbedConfig) -> Result<Node, Error> {
-    let began = Instant::now();
-    loop {
-        match Node::start(config.clone()).await {
-            Err(Error::Locked { .. } | Error::Io { .. }) if began.elapsed() < PATIENCE => {
-                tokio::time::sleep(Duration::from_millis(50)).await
-            }
-            started => return started,
-        }
-    }
-}
-
-async fn start_all(configs: &[EmbedConfig]) -> Vec<Node> {
-    let started = futures_util::future::join_all(configs.iter().map(start)).await;
-    started.into_iter().map(|node| node.unwrap()).collect()
-}
-
 /// Stops a node, whatever became of it, and starts it again.
 async fn restart(nodes: &mut Vec<Node>, at: usize, config: &EmbedConfig) {
     let _ = nodes.remove(at).shutdown().await;
     nodes.insert(at, start(config).await.unwrap());
 }
 
-async fn until(what: &str, condition: impl AsyncFn() -> bool) {
-    let began = Instant::now();
-    while !condition().await {
-        assert!(began.elapsed() < PATIENCE, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 async fn until_written(node: &Node) {
-    let mut availability = node.availability();
-    let waited = tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.access == Access::ReadWrite)).await;
-    let last = node.availability().borrow().clone();
-    assert!(matches!(waited, Ok(Ok(_))), "{node:?} is {last:?}");
+    until_access(node, Access::ReadWrite).await;
 }
 
 async fn enlisted(node: &Node, wanted: bool) {
@@ -108,25 +73,6 @@ async fn until_endpoints(node: &Node, configs: &[&EmbedConfig]) {
         configs.iter().map(|config| format!("http://{}:{}", config.advertise_ip.unwrap(), config.client_port)).collect();
     let endpoints = node.endpoints();
     until(&format!("{node:?} knows {wanted:?}"), async || endpoints.borrow().iter().cloned().collect::<BTreeSet<_>>() == wanted).await;
-}
-
-async fn put(client: &Client, key: &str, value: &str) {
-    let began = Instant::now();
-    while let Err(err) = client.put(key.to_owned(), value.to_owned()).await {
-        assert!(began.elapsed() < PATIENCE, "putting {key}: {err}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-async fn get(client: &Client, key: &str) -> Option<String> {
-    let began = Instant::now();
-    loop {
-        match client.get(key.to_owned()).await {
-            Ok(kv) => return kv.map(|kv| String::from_utf8(kv.value.to_vec()).unwrap()),
-            Err(err) => assert!(began.elapsed() < PATIENCE, "getting {key}: {err}"),
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// An order is refused for this reason. It may be for another one, or come to nothing, in passing: while an election is under way, somebody is

@@ -6,6 +6,9 @@ mod common;
 
 #[path = "common/certificates.rs"]
 mod certificates;
+#[path = "common/nodes.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod nodes;
 #[path = "common/secure.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod secure;
@@ -14,37 +17,23 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use certificates::{Ca, replace};
-use common::ports::free_port;
+use common::ports::{self, free_port};
 use common::{Kind, Process};
+use nodes::{PATIENCE, Place, config, join, places, put, start_all, stop_all, until_available};
 use quorate::client::{RemoteOptions, TlsFiles};
-use quorate::embed::{Access, Availability, EmbedConfig, Node, Role};
+use quorate::embed::{Access, Availability, EmbedConfig, Node, Role, Token};
 use quorate::{Client, Error, ErrorKind};
 use secure::{Pki, Users};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// What anything here may take. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// How long a call, or a start, is to go on trying that will come to nothing.
 const IN_VAIN: Duration = Duration::from_secs(3);
 
-/// Where a node is: its peer port, its client port.
-type Place = (u16, u16);
-
-fn places(count: usize) -> Vec<Place> {
-    (0..count).map(|_| (free_port(), free_port())).collect()
-}
-
-/// A node in plain text.
+/// A node in plain text, and without a token.
 fn plain(dir: &Path, at: usize, places: &[Place]) -> EmbedConfig {
-    let mut config = EmbedConfig::default();
-    config.advertise_ip = Some([127, 0, 0, 1].into());
-    (config.peer_port, config.client_port) = places[at];
-    config.join = places.iter().map(|(peer, _)| format!("127.0.0.1:{peer}")).collect();
-    config.hostname = format!("node-{at}");
-    config.data_dir = dir.join(format!("node-{at}"));
-    config.start_timeout = PATIENCE;
+    let mut config = config(dir, at, places[at], join(places));
+    config.token = Token::default();
     config
 }
 
@@ -60,46 +49,8 @@ fn secure(pki: &Pki, dir: &Path, at: usize, places: &[Place]) -> EmbedConfig {
     config
 }
 
-/// Waits until the store is as it should be to a node.
-async fn until(node: &Node, is_so: impl Fn(&Availability) -> bool) {
-    let mut availability = node.availability();
-    let waited = tokio::time::timeout(PATIENCE, availability.wait_for(is_so)).await;
-    let last = node.availability().borrow().clone();
-    assert!(matches!(waited, Ok(Ok(_))), "{node:?} is {last:?}");
-}
-
 fn can_write(now: &Availability) -> bool {
     now.access == Access::ReadWrite
-}
-
-async fn put(client: &Client, key: &str) {
-    let began = Instant::now();
-    while let Err(err) = client.put(key.to_owned(), "x").await {
-        assert!(began.elapsed() < PATIENCE, "{key}: {err}");
-    }
-}
-
-async fn start_all(configs: Vec<EmbedConfig>) -> Vec<Node> {
-    let start = |config: EmbedConfig| async move {
-        let began = Instant::now();
-        loop {
-            match Node::start(config.clone()).await {
-                Ok(node) => return node,
-                // A start that nobody waited for any more may still be coming to its end.
-                Err(Error::Locked { .. } | Error::Io { .. }) if began.elapsed() < PATIENCE => {
-                    tokio::time::sleep(Duration::from_millis(50)).await
-                }
-                Err(err) => panic!("{err}"),
-            }
-        }
-    };
-    futures_util::future::join_all(configs.into_iter().map(start)).await
-}
-
-async fn stop_all(nodes: Vec<Node>) {
-    for node in nodes {
-        node.shutdown().await.unwrap();
-    }
 }
 
 /// Tries to start until all of this is said of those that are missing: one of the words of each row.
@@ -160,7 +111,7 @@ async fn five_nodes_found_one_cluster_in_tls() {
         config.peer_tls = files(&peers);
         config
     };
-    let nodes = start_all((0..5).map(config).collect()).await;
+    let nodes = start_all(&[0, 1, 2, 3, 4].map(config)).await;
     let servers: Vec<usize> = (0..5).filter(|at| nodes[*at].role() == Role::Server).collect();
     assert_eq!(servers.len(), 3);
     let cluster = nodes[0].cluster_id();
@@ -168,8 +119,8 @@ async fn five_nodes_found_one_cluster_in_tls() {
         assert_eq!(node.cluster_id(), cluster);
         let endpoints = node.endpoints().borrow().clone();
         assert!(endpoints.len() == 3 && endpoints.iter().all(|url| url.starts_with("https://127.0.0.1:")), "{endpoints:?}");
-        until(node, can_write).await;
-        put(node.client(), &format!("nodes/{at}")).await;
+        until_available(node, can_write).await;
+        put(node.client(), &format!("nodes/{at}"), "x").await;
     }
     let local = nodes[servers[0]].local().unwrap();
     assert!(local.get("nodes/4").await.unwrap().is_some());
@@ -209,8 +160,8 @@ async fn five_nodes_found_one_cluster_in_tls() {
     assert_eq!((local.revision(), local.last_members().len()), (revision, 3));
     for (at, node) in nodes.iter().enumerate() {
         assert_eq!((node.cluster_id(), node.endpoints().borrow().len()), (cluster.clone(), 3));
-        until(node, can_write).await;
-        put(node.client(), &format!("again/{at}")).await;
+        until_available(node, can_write).await;
+        put(node.client(), &format!("again/{at}"), "x").await;
     }
     stop_all(nodes).await;
 }
@@ -228,17 +179,18 @@ async fn plain_and_tls_are_told_apart() {
         () = finds_nothing(secure(&pki, dir.path(), 0, &places), &[NO_TLS, UNKNOWN, &["1 of 3"]]) => {}
     }
     // The same from the plain one's side.
-    let first = start_all(vec![secure(&pki, dir.path(), 0, &places)]);
+    let alone = [secure(&pki, dir.path(), 0, &places)];
+    let first = start_all(&alone);
     let mut plain = others[0].clone();
     plain.data_dir = dir.path().join("plain");
     tokio::select! {
         _ = first => panic!("one of three has founded"),
         () = finds_nothing(plain, &[NEEDS_TLS]) => {}
     }
-    let nodes = start_all((0..3).map(|at| secure(&pki, dir.path(), at, &places)).collect()).await;
+    let nodes = start_all(&[0, 1, 2].map(|at| secure(&pki, dir.path(), at, &places))).await;
     for node in &nodes {
         assert_eq!(node.role(), Role::Server);
-        until(node, can_write).await;
+        until_available(node, can_write).await;
     }
     stop_all(nodes).await;
 }
@@ -252,7 +204,8 @@ async fn certificates_of_nodes_are_renewed_without_a_restart() {
     let old = pki.client_files();
     pki.ca.sign_expired("a node", &hosts).write(pki.dir.path(), "server");
     let config = |at: usize| secure(&pki, dir.path(), at, founders);
-    let starting = tokio::spawn(start_all((0..3).map(config).collect()));
+    let configs = [0, 1, 2].map(config);
+    let starting = tokio::spawn(async move { start_all(&configs).await });
     // Their files are read: they listen.
     for (peer, _) in founders {
         let began = Instant::now();
@@ -266,9 +219,9 @@ async fn certificates_of_nodes_are_renewed_without_a_restart() {
     let mut nodes = tokio::time::timeout(PATIENCE, starting).await.expect("they found it").unwrap();
     for node in &nodes {
         assert_eq!(node.role(), Role::Server);
-        until(node, can_write).await;
+        until_available(node, can_write).await;
     }
-    put(nodes[0].client(), "before").await;
+    put(nodes[0].client(), "before", "x").await;
 
     // The next CA is trusted beside the old one, then has its certificates, and then is the only one.
     let next = Ca::new("the next CA");
@@ -280,19 +233,19 @@ async fn certificates_of_nodes_are_renewed_without_a_restart() {
     late.join.truncate(3);
     let late = Node::start(late).await.unwrap();
     assert_eq!((late.role(), late.cluster_id()), (Role::Client, nodes[0].cluster_id()));
-    until(&late, can_write).await;
-    put(late.client(), "with new ones").await;
+    until_available(&late, can_write).await;
+    put(late.client(), "with new ones", "x").await;
     nodes.pop().unwrap().shutdown().await.unwrap();
-    nodes.extend(start_all(vec![config(2)]).await);
-    until(&nodes[2], can_write).await;
-    put(nodes[2].client(), "and again").await;
+    nodes.extend(start_all(&[config(2)]).await);
+    until_available(&nodes[2], can_write).await;
+    put(nodes[2].client(), "and again", "x").await;
     // Certificates of the old CA are good for nothing any more.
     let old_ones = TlsFiles { ca: Some(pki.ca_file.clone()), ..old };
     for port in [places[0].0, places[0].1, places[3].0] {
         refused(&format!("https://127.0.0.1:{port}"), with(old_ones.clone()), CERTIFICATE).await;
     }
     for node in &nodes {
-        until(node, can_write).await;
+        until_available(node, can_write).await;
     }
     nodes.push(late);
     stop_all(nodes).await;
@@ -312,7 +265,7 @@ async fn a_cluster_keeps_to_what_it_was_founded_with() {
         let said = Node::start(second).await.unwrap_err().to_string();
         assert!(said.contains(wanted), "{said}");
         let node = Node::start(first).await.unwrap();
-        until(&node, can_write).await;
+        until_available(&node, can_write).await;
         node.shutdown().await.unwrap();
     }
 }
@@ -377,11 +330,11 @@ async fn a_node_is_a_user_of_an_etcd() {
     let refused = |now: &Availability| now.access == Access::ReadOnly && !now.kv && now.reason.contains("authentication failed");
     let node = start("hunter2").await;
     assert_eq!((node.role(), node.endpoints().borrow().clone()), (Role::Client, vec![url.clone()]));
-    until(&node, can_write).await;
-    put(node.client(), "a").await;
+    until_available(&node, can_write).await;
+    put(node.client(), "a", "x").await;
 
     let wrong = start("hunter3").await;
-    until(&wrong, refused).await;
+    until_available(&wrong, refused).await;
     assert!(!wrong.health_json().to_string().contains("hunter"), "{}", wrong.health_json());
     assert_eq!(wrong.client().put("a", "y").await.unwrap_err().kind(), ErrorKind::PermissionDenied);
     wrong.shutdown().await.unwrap();
@@ -389,12 +342,12 @@ async fn a_node_is_a_user_of_an_etcd() {
     // Tokens are thrown away; then the password is another, and then the right one again.
     users.disable().await;
     users.enable().await;
-    put(node.client(), "b").await;
+    put(node.client(), "b", "x").await;
     users.change_password("storage", "hunter4").await;
-    until(&node, refused).await;
+    until_available(&node, refused).await;
     users.change_password("storage", "hunter2").await;
-    until(&node, can_write).await;
-    put(node.client(), "c").await;
+    until_available(&node, can_write).await;
+    put(node.client(), "c", "x").await;
     assert_eq!(node.client().list("").await.unwrap().kvs.len(), 3);
     node.shutdown().await.unwrap();
 }

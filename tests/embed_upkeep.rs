@@ -7,86 +7,29 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use quorate::backup::BUMP_REVISION;
-use quorate::embed::{Access, BackupConfig, EmbedConfig, Node, Role, Servers, Token};
+use quorate::embed::{Access, BackupConfig, EmbedConfig, Node, Role, Servers};
 use quorate::proto::etcdserverpb::{DeleteRangeRequest, RangeRequest, RequestOp, TxnRequest, request_op};
-use quorate::{Client, Error, ErrorKind};
+use quorate::{Error, ErrorKind};
 
+#[path = "common/nodes.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod nodes;
 #[path = "common/ports.rs"]
 mod ports;
+use nodes::{PATIENCE, config, get, join, places, put, until, until_access};
 use ports::free_port;
 
-/// What anything here may take. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Where a node is: its peer port, its client port.
-type Place = (u16, u16);
-
-fn places(count: usize) -> Vec<Place> {
-    (0..count).map(|_| (free_port(), free_port())).collect()
-}
-
-fn join(places: &[Place]) -> Vec<String> {
-    places.iter().map(|(peer, _)| format!("127.0.0.1:{peer}")).collect()
-}
-
-fn config(dir: &Path, at: usize, place: Place, join: Vec<String>) -> EmbedConfig {
-    let mut config = EmbedConfig::default();
-    config.advertise_ip = Some([127, 0, 0, 1].into());
-    (config.peer_port, config.client_port) = place;
-    config.join = join;
-    config.hostname = format!("node-{at}");
-    config.data_dir = dir.join(format!("node-{at}"));
-    config.token = Token::new("a secret");
-    config.start_timeout = PATIENCE;
-    config
-}
-
-async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so().await {
-        assert!(began.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-async fn until_access(node: &Node, access: Access) {
-    let mut availability = node.availability();
-    let waited = tokio::time::timeout(PATIENCE, availability.wait_for(|now| now.access == access)).await;
-    let last = node.availability().borrow().clone();
-    assert!(matches!(waited, Ok(Ok(_))), "{node:?} is {last:?}, and not {access}");
-}
-
+/// Starts a node that can.
 async fn start(config: &EmbedConfig) -> Node {
-    let began = Instant::now();
-    loop {
-        match Node::start(config.clone()).await {
-            Ok(node) => return node,
-            Err(err) => assert!(began.elapsed() < PATIENCE, "{err}"),
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    nodes::start(config).await.unwrap()
 }
 
 async fn start_all(configs: &[EmbedConfig]) -> Vec<Node> {
-    let nodes = futures_util::future::join_all(configs.iter().map(start)).await;
+    let nodes = nodes::start_all(configs).await;
     for node in &nodes {
         until_access(node, Access::ReadWrite).await;
     }
     nodes
-}
-
-async fn put(client: &Client, key: &str, value: &str) {
-    until("a write", async || client.put(key.to_owned(), value.to_owned()).await.is_ok()).await;
-}
-
-async fn value(client: &Client, key: &str) -> Option<String> {
-    let mut found = None;
-    until("a read", async || {
-        found = client.get(key.to_owned()).await.ok();
-        found.is_some()
-    })
-    .await;
-    found.flatten().map(|kv| String::from_utf8(kv.value.to_vec()).unwrap())
 }
 
 /// A node alone in its list.
@@ -164,8 +107,8 @@ async fn nodes_are_backed_up_and_one_is_restored() {
     until_access(&restored, Access::ReadWrite).await;
     let after = restored.cluster_id().unwrap();
     assert!(restored.role() == Role::Server && after != before && said.contains(&after), "{said}");
-    assert_eq!(value(restored.client(), "volumes/a").await.as_deref(), Some("3 replicas"));
-    assert_eq!(value(restored.client(), "volumes/b").await, None);
+    assert_eq!(get(restored.client(), "volumes/a").await.as_deref(), Some("3 replicas"));
+    assert_eq!(get(restored.client(), "volumes/b").await, None);
     assert!(restored.local().unwrap().revision() >= BUMP_REVISION as i64 + newest.revision);
 
     // Who remembers the old cluster is no part of it, whatever it was, and writes nothing anywhere.
@@ -182,13 +125,13 @@ async fn nodes_are_backed_up_and_one_is_restored() {
         node.shutdown().await.unwrap();
         std::fs::remove_dir_all(&configs[*at].data_dir).unwrap();
     }
-    assert_eq!(value(restored.client(), "volumes/c").await, None);
+    assert_eq!(get(restored.client(), "volumes/c").await, None);
     // Without that memory they join.
     for at in &old {
         let node = start(&configs[*at]).await;
         assert_eq!((node.role(), node.cluster_id().as_deref()), (Role::Client, Some(after.as_str())));
         until_access(&node, Access::ReadWrite).await;
-        assert_eq!(value(node.client(), "volumes/a").await.as_deref(), Some("3 replicas"));
+        assert_eq!(get(node.client(), "volumes/a").await.as_deref(), Some("3 replicas"));
         put(node.client(), &format!("nodes/{at}"), "back").await;
         node.shutdown().await.unwrap();
     }
@@ -300,7 +243,7 @@ async fn a_stop_has_a_deadline() {
     for round in 0..3 {
         let node = start(&config).await;
         until_access(&node, Access::ReadWrite).await;
-        assert_eq!(value(node.client(), "volumes/a").await.is_some(), round > 0);
+        assert_eq!(get(node.client(), "volumes/a").await.is_some(), round > 0);
         put(node.client(), "volumes/a", &round.to_string()).await;
         let limit = if round < 2 { Duration::ZERO } else { PATIENCE };
         match node.shutdown_within(limit).await {
@@ -312,7 +255,7 @@ async fn a_stop_has_a_deadline() {
     // What was acknowledged is there all the same, and nothing holds the directory or the ports.
     let node = start(&config).await;
     until_access(&node, Access::ReadWrite).await;
-    assert_eq!(value(node.client(), "volumes/a").await.as_deref(), Some("2"));
+    assert_eq!(get(node.client(), "volumes/a").await.as_deref(), Some("2"));
     node.shutdown().await.unwrap();
 
     // A leader without the time to hand over says so; the others elect one.
@@ -389,7 +332,7 @@ async fn writes_fail_fast_without_a_quorum() {
 }
 
 /// Status and body of an answer; none when nobody listens.
-fn get(port: u16, path: &str) -> Option<(u16, String)> {
+fn fetch(port: u16, path: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
@@ -400,7 +343,7 @@ fn get(port: u16, path: &str) -> Option<(u16, String)> {
 }
 
 async fn got(port: u16, path: &'static str) -> (u16, String) {
-    tokio::task::spawn_blocking(move || get(port, path)).await.unwrap().unwrap_or_default()
+    tokio::task::spawn_blocking(move || fetch(port, path)).await.unwrap().unwrap_or_default()
 }
 
 /// Every node has a port for its health, if it is told to; and it lives whatever becomes of the quorum.
