@@ -122,11 +122,12 @@ impl Checks for Report {
     }
 }
 
-/// Opens the port, on the runtime it is called on.
+/// Opens the port, if there is to be one, on the runtime it is called on.
 ///
 /// # Errors
 /// `Io`, naming the address.
-pub(super) async fn open(ip: IpAddr, port: u16, report: &Arc<Report>) -> Result<Serving> {
+pub(super) async fn open(ip: IpAddr, port: Option<u16>, report: &Arc<Report>) -> Result<Option<Serving>> {
+    let Some(port) = port else { return Ok(None) };
     let listener = Listener::tcp(SocketAddr::new(ip, port)).await?;
     let pages: Pages = {
         let report = report.clone();
@@ -140,7 +141,7 @@ pub(super) async fn open(ip: IpAddr, port: u16, report: &Arc<Report>) -> Result<
     let http = Http::new(report.clone(), report.facts().metrics, versions).with_pages(pages);
     let defaults = Config::default();
     let options = ServeOptions { max_concurrent_streams: defaults.max_concurrent_streams, keepalive: defaults.grpc_keepalive() };
-    Ok(Serving::start(listener, Limits::new(options), App { grpc: None, http: Some(Arc::new(http)) }))
+    Ok(Some(Serving::start(listener, Limits::new(options), App { grpc: None, http: Some(Arc::new(http)) })))
 }
 
 #[cfg(test)]

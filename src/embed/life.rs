@@ -57,12 +57,25 @@ impl Parts {
         let secure = Secure::open(config)?;
         let endpoints = config.addr.iter().map(Url::to_string).collect();
         let ip = config.advertise_ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
-        let health = match config.health_port {
-            Some(port) => Some(health::open(ip, port, report).await?),
-            None => None,
-        };
-        let (role, keeper, server, serving) = (Role::Client, None, None, None);
-        Ok(Parts { role, endpoints, known: None, driver: None, server, serving, health, keeper, own_url: None, secure, dir: None })
+        let health = health::open(ip, config.health_port, report).await?;
+        Ok(Parts { endpoints, ..Parts::first(secure, health) })
+    }
+
+    /// What every node has; it is a client until more is known.
+    fn first(secure: Secure, health: Option<Serving>) -> Parts {
+        Parts {
+            role: Role::Client,
+            endpoints: Vec::new(),
+            known: None,
+            driver: None,
+            server: None,
+            serving: None,
+            health,
+            keeper: None,
+            own_url: None,
+            secure,
+            dir: None,
+        }
     }
 
     /// What there is to be known of the node, now that it has come up.
@@ -114,15 +127,10 @@ impl Parts {
         }
         let (peer, client) = (peer_url.to_string(), client_url.to_string());
         let me = Candidate { node: dir.node(), name: config.hostname.clone(), peer_url: peer, client_url: client };
-        let health = match config.health_port {
-            Some(port) => Some(health::open(config.advertised_ip()?, port, report).await?),
-            None => None,
-        };
+        let health = health::open(config.advertised_ip()?, config.health_port, report).await?;
         let dir = Arc::new(dir);
         let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone(), &secure.peers)?;
-        let (driver, own_url, dir) = (Some(driver), Some(peer_url), Some(dir));
-        let (role, keeper, server, serving) = (Role::Client, None, None, None);
-        Ok(Parts { role, endpoints: Vec::new(), known: None, driver, server, serving, health, keeper, own_url, secure, dir })
+        Ok(Parts { driver: Some(driver), own_url: Some(peer_url), dir: Some(dir), ..Parts::first(secure, health) })
     }
 
     /// Finds out what the node is, and becomes that.
@@ -137,14 +145,14 @@ impl Parts {
             if let Some(serving) = self.serving.take() {
                 serving.stop(DRAIN).await;
             }
-            let member = server_config(config, dir, &known, peer_url, &config.client_url()?)?;
-            check_not_lost(driver, dir, &known)?;
-            // What names another cluster was no server's of this one.
-            let is_ours = |grant: &Grant| cluster_number(&known.decision) == Some(grant.cluster);
-            let enlistment = driver.grant().map(|grant| is_ours(grant).then(|| enlistment(config, grant, &known, peer_url)));
-            let started = match enlistment {
-                Some(None) => Err(Error::Removed),
-                enlistment => Server::start_as(member, Some(driver.say()), late.clone(), enlistment.flatten()).await,
+            let member = server_config(config, dir, driver.grant(), &known, peer_url)?;
+            let started = match driver.grant() {
+                // What names another cluster was no server's of this one.
+                Some(grant) if cluster_number(&known.decision) != Some(grant.cluster) => Err(Error::Removed),
+                grant => {
+                    let enlistment = grant.map(|grant| enlistment(config, grant, &known, peer_url));
+                    Server::start_as(member, Some(driver.say()), late.clone(), enlistment).await
+                }
             };
             match started {
                 Ok(server) => {
@@ -323,20 +331,6 @@ async fn serve_founding(url: &Url, driver: &Driver, secure: &Secure) -> Result<S
     Ok(Serving::start(listener, Limits::new(options), App { grpc: Some(Arc::new(router)), http: None }))
 }
 
-/// Sees to it that who has founded the cluster alone does not found it again, once it has other servers: what it had is lost, and they have it.
-///
-/// # Errors
-/// `Format`, with what would be right.
-fn check_not_lost(driver: &Driver, dir: &NodeDir, known: &Known) -> Result<()> {
-    let is_alone = known.decision.founders.len() == 1 && !known.servers.iter().any(|server| server.node != dir.node());
-    if is_alone || known.decision.founders.len() > 1 || driver.grant().is_some() || identity_in(&dir.server().join("member"))?.is_some() {
-        return Ok(());
-    }
-    let what = "its data is gone, and the cluster has other servers: have it replaced, remove the node's whole directory, and start it as a \
-                client with the others in JOIN";
-    Err(Error::Format { path: dir.server(), what: what.into() })
-}
-
 /// The peer URLs of the listed nodes.
 pub(super) fn join_urls(config: &EmbedConfig) -> Vec<String> {
     config.join.iter().map(|entry| node_url(entry, config.is_tls())).collect()
@@ -352,24 +346,38 @@ fn enlistment(config: &EmbedConfig, grant: &Grant, known: &Known, own: &Url) -> 
 }
 
 /// What a server is told, of what was agreed.
-fn server_config(config: &EmbedConfig, dir: &NodeDir, known: &Known, peer_url: &Url, client_url: &Url) -> Result<Config> {
+///
+/// # Errors
+/// `Format`, with what would be right, when what was agreed and the data do not belong together; `Config` for an address.
+fn server_config(config: &EmbedConfig, dir: &NodeDir, grant: Option<&Grant>, known: &Known, peer_url: &Url) -> Result<Config> {
     let names = names(&known.decision);
-    let cluster = cluster_number(&known.decision);
-    if let Ok(Some(found)) = identity_in(&dir.server().join("member"))
-        && cluster.is_some_and(|cluster| cluster != found.cluster_id)
-    {
-        let what = format!(
-            "its data is of cluster {:x}, and the node of {:x}: one of them was restored or copied without the other; restore the node as a whole",
-            found.cluster_id,
-            cluster.unwrap_or_default()
-        );
-        return Err(Error::Format { path: dir.server(), what });
+    let wrong = |what| Err(Error::Format { path: dir.server(), what });
+    // Who has founded the cluster alone would found it again without its data; once there are other servers, these have what it had.
+    let has_others = known.servers.iter().any(|server| server.node != dir.node());
+    let needs_data = known.decision.founders.len() == 1 && has_others && grant.is_none();
+    match (identity_in(&dir.server().join("member")), cluster_number(&known.decision)) {
+        (Ok(Some(found)), Some(cluster)) if found.cluster_id != cluster => {
+            return wrong(format!(
+                "its data is of cluster {:x}, and the node of {cluster:x}: one of them was restored or copied without the other; restore the \
+                 node as a whole",
+                found.cluster_id
+            ));
+        }
+        (Ok(None), _) if needs_data => {
+            let what = "its data is gone, and the cluster has other servers: have it replaced, remove the node's whole directory, and start \
+                        it as a client with the others in JOIN";
+            return wrong(what.into());
+        }
+        (Err(err), _) if needs_data => return Err(err),
+        // Data that cannot be read is the server's business.
+        _ => {}
     }
+    let client_url = config.client_url()?;
     let own = names.iter().find(|(founder, _)| founder.node == dir.node());
     let mut member = config.member();
     member.data_dir = Some(dir.server());
     member.listen_client_urls = vec![client_url.clone()];
-    member.advertise_client_urls = vec![client_url.clone()];
+    member.advertise_client_urls = vec![client_url];
     member.listen_peer_urls = vec![peer_url.clone()];
     member.initial_cluster_token = token(&known.decision);
     if let Some((own, name)) = own {

@@ -91,10 +91,15 @@ const NOT_A_CLIENT: &str = "NotAClient";
 const SAME_NODE: &str = "SameNode";
 const AMBIGUOUS: &str = "Ambiguous";
 const FAILED: &str = "Failed";
-pub(super) const NOT_EMBEDDED: &str = "NotEmbedded";
+const NOT_EMBEDDED: &str = "NotEmbedded";
 
 /// An order of the host, and who is told what came of it.
 pub(super) type Request = (Order, oneshot::Sender<Result<()>>);
+
+/// That there is nobody to give an order to.
+pub(super) fn not_embedded() -> Error {
+    ineligible(NOT_EMBEDDED, "the store is an external etcd, whose members are its own business")
+}
 
 /// The node's id that a member was enlisted with.
 fn enlisted_node(listed: &Listed) -> Option<NodeId> {
@@ -304,7 +309,7 @@ async fn hand_on(driver: &Driver, order: Order) -> Result<()> {
 /// As [`Node::grow`](super::Node::grow).
 pub async fn give(config: &EmbedConfig, order: &Order) -> Result<()> {
     if config.backend == Backend::Etcd {
-        return Err(ineligible(NOT_EMBEDDED, "the store is an external etcd, whose members are its own business"));
+        return Err(not_embedded());
     }
     let (token, secure) = (&config.token, Secure::open(config)?);
     give_at(|url| Caller::new(url, token.clone(), secure.peers.clone()), join_urls(config), None, order).await

@@ -104,7 +104,6 @@ use crate::config::{ClusterState, Config, ETCD_VERSION, Url};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Metrics;
-use crate::node::members::enlist::ineligible;
 use crate::server::{Enlistment, Server, cluster_id, member_id};
 use crate::storage::dir::identity_in;
 
@@ -327,7 +326,7 @@ impl Node {
 
     async fn order(&self, order: Order) -> Result<()> {
         if self.cluster.is_none() {
-            return Err(ineligible(members::NOT_EMBEDDED, "the store is an external etcd, whose members are its own business"));
+            return Err(members::not_embedded());
         }
         let (answer, wait) = oneshot::channel();
         self.orders.send((order, answer)).await.map_err(|_| Error::Stopped)?;

@@ -44,8 +44,6 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
         let cluster = known.decision.cluster;
         let mut there: Vec<Candidate> =
             driver.desk().heard().into_iter().filter(|(theirs, _)| *theirs == cluster).map(|(_, who)| who).collect();
-        // A node speaks to no other in plain text that has certificates, nor the other way round.
-        there.retain(|who| speaks_tls(&who.peer_url) == driver.is_tls());
         if server.node().has_leader() {
             callers.clear();
             heard_of.clear();
@@ -65,7 +63,7 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
                     && who.node != own.node
                 {
                     heard_of.extend(theirs.servers.into_iter().map(|server| server.peer_url));
-                    if standing == NodeStanding::Server && speaks_tls(&who.peer_url) == driver.is_tls() {
+                    if standing == NodeStanding::Server {
                         heard_of.insert(who.peer_url.clone());
                         there.push(who);
                     }
@@ -73,6 +71,8 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
                 callers.insert(caller.url().to_owned(), caller);
             }
         }
+        // A node speaks to no other in plain text that has certificates, nor the other way round.
+        there.retain(|who| speaks_tls(&who.peer_url) == driver.is_tls());
         if there.is_empty() {
             continue;
         }

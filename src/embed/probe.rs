@@ -158,14 +158,19 @@ impl Remote {
     /// How long each of the servers takes to answer, but for one, or why it does not. What it has itself is asked for, so the time is that of
     /// the way and the server, and has nothing to do with the others.
     pub async fn measure(&mut self, but: Option<&str>) -> Vec<(String, Result<Duration, String>)> {
-        let endpoints: Vec<String> = self.endpoints.borrow().iter().filter(|endpoint| Some(endpoint.as_str()) != but).cloned().collect();
+        let endpoints = self.endpoints.borrow().iter().filter(|endpoint| Some(endpoint.as_str()) != but).cloned().collect();
+        self.follow(endpoints);
+        let (lines, until) = (&self.lines, Instant::now() + PROBE_TIMEOUT);
+        let asked = self.ways.iter_mut().map(|(endpoint, way)| async move { (endpoint.clone(), way.reach(lines, endpoint, until).await) });
+        join_all(asked).await
+    }
+
+    /// Has a way to each of these servers, and to no other.
+    fn follow(&mut self, endpoints: Vec<String>) {
         self.ways.retain(|endpoint, _| endpoints.contains(endpoint));
         for endpoint in endpoints {
             self.ways.entry(endpoint).or_default();
         }
-        let (lines, until) = (&self.lines, Instant::now() + PROBE_TIMEOUT);
-        let asked = self.ways.iter_mut().map(|(endpoint, way)| async move { (endpoint.clone(), way.reach(lines, endpoint, until).await) });
-        join_all(asked).await
     }
 }
 
@@ -173,24 +178,18 @@ impl Store for Remote {
     fn probe(&mut self) -> BoxFuture<'_, Tried> {
         Box::pin(async move {
             let endpoints = self.endpoints.borrow().clone();
-            self.ways.retain(|endpoint, _| endpoints.contains(endpoint));
             self.count = self.count.wrapping_add(1);
             let look = self.is_ours || self.count % ALARMS_EVERY == 1;
             let first = self.first.clone().filter(|first| endpoints.contains(first)).or_else(|| endpoints.first().cloned());
-            let Some(first) = first else {
-                return Tried { probe: Probe::Bad("no server is known".into()), read: false, by: None };
-            };
-            for endpoint in endpoints {
-                self.ways.entry(endpoint).or_default();
-            }
+            self.follow(endpoints);
             // The first is given all the time there is; the others are asked beside it when that takes long.
             let (lines, until) = (&self.lines, Instant::now() + FIRST_TIMEOUT + OTHERS_TIMEOUT);
-            let (firsts, others): (Vec<_>, Vec<_>) = self.ways.iter_mut().partition(|(endpoint, _)| **endpoint == first);
-            let Some((_, first_way)) = firsts.into_iter().next() else {
+            let (firsts, others): (Vec<_>, Vec<_>) = self.ways.iter_mut().partition(|(endpoint, _)| Some(*endpoint) == first.as_ref());
+            let Some((first, first_way)) = firsts.into_iter().next() else {
                 return Tried { probe: Probe::Bad("no server is known".into()), read: false, by: None };
             };
             let answers = {
-                let mut asked = pin!(first_way.probe(lines, &first, look, until));
+                let mut asked = pin!(first_way.probe(lines, first, look, until));
                 let soon = tokio::time::timeout(FIRST_TIMEOUT, asked.as_mut()).await;
                 if let Ok((Ok(found), read)) = soon {
                     vec![(first.clone(), Ok(found), read)]
@@ -218,20 +217,17 @@ impl Store for Remote {
             }
             match found {
                 Some((endpoint, found)) => self.found(endpoint, found),
-                None => Tried { probe: failed(&troubles), read, by: None },
+                None => Tried { probe: failed(troubles), read, by: None },
             }
         })
     }
 }
 
 /// What is to be said when no server has answered.
-fn failed(troubles: &[(String, Trouble)]) -> Probe {
-    let whys = troubles.iter().map(|(endpoint, trouble)| match trouble {
-        Trouble::Bad(why) | Trouble::Refused(why) => format!("{endpoint}: {why}"),
-    });
-    let why = whys.collect::<Vec<_>>().join("; ");
+fn failed(troubles: Vec<(String, Trouble)>) -> Probe {
     // All of them have the same users.
     let is_refused = troubles.iter().any(|(_, trouble)| matches!(trouble, Trouble::Refused(_)));
+    let why = troubles.into_iter().map(|(endpoint, trouble)| format!("{endpoint}: {}", trouble.why())).collect::<Vec<_>>().join("; ");
     if is_refused { Probe::Refused(why) } else { Probe::Bad(why) }
 }
 

@@ -40,8 +40,18 @@ pub(super) type Found = (Duration, Option<Vec<AlarmMember>>);
 pub(super) enum Trouble {
     /// The next time it may be otherwise.
     Bad(String),
+    /// The same, and a login is under way.
+    Token(String),
     /// The user is not let in, until somebody does something about it.
     Refused(String),
+}
+
+impl Trouble {
+    pub fn why(self) -> String {
+        match self {
+            Trouble::Bad(why) | Trouble::Token(why) | Trouble::Refused(why) => why,
+        }
+    }
 }
 
 /// What a probe asks for. As etcd's own health check has it; whether the key is there does not matter.
@@ -70,37 +80,14 @@ impl Way {
     /// # Errors
     /// That there is no answer, or none that says that it could be read.
     pub async fn write_probe(&mut self, lines: &Lines, endpoint: &str, look: bool, until: Instant) -> Result<Found, Trouble> {
-        let mut is_again = false;
-        loop {
-            let (line, ticket) = self.line(lines, endpoint, until).await?;
-            let began = Instant::now();
-            let late = |_| Err(Status::deadline_exceeded("no answer in time"));
-            let asked = timeout_at(until, linearizable(line.clone())).await.unwrap_or_else(late);
-            let took = began.elapsed();
-            if let Err(status) = asked {
-                match line.fault(ticket, &status) {
-                    Fault::Token => {
-                        self.0 = State::Opening(open(lines, endpoint, Some(line)));
-                        if std::mem::replace(&mut is_again, true) {
-                            return Err(Trouble::Bad(format!("tokens are refused: {}", status.message())));
-                        }
-                        continue;
-                    }
-                    Fault::Broken(why) => {
-                        self.0 = State::Closed;
-                        return Err(Trouble::Bad(why));
-                    }
-                    // Somebody is there, and decides who may do what. As etcd's own health check takes it.
-                    Fault::None if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => return Ok((took, None)),
-                    Fault::None => return Err(Trouble::Bad(status.message().to_owned())),
-                }
-            }
-            if !look {
-                return Ok((took, None));
-            }
-            let alarms = timeout_at(until, alarms(line)).await;
-            return Ok((took, alarms.ok().and_then(Result::ok)));
+        let mut asked = self.ask(lines, endpoint, false, until).await;
+        if matches!(asked, Err(Trouble::Token(_))) {
+            asked = self.ask(lines, endpoint, false, until).await;
         }
+        let (took, line) = asked?;
+        let Some(line) = line.filter(|_| look) else { return Ok((took, None)) };
+        let alarms = timeout_at(until, alarms(line)).await;
+        Ok((took, alarms.ok().and_then(Result::ok)))
     }
 
     /// How long the server takes to answer from what it has itself.
@@ -108,25 +95,36 @@ impl Way {
     /// # Errors
     /// Why it does not answer.
     pub async fn reach(&mut self, lines: &Lines, endpoint: &str, until: Instant) -> Result<Duration, String> {
-        let (line, ticket) = self.line(lines, endpoint, until).await.map_err(|trouble| match trouble {
-            Trouble::Bad(why) | Trouble::Refused(why) => why,
-        })?;
+        let asked = self.ask(lines, endpoint, true, until).await;
+        asked.map(|(took, _)| took).map_err(Trouble::why)
+    }
+
+    /// Asks once, and says how long the answer took. The line comes with it if more can be asked there.
+    async fn ask(
+        &mut self,
+        lines: &Lines,
+        endpoint: &str,
+        serializable: bool,
+        until: Instant,
+    ) -> Result<(Duration, Option<Line>), Trouble> {
+        let (line, ticket) = self.line(lines, endpoint, until).await?;
         let began = Instant::now();
         let late = |_| Err(Status::deadline_exceeded("no answer in time"));
-        let answer = timeout_at(until, KvClient::new(line.clone()).range(request(true))).await.unwrap_or_else(late);
-        let Err(status) = answer else { return Ok(began.elapsed()) };
+        let answer = timeout_at(until, KvClient::new(line.clone()).range(request(serializable))).await.unwrap_or_else(late);
+        let took = began.elapsed();
+        let Err(status) = answer else { return Ok((took, Some(line))) };
         match line.fault(ticket, &status) {
             Fault::Token => {
                 self.0 = State::Opening(open(lines, endpoint, Some(line)));
-                Err(format!("its token is refused: {}", status.message()))
+                Err(Trouble::Token(format!("its token is refused: {}", status.message())))
             }
             Fault::Broken(why) => {
                 self.0 = State::Closed;
-                Err(why)
+                Err(Trouble::Bad(why))
             }
-            // Somebody is there, and decides who may do what.
-            Fault::None if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => Ok(began.elapsed()),
-            Fault::None => Err(status.message().to_owned()),
+            // Somebody is there, and decides who may do what. As etcd's own health check takes it.
+            Fault::None if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => Ok((took, None)),
+            Fault::None => Err(Trouble::Bad(status.message().to_owned())),
         }
     }
 
@@ -150,7 +148,7 @@ impl Way {
                     Ok(Ok(Err(trouble))) => {
                         self.0 = match &trouble {
                             Trouble::Refused(why) => State::Shut(why.clone(), Instant::now()),
-                            Trouble::Bad(_) => State::Closed,
+                            Trouble::Bad(_) | Trouble::Token(_) => State::Closed,
                         };
                         return Err(trouble);
                     }
@@ -193,10 +191,6 @@ fn not_let_in(status: &Status) -> Trouble {
     let has_spoken = std::error::Error::source(status).is_none();
     let is_certain = matches!(status.code(), Code::InvalidArgument | Code::Unauthenticated | Code::PermissionDenied | Code::Unimplemented);
     if has_spoken && is_certain { Trouble::Refused(why) } else { Trouble::Bad(why) }
-}
-
-async fn linearizable(line: Line) -> Result<(), Status> {
-    KvClient::new(line).range(request(false)).await.map(drop)
 }
 
 async fn serializable(line: Line, until: Instant) -> bool {
