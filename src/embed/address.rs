@@ -97,7 +97,7 @@ async fn look(names: &[String], remembered: Option<IpAddr>, has_data: bool) -> I
 
 #[cfg(test)]
 mod tests {
-    use super::super::founding::agree::{Candidate, Decision, Known, Role, Unbound};
+    use super::super::founding::agree::{Decision, Known, Role, Unbound, candidate};
     use super::*;
 
     fn unbound() -> State {
@@ -130,8 +130,7 @@ mod tests {
         let waited = settle(&mut config, &unbound(), NodeId(1), &late).await;
         assert!(matches!(waited, Err(Error::Founding(_))), "{waited:?}");
         timer.await.unwrap();
-        let own =
-            Candidate { node: NodeId(1), name: "a".into(), peer_url: "http://10.1.2.3:7".into(), client_url: "http://10.1.2.3:6".into() };
+        let own = candidate(1);
         let decision = Decision { cluster: 1, founders: vec![own.clone()] };
         let state = State::Bound { role: Role::Server, known: Known { decision, servers: vec![own], as_of: 0 } };
         // It has found out that it would speak in plain text over a network.
@@ -139,6 +138,6 @@ mod tests {
         assert!(matches!(&untold, Err(Error::Config(why)) if why.contains("KV_PLAINTEXT=true")), "{untold:?}");
         config.plaintext = true;
         settle(&mut config, &state, NodeId(1), &CancellationToken::new()).await.unwrap();
-        assert_eq!(config.advertise_ip, Some([10, 1, 2, 3].into()));
+        assert_eq!(config.advertise_ip, Some([10, 0, 0, 1].into()));
     }
 }

@@ -161,13 +161,8 @@ impl Round {
 
 #[cfg(test)]
 mod tests {
-    use super::super::founding::agree::Decision;
+    use super::super::founding::agree::{Decision, candidate};
     use super::*;
-
-    fn candidate(node: u128) -> Candidate {
-        let url = |port| format!("http://10.0.0.{node}:{port}");
-        Candidate { node: NodeId(node), name: format!("n{node}"), peer_url: url(5707), client_url: url(5706) }
-    }
 
     fn known(cluster: u128, servers: &[u128], as_of: u64) -> Known {
         let servers: Vec<Candidate> = servers.iter().map(|node| candidate(*node)).collect();

@@ -705,3 +705,10 @@ fn cluster_of(ballot: Ballot) -> u128 {
 fn first_u128(digest: &[u8]) -> u128 {
     digest.iter().take(16).fold(0, |id, byte| id << 8 | u128::from(*byte))
 }
+
+/// A node for tests, each with an address of its own.
+#[cfg(test)]
+pub(crate) fn candidate(node: u128) -> Candidate {
+    let url = |port| format!("http://10.0.0.{node}:{port}");
+    Candidate { node: NodeId(node), name: format!("n{node}"), peer_url: url(5707), client_url: url(5706) }
+}

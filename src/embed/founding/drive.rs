@@ -601,7 +601,7 @@ async fn connect(url: &str, lines: &Lines) -> Result<FoundingClient<Line>, Strin
 
 #[cfg(test)]
 mod tests {
-    use super::super::agree::{Candidate, List};
+    use super::super::agree::{Candidate, List, candidate};
     use super::*;
     use crate::client::RemoteOptions;
 
@@ -612,8 +612,7 @@ mod tests {
         let lines = Arc::new(Lines::with(None, &RemoteOptions::default()));
         for round in 0..20 {
             let (held, state) = NodeDir::open(dir.path()).unwrap();
-            let url = |port: u16| format!("http://127.0.0.1:{port}");
-            let me = Candidate { node: held.node(), name: "a".into(), peer_url: url(1), client_url: url(2) };
+            let me = Candidate { node: held.node(), ..candidate(1) };
             let held = Arc::new(held);
             let list = List::new(vec!["127.0.0.1:1".into()], 1);
             let driver = Driver::start(held.clone(), Agreement::new(me, list, state), Token::default(), &lines).unwrap();

@@ -285,15 +285,11 @@ fn candidates_from_json(value: &Value) -> Option<Vec<Candidate>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::agree::candidate;
     use super::*;
 
     fn states() -> Vec<State> {
-        let candidate = |id: u128| Candidate {
-            node: NodeId(id),
-            name: format!("node \"{id}\""),
-            peer_url: format!("http://10.0.0.{id}:5707"),
-            client_url: format!("http://10.0.0.{id}:5706"),
-        };
+        let candidate = |id: u128| Candidate { name: format!("node \"{id}\""), ..candidate(id) };
         let decision = Decision { cluster: u128::MAX, founders: vec![candidate(1), candidate(2), candidate(3)] };
         let ballot = Ballot { round: u64::MAX, by: NodeId(1) };
         let unbound = Unbound { list: 5, entries: vec!["a:1".into(), "b:2".into()], promised: None, accepted: None };

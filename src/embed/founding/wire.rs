@@ -362,12 +362,8 @@ fn known_from(known: wire::Known) -> Option<Known> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::agree::candidate;
     use super::*;
-
-    fn candidate(node: u128) -> Candidate {
-        let url = |port| format!("http://10.0.0.{node}:{port}");
-        Candidate { node: NodeId(node), name: format!("n{node}"), peer_url: url(5707), client_url: url(5706) }
-    }
 
     fn decision() -> Decision {
         Decision { cluster: 77, founders: vec![candidate(1), candidate(2), candidate(3)] }

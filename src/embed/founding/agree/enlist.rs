@@ -144,13 +144,8 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Decision, List, NodeId, Unbound};
+    use super::super::{Decision, List, NodeId, Unbound, candidate};
     use super::*;
-
-    fn candidate(node: u128) -> Candidate {
-        let url = |port| format!("http://10.0.0.{node}:{port}");
-        Candidate { node: NodeId(node), name: format!("n{node}"), peer_url: url(5707), client_url: url(5706) }
-    }
 
     fn known(cluster: u128, as_of: u64) -> Known {
         Known { decision: Decision { cluster, founders: vec![candidate(1)] }, servers: vec![candidate(1)], as_of }
