@@ -11,8 +11,9 @@
 //! [`crate::backup`] makes them, keeps them and forgets them; here is who does so, and when.
 //!
 //! # Invariants
-//! - A store that is away, full or slow costs a backup and a line in the log, and no more: it is not looked for when the node starts, all
-//!   work there has threads of its own, and a node that stops waits for it no longer than [`END`].
+//! - A store that is away, full or slow costs a backup and a line in the log, and no more: it is not looked for when the node starts, work
+//!   there takes no more than [`THREADS`] of the node's pool, which has others beside them, and a node that stops waits for it no longer
+//!   than [`END`].
 //!
 //! # Caveats
 //! - When the lead changes at the very time of a backup, it may be made twice, or be left out until the next time.
@@ -32,7 +33,7 @@ const LOOK: Duration = Duration::from_secs(30);
 /// How long a node that stops waits for a backup to be given up. Beyond it the disk does not answer, and is left alone.
 pub(super) const END: Duration = Duration::from_secs(2);
 
-/// Threads for work at the store, beside others': one for the backup, one for a listing, and one for what comes of either.
+/// Threads of the node's pool that work at the store may take: one for the backup, one for a listing, and one for what comes of either.
 pub(super) const THREADS: usize = 3;
 
 /// The backups of a node.

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! # Invariants
-//! - Whatever was begun is closed, in the reverse order, also when a start fails half-way.
+//! - Whatever was begun is closed, also when a start fails half-way: the backups and the server side by side, so that neither takes the
+//!   other's time; then the ports; then the part in the agreement. The directory is let go last.
 //! - The peer port is never shared: while the node is no server it serves founding alone, and is let go before the server takes it.
 
 use super::*;

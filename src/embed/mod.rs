@@ -116,7 +116,8 @@ pub use self::restore::{RestoredNode, restore};
 pub use crate::client::{Secret, TlsFiles};
 pub use crate::config::BackupConfig;
 
-/// Threads for looking up names, those of other nodes, and at the files of certificates. What is beyond it waits; nothing else uses them.
+/// Threads for looking up names, those of other nodes, and for looking at the files of certificates. They are in one pool with those for
+/// [backups](backups::THREADS): what is beyond both numbers together waits, whatever it is for.
 const LOOKUP_THREADS: usize = 4;
 
 /// A running node. Dropping it stops it without waiting; [`shutdown`](Self::shutdown) waits. See the [module](self).
