@@ -14,16 +14,12 @@
 //!   or with a node of another cluster.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::founding::agree::{Answer, Ask, Candidate, JOIN_MAX, Known, NodeId};
 use super::founding::drive::{Caller, Driver, Progress};
-use super::founding::wire::Token;
 use super::life::founder_id;
 use super::members::nodes_of;
-use crate::client::Lines;
-use crate::config::Url;
 use crate::server::Server;
 
 /// How often a server looks whether the membership has changed, and a client asks a server.
@@ -37,9 +33,9 @@ const CLIENT_RETRY: Duration = Duration::from_millis(500);
 const STRANGERS_MAX: usize = JOIN_MAX;
 
 /// Takes changes of the membership to those who ask this node, and this node's new address to the membership.
-pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut known: Known) {
+pub(super) async fn as_server(server: &Server, driver: &Driver, mut known: Known) {
     let client = server.client();
-    let own = own.to_string();
+    let own = &driver.me().peer_url;
     let mut ticks = tokio::time::interval(SERVER_LOOK);
     let mut votes = driver.grant().is_none();
     loop {
@@ -77,9 +73,9 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
             known = Known { decision: known.decision.clone(), servers, as_of: applied.max(known.as_of.saturating_add(1)) };
             driver.learn(known.clone()).await;
         }
-        let moved = members.iter().find(|member| member.id == server.member_id() && !member.is_learner && !member.peer_urls.contains(&own));
+        let moved = members.iter().find(|member| member.id == server.member_id() && !member.is_learner && !member.peer_urls.contains(own));
         if let Some(member) = moved {
-            match server.node().member_update(member.id, std::slice::from_ref(&own)).await {
+            match server.node().member_update(member.id, std::slice::from_ref(own)).await {
                 Ok(()) => {
                     tracing::info!(before = ?member.peer_urls, now = %own, "this server has moved: the members know its new address")
                 }
@@ -91,10 +87,10 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, own: &Url, mut k
     }
 }
 
-/// Asks who the servers are. `join` are the URLs of the listed nodes, `own` is this node's.
-pub(super) async fn as_client(join: &[String], token: &Token, lines: &Arc<Lines>, own: &Url, driver: &Driver) {
+/// Asks who the servers are. `join` are the URLs of the listed nodes.
+pub(super) async fn as_client(driver: &Driver, join: &[String]) {
     let progress = driver.progress();
-    let mut round = Round { join: join.to_vec(), own: own.to_string(), ..Round::default() };
+    let mut round = Round { join: join.to_vec(), own: driver.me().peer_url.clone(), ..Round::default() };
     let mut caller: Option<Caller> = None;
     loop {
         tokio::time::sleep(if round.stay.is_some() { CLIENT_LOOK } else { CLIENT_RETRY }).await;
@@ -102,7 +98,7 @@ pub(super) async fn as_client(join: &[String], token: &Token, lines: &Arc<Lines>
         let Some(url) = round.next(&known) else { continue };
         let mut asked = match caller.take() {
             Some(caller) if caller.url() == url => caller,
-            _ => Caller::new(url, token.clone(), lines.clone()),
+            _ => driver.caller(url),
         };
         let Ok(answer) = asked.ask(None, &Ask::Hello).await else { continue };
         if let Some(news) = round.heard(asked.url(), answer, &known, driver.node()) {

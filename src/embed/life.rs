@@ -214,13 +214,12 @@ impl Parts {
             }
             std::future::pending::<()>().await;
         };
-        let Some(own) = &self.own_url else { return std::future::pending().await };
         let join = join_urls(config);
         match &self.server {
             Some(server) => {
                 tokio::select! {
                     () = announced => Ok(()),
-                    () = follow::as_server(server, driver, own, known.clone()) => Ok(()),
+                    () = follow::as_server(server, driver, known.clone()) => Ok(()),
                     () = members::as_server(server, driver, config.peer_port, orders) => Ok(()),
                     () = members::tell_enlisted(server, driver) => Ok(()),
                     () = moved::look_around(server, driver, &join) => Ok(()),
@@ -236,7 +235,7 @@ impl Parts {
                 tokio::select! {
                     () = announced => Ok(()),
                     () = members::as_client(driver, orders) => Ok(()),
-                    () = follow::as_client(&join, &config.token, &self.secure.peers, own, driver) => Ok(()),
+                    () = follow::as_client(driver, &join) => Ok(()),
                 }
             }
         }
