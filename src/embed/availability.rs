@@ -1,8 +1,8 @@
 //! Whether metadata can be written and read: one signal, made of many probes, that does not flap.
 //!
 //! Twice a second the node tries what its host would: a linearizable read, which needs a quorum as a write does but changes nothing, and a
-//! look at the alarms. If that fails it tries a serializable read. [`Tracker`] makes a state of the outcomes; it is told the time, so that
-//! its rules can be tested without waiting.
+//! look at the alarms. A serializable read, made beside it or when it fails, tells what can be read without a quorum. [`Tracker`] makes a
+//! state of the outcomes; it is told the time, so that its rules can be tested without waiting.
 //!
 //! ```text
 //!              good                      bad                      no good one for 5 s
@@ -126,21 +126,23 @@ impl Availability {
     /// assert!(health["submodules"]["kv_write"]["changedAt"].as_u64() > Some(1_700_000_000_000));
     /// ```
     pub fn to_json(&self) -> serde_json::Value {
-        let at = |time: SystemTime| {
-            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-        };
         let part = |good: bool, since: SystemTime| {
             let (status, message) = if good { ("alive", "") } else { ("unavailable", self.reason.as_str()) };
-            serde_json::json!({ "status": status, "message": message, "changedAt": at(since) })
+            serde_json::json!({ "status": status, "message": message, "changedAt": unix_ms(since) })
         };
         serde_json::json!({
             "access": self.access.to_string(),
             "reason": self.reason,
-            "changedAt": at(self.since),
+            "changedAt": unix_ms(self.since),
             "submodules": { "kv": part(self.kv, self.kv_since), "kv_write": part(self.kv_write, self.kv_write_since) },
         })
     }
+}
+
+/// A time as health pages have it: milliseconds since 1970.
+pub(super) fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What came of a probe.

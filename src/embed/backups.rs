@@ -22,6 +22,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::availability::unix_ms;
 use crate::backup::{BackupConfig, BackupInfo, Backups, IsOurs, Status};
 use crate::client::Client;
 use crate::error::Result;
@@ -93,11 +94,9 @@ impl Keeper {
     pub fn to_json(&self) -> serde_json::Value {
         let counted = &self.counters.backups;
         let newest = counted.newest();
-        let last = self.backups.last_try().map(|last| {
-            let at = last.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            let at = u64::try_from(at.as_millis()).unwrap_or(u64::MAX);
-            serde_json::json!({ "at": at, "made": last.outcome.as_ref().ok(), "error": last.outcome.as_ref().err() })
-        });
+        let last = self.backups.last_try().map(
+            |last| serde_json::json!({ "at": unix_ms(last.at), "made": last.outcome.as_ref().ok(), "error": last.outcome.as_ref().err() }),
+        );
         serde_json::json!({
             "newestAt": (newest > 0).then(|| newest.saturating_mul(1000)),
             "ageSeconds": counted.age(SystemTime::now()),

@@ -10,7 +10,7 @@
 //!
 //! # Invariants
 //! - It changes nothing: a slow server is told of, and no [availability](super::availability) depends on it.
-//! - The first answer of a server that was away is not counted: it has a connection in it.
+//! - The first answer of a server that was away is not counted: over a new connection, it says little of those behind it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::availability::Latencies;
+use super::availability::{Latencies, unix_ms};
 use super::probe::Remote;
 use crate::metrics::Counters;
 use crate::metrics::node::EndpointFigures;
@@ -63,12 +63,11 @@ impl Peer {
     /// The same as JSON: milliseconds, and milliseconds since 1970.
     pub(super) fn to_json(&self) -> serde_json::Value {
         let ms = |took: Duration| took.as_secs_f64() * 1000.0;
-        let since = self.since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         serde_json::json!({
             "endpoint": self.endpoint,
             "status": if self.is_alive { "alive" } else { "unavailable" },
             "message": self.message,
-            "changedAt": u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+            "changedAt": unix_ms(self.since),
             "latencyMs": self.latency.map(ms),
             "latencyP99Ms": self.p99.map(ms),
         })
@@ -122,7 +121,7 @@ mod tests {
         let json = gone.to_json();
         assert_eq!((json["status"].as_str(), json["message"].as_str()), (Some("unavailable"), Some("it is down")));
         assert_eq!((json["changedAt"].as_u64(), json["latencyMs"].as_f64(), json["latencyP99Ms"].is_null()), (Some(3000), Some(1.0), true));
-        // What comes back begins anew: its first answer has a connection in it.
+        // What comes back begins anew: its first answer is over a new connection.
         let (back, sample) = Peer::next(Some(&gone), url(), Ok(ms(9)), at(4));
         assert_eq!((back.is_alive, back.since, sample), (true, at(4), None));
     }
