@@ -461,12 +461,11 @@ impl EmbedConfig {
         for entry in &self.join {
             let is_loopback = self.is_loopback(entry);
             if is_loopback != own.is_loopback() {
-                let what = if is_loopback {
-                    "every node is that to itself, and would found a cluster of its own"
+                let (named, why) = if is_loopback {
+                    (entry.as_str(), "every node is that to itself, and would found a cluster of its own")
                 } else {
-                    "no other node can reach that"
+                    ("ADVERTISE_IP", "no other node can reach that")
                 };
-                let (named, why) = if is_loopback { (entry.as_str(), what) } else { ("ADVERTISE_IP", what) };
                 let right = "use addresses at which the nodes reach each other, or loopback addresses alone for nodes of one machine";
                 return wrong(format!("JOIN has {entry} and ADVERTISE_IP is {own}: {named} is a loopback address, and {why}; {right}"));
             }

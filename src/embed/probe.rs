@@ -77,7 +77,7 @@ pub(crate) async fn watch_store(mut store: Box<dyn Store>, signal: &Signal) {
     loop {
         probes.tick().await;
         let tried = {
-            let mut probe = std::pin::pin!(tokio::time::timeout(PROBE_TIMEOUT, store.probe()));
+            let mut probe = pin!(tokio::time::timeout(PROBE_TIMEOUT, store.probe()));
             loop {
                 tokio::select! {
                     biased;
@@ -128,7 +128,7 @@ impl Store for Local {
                 Err(_) => Probe::Bad(format!("no quorum has answered within {limit:?}")),
             };
             let by = (probe == Probe::Good).then(|| ("this node".to_owned(), began.elapsed()));
-            let read = matches!(probe, Probe::Good) || self.0.range(request(true)).await.is_ok();
+            let read = by.is_some() || self.0.range(request(true)).await.is_ok();
             Tried { probe, read, by }
         })
     }

@@ -16,7 +16,8 @@
 //!
 //! The new cluster has another id, and this node another, so whoever remembers the old one is no part of it: its calls name the cluster that
 //! it means, and are refused. Such a node says that it has met a stranger, and is read-only until its directory is removed; and its server,
-//! if it has one, is refused by the peer port. But old servers that are a quorum are the old cluster, and go on with it. The revision lies far above the backup's, as [`crate::backup::restore()`] says.
+//! if it has one, is refused by the peer port. But old servers that are a quorum are the old cluster, and go on with it. The revision lies
+//! far above the backup's, as [`crate::backup::restore()`] says.
 //!
 //! # Invariants
 //! - Who holds the directory, such as a node that runs, hinders the restore; and the other way round.

@@ -15,6 +15,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::ready;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
@@ -128,7 +130,7 @@ impl Way {
         }
     }
 
-    /// Both at the same time.
+    /// A [`write_probe`](Self::write_probe) and, at the same time, a serializable read: what came of the one, and whether the other succeeded.
     pub async fn probe(&mut self, lines: &Lines, endpoint: &str, look: bool, until: Instant) -> (Result<Found, Trouble>, bool) {
         match self.line(lines, endpoint, until).await {
             Ok((line, _)) => tokio::join!(self.write_probe(lines, endpoint, look, until), serializable(line, until)),
@@ -167,16 +169,11 @@ impl Way {
 /// Connects, unless there is a line already, and logs in.
 fn open(lines: &Lines, endpoint: &str, line: Option<Line>) -> AbortOnDropHandle<Opened> {
     let connecting = match line {
-        Some(_) => None,
-        None => Some(endpoint.parse::<Url>().map_err(|err| err.to_string()).and_then(|url| lines.connect(&url))),
+        Some(line) => Ok(ready(Ok(line)).boxed()),
+        None => endpoint.parse::<Url>().map_err(|err| err.to_string()).and_then(|url| lines.connect(&url)),
     };
     let opening = async move {
-        let line = match (line, connecting) {
-            (Some(line), _) => line,
-            (None, Some(Ok(connecting))) => connecting.await.map_err(Trouble::Bad)?,
-            (None, Some(Err(why))) => return Err(Trouble::Bad(why)),
-            (None, None) => return Err(Trouble::Bad("there is no line".into())),
-        };
+        let line = connecting.map_err(Trouble::Bad)?.await.map_err(Trouble::Bad)?;
         match line.enter().await {
             Ok(ticket) => Ok((line, ticket)),
             Err(status) => Err(not_let_in(&status)),
