@@ -36,6 +36,7 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_BACKUP_SCHEDULE   when the leader makes one: cron, in UTC, such as 0 */12 * * *\n\
   KV_BACKUP_KEEP, KV_BACKUP_JITTER   how many are kept, and the delay by chance. Default: 5, 5s\n\
   KV_ENLIST_TIMEOUT   how long a node that is to become a server may make no progress. Default: 5m\n\
+  KV_REPLACE_AFTER   seconds, or a time, after which a client takes the place of a server that is not heard of. Default: never\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
   TLS_ETCD_CA, TLS_ETCD_CLIENT_CERT, TLS_ETCD_CLIENT_KEY   for an etcd at https:// URLs\n\
   ETCD_USERNAME, ETCD_PASSWORD   the user to log in as at an etcd\n\

@@ -385,6 +385,103 @@ async fn who_is_enlisted_and_does_not_come_is_put_out() {
     shut_down(nodes).await;
 }
 
+/// What a node says of servers that are replaced by themselves.
+fn replacement(node: &Node) -> serde_json::Value {
+    node.health_json()["replacement"].clone()
+}
+
+/// The one of these nodes that is enlisted, once one is.
+async fn one_enlisted(nodes: &[Node], among: &[usize]) -> usize {
+    let is_enlisted = |at: &usize| *nodes[*at].enlisted().borrow();
+    until("one is enlisted", async || among.iter().any(is_enlisted)).await;
+    *among.iter().find(|at| is_enlisted(at)).unwrap()
+}
+
+/// One that comes back in time stays. One that does not is missed: while no client is there, that is said; the first one that is enlisted never comes,
+/// and another is tried before it. The dead one knows that it is out when it comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_server_is_replaced_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut patient = configs(dir.path(), 3, 2);
+    for config in &mut patient {
+        (config.replace_after, config.enlist_timeout) = (Some(2 * PATIENCE), 2 * PATIENCE);
+    }
+    let mut impatient = patient.clone();
+    for config in &mut impatient {
+        (config.replace_after, config.enlist_timeout) = (Some(Duration::from_secs(1)), Duration::from_secs(10));
+    }
+    let mut nodes = start_all(&patient).await;
+    for node in &nodes[..3] {
+        until_voters(node, &["n0", "n1", "n2"]).await;
+        until_written(node).await;
+    }
+    put(nodes[3].client(), "before", "1").await;
+    restart(&mut nodes, 2, &patient[2]).await;
+    until_written(&nodes[2]).await;
+    put(nodes[3].client(), "before", "2").await;
+    assert!(nodes.iter().all(|node| replacement(node)["begun"] == 0 && !*node.enlisted().borrow()));
+    assert_eq!(voters(&nodes[2]).len(), 3);
+
+    // It goes, and so do the clients. From here on two are left, and nobody but it can be missed by one who hears of a quorum.
+    while nodes.len() > 2 {
+        nodes.pop().unwrap().shutdown().await.unwrap();
+    }
+    for at in [0, 1] {
+        restart(&mut nodes, at, &impatient[at]).await;
+    }
+    let wanting = |node: &Node| {
+        let wanted = replacement(node)["wanted"].clone();
+        let refused = wanted["refused"].as_array().is_some_and(|why| why.iter().any(|why| why.as_str().unwrap().starts_with("Unreachable: ")));
+        let is_counted = node.metrics().text().lines().any(|line| line == "quorate_replacement_wanting 1");
+        wanted["server"].as_str().is_some_and(|server| server.starts_with("n2 (")) && refused && is_counted
+    };
+    until("nobody is there to take its place", async || nodes.iter().any(wanting)).await;
+    assert_eq!(voters(&nodes[0]).len(), 3);
+
+    // Neither is in the servers' JOIN.
+    nodes.extend(start_all(&impatient[3..]).await.into_iter());
+    let first = one_enlisted(&nodes, &[2, 3]).await;
+    assert!(nodes.iter().any(|node| replacement(node)["begun"].as_u64().unwrap() >= 1));
+    assert!(!nodes.iter().any(wanting));
+    let second = 5 - first;
+    loop {
+        one_enlisted(&nodes, &[second]).await;
+        assert!(nodes.iter().any(|node| replacement(node)["failed"].as_u64().unwrap() >= 1));
+        for at in [0, 1] {
+            restart(&mut nodes, at, &patient[at]).await;
+        }
+        restart(&mut nodes, second, &patient[second + 1]).await;
+        // It may have come too late itself.
+        if nodes[second].role() == Role::Server {
+            break;
+        }
+        for at in [0, 1] {
+            restart(&mut nodes, at, &impatient[at]).await;
+        }
+    }
+    let name = format!("n{}", second + 1);
+    for at in [0, 1, second] {
+        until_voters(&nodes[at], &["n0", "n1", &name]).await;
+        until_endpoints(&nodes[at], &[&patient[0], &patient[1], &patient[second + 1]]).await;
+    }
+    assert_eq!(get(nodes[second].local().unwrap(), "before").await.as_deref(), Some("2"));
+
+    let back = start(&patient[2]).await;
+    if let Ok(back) = back {
+        let why = tokio::time::timeout(PATIENCE, back.stopped()).await.unwrap();
+        assert!(matches!(why, Err(Error::Removed)), "{why:?}");
+        let _ = back.shutdown().await;
+    }
+    std::fs::remove_dir_all(&patient[2].data_dir).unwrap();
+    let anew = start(&patient[2]).await.unwrap();
+    assert_eq!(anew.role(), Role::Client);
+    assert_eq!(get(anew.client(), "before").await.as_deref(), Some("2"));
+    anew.shutdown().await.unwrap();
+    shut_down(nodes).await;
+    let seen = memberships(&patient[0]);
+    assert!(seen.iter().all(|sets| sets.iter().all(|set| *set == 3)) && seen.contains(&vec![3, 3]), "{seen:?}");
+}
+
 /// By order of any node, as long as those that are left can go on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_is_removed() {

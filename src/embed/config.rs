@@ -38,6 +38,7 @@
 //! | `KV_BACKUP_SCHEDULE` | | when the leader makes one by itself: a cron expression in UTC, such as `0 */12 * * *` |
 //! | `KV_BACKUP_KEEP`, `KV_BACKUP_JITTER` | 5, `5s` | how many are kept (0: all), and how much later than scheduled one may begin, by chance |
 //! | `KV_ENLIST_TIMEOUT` | `5m` | how long a node that is to become a server may make no progress with that, before it is a client again |
+//! | `KV_REPLACE_AFTER` | never | how long a server may not be heard of before a client takes its place by itself: seconds, or a time such as `3m`, which is a good one; 30 s or more. The same on all nodes |
 //! | `ETCD_NAMESPACE` | | goes before every key, in the nodes themselves as in an external etcd |
 //! | `TLS_ETCD_CA`, `TLS_ETCD_CLIENT_CERT`, `TLS_ETCD_CLIENT_KEY` | | with `etcd` and `https://` in `KV_ADDR`: the CA of its certificate, and what to show. Also as `ETCD_TLS_CLIENT_CA` and so on |
 //! | `ETCD_USERNAME`, `ETCD_PASSWORD` | | with `etcd`: the user to log in as |
@@ -75,6 +76,9 @@ const TOKEN_BYTES_MAX: u64 = 4096;
 
 /// How many revisions of history a node's server keeps, unless told otherwise: enough for a watch to go on after a change of servers.
 const REVISIONS_KEPT: &str = "1000";
+
+/// The shortest time after which a file or the environment may have a server replaced: it may have to be started again, with its machine.
+pub const REPLACE_AFTER_MIN: Duration = Duration::from_secs(30);
 
 /// Where the store is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +131,10 @@ pub struct EmbedConfig {
     /// How long a node that is enlisted to be a server may take to come, or make no progress, before it is put out again; see
     /// [`members`](super::members). That of the server that leads counts.
     pub enlist_timeout: Duration,
+    /// How long a server may not be heard of before a client takes its place by itself; see [`members`](super::members). `None`: however long,
+    /// it is left to people. That of the server that leads counts, and a client that has none is found by its `JOIN` entry alone: give it to
+    /// all nodes. Three minutes are a good one. Less than [`REPLACE_AFTER_MIN`] is for tests: a server that is started again would be replaced.
+    pub replace_after: Option<Duration>,
     /// What nodes and their clients speak TLS with. None: in plain text.
     pub tls: TlsFiles,
     /// What the peer port speaks TLS with, where that is something else.
@@ -166,6 +174,7 @@ impl Default for EmbedConfig {
             token: Token::default(),
             start_timeout: Duration::from_secs(60),
             enlist_timeout: Duration::from_secs(300),
+            replace_after: None,
             tls: TlsFiles::default(),
             peer_tls: TlsFiles::default(),
             plaintext: false,
@@ -227,6 +236,7 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("KV_TOKEN_FILE", &[], false, |config, text| { config.token = read_token_file(Path::new(text))?; Ok(()) }),
     ("KV_START_TIMEOUT", &[], false, |config, text| { config.start_timeout = parse_duration(text)?; Ok(()) }),
     ("KV_ENLIST_TIMEOUT", &[], false, |config, text| { config.enlist_timeout = parse_duration(text)?; Ok(()) }),
+    ("KV_REPLACE_AFTER", &[], false, |config, text| { config.replace_after = replace_after(text)?; Ok(()) }),
     ("KV_TLS_CA", &[], false, |config, text| { config.tls.ca = Some(text.into()); Ok(()) }),
     ("KV_TLS_CERT", &[], false, |config, text| { config.tls.cert = Some(text.into()); Ok(()) }),
     ("KV_TLS_KEY", &[], false, |config, text| { config.tls.key = Some(text.into()); Ok(()) }),
@@ -358,6 +368,9 @@ impl EmbedConfig {
         if self.enlist_timeout.is_zero() {
             return wrong("KV_ENLIST_TIMEOUT is 0s; a node needs some time to start again and to fetch the data, such as 5m".into());
         }
+        if self.replace_after.is_some_and(|after| after.is_zero()) {
+            return wrong("KV_REPLACE_AFTER is 0s; a server needs some time to be started again, such as 3m; leave it out for never".into());
+        }
         if self.start_timeout.is_zero() {
             return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
         }
@@ -365,6 +378,9 @@ impl EmbedConfig {
         if self.backend == Backend::Etcd {
             if self.addr.is_empty() {
                 return wrong("KV_ADDR is not set; with KV_BACKEND=etcd it must say where etcd is".into());
+            }
+            if self.replace_after.is_some() {
+                return wrong("KV_REPLACE_AFTER is set, but KV_BACKEND is etcd: its members are its own business; unset it".into());
             }
             return secure::validate(self);
         }
@@ -552,6 +568,20 @@ fn backup(config: &mut EmbedConfig) -> &mut BackupConfig {
     config.backup.get_or_insert_with(|| BackupConfig::new(""))
 }
 
+/// A time, or a number of seconds; 0 for never.
+fn replace_after(text: &str) -> std::result::Result<Option<Duration>, String> {
+    let right = || format!("it must be {REPLACE_AFTER_MIN:?} or more, such as 180 or 3m, or 0 for never");
+    let after = match text.parse::<u32>() {
+        Ok(seconds) => Duration::from_secs(seconds.into()),
+        Err(_) => parse_duration(text).map_err(|_| right())?,
+    };
+    match after {
+        Duration::ZERO => Ok(None),
+        after if after < REPLACE_AFTER_MIN => Err(right()),
+        after => Ok(Some(after)),
+    }
+}
+
 fn port(text: &str) -> std::result::Result<u16, String> {
     text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "it must be a port from 1 to 65535".into())
 }
@@ -696,6 +726,15 @@ mod tests {
             ),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_BACKUP_STORE", "/b")], "KV_BACKUP_STORE is set, but KV_BACKEND is etcd"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_ENLIST_TIMEOUT", "0s")], "KV_ENLIST_TIMEOUT is 0s"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_REPLACE_AFTER", "29")], "KV_REPLACE_AFTER is \"29\"; it must be 30s or more, such as"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_REPLACE_AFTER", "29.9s")], "KV_REPLACE_AFTER is \"29.9s\"; it must be 30s or more"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_REPLACE_AFTER", "soon")], "KV_REPLACE_AFTER is \"soon\"; it must be 30s or more"),
+            (&[("JOIN", "10.0.0.1"), here, ("KV_REPLACE_AFTER", "-60")], "KV_REPLACE_AFTER is \"-60\""),
+            (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_REPLACE_AFTER", "1")], "KV_REPLACE_AFTER is \"1\""),
+            (
+                &[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_REPLACE_AFTER", "3m")],
+                "KV_REPLACE_AFTER is set, but KV_BACKEND is etcd: its members are its own business",
+            ),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", " ")], "KV_TOKEN is what it is; that is blank"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_TOKEN", "hunter2"), ("KV_TOKEN_FILE", "t")], "KV_TOKEN and KV_TOKEN_FILE are both set"),
             (
@@ -794,6 +833,16 @@ mod tests {
         let backup = config.backup.unwrap();
         assert_eq!((backup.dir.to_str(), backup.schedule.as_deref(), backup.keep), (Some("/b"), Some("0 */12 * * *"), 14));
         assert_eq!((backup.jitter, config.health_port), (Duration::from_secs(60), Some(5708)));
+        // Nobody is replaced unless asked for, in seconds or as a time.
+        let after = |text| from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_REPLACE_AFTER", text)]).unwrap().replace_after;
+        for (text, seconds) in [("", None), ("0", None), ("0s", None), ("30", Some(30)), ("180", Some(180)), ("3m", Some(180)), ("1h", Some(3600))] {
+            assert_eq!(after(text), seconds.map(Duration::from_secs), "{text}");
+        }
+        let mut config = from(&[("JOIN", "127.0.0.1")]).unwrap();
+        config.replace_after = Some(Duration::from_secs(2));
+        config.validate().unwrap();
+        config.replace_after = Some(Duration::ZERO);
+        assert!(config.validate().unwrap_err().to_string().contains("KV_REPLACE_AFTER is 0s"));
         // A secret is the same from wherever.
         let token = |name, text| from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), (name, text)]).unwrap().token;
         let dir = tempfile::tempdir().unwrap();
@@ -834,10 +883,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kv.yml");
         let write = |text: &str| std::fs::write(&path, text).unwrap();
-        write("join: [127.0.0.1, 127.0.0.2, 127.0.0.3]\nadvertise-ip: 127.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\n");
+        write("join: [127.0.0.1, 127.0.0.2, 127.0.0.3]\nadvertise-ip: 127.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\nkv-replace-after: 90\n");
         let file = EmbedConfig::from_file(&path).unwrap();
+        assert_eq!(file.replace_after, Some(Duration::from_secs(90)));
         let list = "127.0.0.1,127.0.0.2,127.0.0.3";
-        let vars = [("JOIN", list), ("ADVERTISE_IP", "127.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2")];
+        let vars = [("JOIN", list), ("ADVERTISE_IP", "127.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2"), ("KV_REPLACE_AFTER", "90s")];
         assert_eq!(file, from(&vars).unwrap());
         // A variable beats it.
         let both = from(&[("KV_CONFIG_FILE", path.to_str().unwrap()), ("KV_PEER_PORT", "8")]).unwrap();

@@ -25,6 +25,7 @@ use super::availability::Availability;
 use super::backups::Keeper;
 use super::founding::agree::Role;
 use super::peers::Peer;
+use super::replacing::Notice;
 use crate::api::http::{Checks, Http, Pages, Versions};
 use crate::api::maintenance::STORAGE_VERSION;
 use crate::api::serve::{App, Listener, Serving};
@@ -52,11 +53,13 @@ pub(super) struct Facts {
     pub checks: Option<Arc<dyn Checks>>,
     pub metrics: Arc<Metrics>,
     pub keeper: Option<Arc<Keeper>>,
+    /// What is to be said of servers that are replaced by themselves.
+    pub replacing: Option<Arc<Notice>>,
 }
 
 impl Default for Facts {
     fn default() -> Self {
-        Facts { role: None, cluster: None, enlisted: None, checks: None, metrics: Metrics::of_client(), keeper: None }
+        Facts { role: None, cluster: None, enlisted: None, checks: None, metrics: Metrics::of_client(), keeper: None, replacing: None }
     }
 }
 
@@ -80,13 +83,14 @@ impl Report {
 
     pub fn to_json(&self) -> serde_json::Value {
         let mut health = self.availability.borrow().to_json();
-        let Facts { role, cluster, enlisted, keeper, .. } = self.facts();
+        let Facts { role, cluster, enlisted, keeper, replacing, .. } = self.facts();
         if let Some(health) = health.as_object_mut() {
             health.insert("role".into(), role.map(|role| role.to_string()).into());
             health.insert("cluster".into(), cluster.map(|cluster| format!("{cluster:032x}")).into());
             health.insert("enlisted".into(), enlisted.is_some_and(|enlisted| *enlisted.borrow()).into());
             health.insert("servers".into(), self.peers.borrow().iter().map(Peer::to_json).collect());
             health.insert("backups".into(), keeper.map_or(serde_json::Value::Null, |keeper| keeper.to_json()));
+            health.insert("replacement".into(), replacing.map_or(serde_json::Value::Null, |notice| notice.to_json()));
         }
         health
     }

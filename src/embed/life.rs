@@ -31,6 +31,7 @@ pub(super) struct Parts {
     pub keeper: Option<Arc<Keeper>>,
     pub own_url: Option<Url>,
     pub secure: Secure,
+    pub replacing: Arc<Notice>,
     // Held until everything else is closed.
     pub dir: Option<Arc<NodeDir>>,
 }
@@ -75,6 +76,7 @@ impl Parts {
             keeper: None,
             own_url: None,
             secure,
+            replacing: Arc::default(),
             dir: None,
         }
     }
@@ -85,6 +87,7 @@ impl Parts {
             facts.role = Some(self.role);
             facts.cluster = self.known.as_ref().map(|known| known.decision.cluster);
             facts.enlisted = self.driver.as_ref().map(Driver::enlisted);
+            facts.replacing = Some(self.replacing.clone());
             if let Some(server) = &self.server {
                 facts.checks = Some(server.node().clone());
                 facts.metrics = server.metrics().clone();
@@ -131,7 +134,8 @@ impl Parts {
         let health = health::open(config.advertised_ip()?, config.health_port, report).await?;
         let dir = Arc::new(dir);
         let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone(), &secure.peers)?;
-        Ok(Parts { driver: Some(driver), own_url: Some(peer_url), dir: Some(dir), ..Parts::first(secure, health) })
+        let replacing = Notice::new(config.replace_after);
+        Ok(Parts { driver: Some(driver), own_url: Some(peer_url), replacing, dir: Some(dir), ..Parts::first(secure, health) })
     }
 
     /// Finds out what the node is, and becomes that.
@@ -222,6 +226,7 @@ impl Parts {
                     () = follow::as_server(server, driver, known.clone()) => Ok(()),
                     () = members::as_server(server, driver, config.peer_port, orders) => Ok(()),
                     () = members::tell_enlisted(server, driver) => Ok(()),
+                    () = replacing::as_server(server, driver, config, &self.replacing) => Ok(()),
                     () = moved::look_around(server, driver, &join) => Ok(()),
                     stopped = server.stopped() => {
                         if matches!(stopped, Err(Error::Removed)) {
@@ -236,6 +241,7 @@ impl Parts {
                     () = announced => Ok(()),
                     () = members::as_client(driver, orders) => Ok(()),
                     () = follow::as_client(driver, &join) => Ok(()),
+                    () = replacing::as_client(driver, config) => Ok(()),
                 }
             }
         }

@@ -23,6 +23,12 @@
 //! as do the health and a warning in the log. One that does not come, or gets no further, for [`EmbedConfig::enlist_timeout`](super::EmbedConfig::enlist_timeout) is put out
 //! again, with those it was to vote with; it finds that out when it is started, and is a client then.
 //!
+//! # By itself
+//! With [`EmbedConfig::replace_after`](super::EmbedConfig::replace_after) the server that leads gives such an order itself, once one of three was not
+//! heard of for that long: it is replaced by a client that answers, and is eligible. The host sees what it sees of any order: the client's
+//! [`Node::enlisted`](super::Node::enlisted) turns true, *and the host starts that node again*. A host that does not has its node put out after
+//! `enlist_timeout`, and others are tried before it. `replacing.rs` has the rules; by default nothing is replaced by itself.
+//!
 //! # Who is eligible
 //! All of it is looked at before anything is changed. A refusal is an [`Error::Ineligible`] with one of these reasons:
 //!
@@ -48,7 +54,8 @@
 //!
 //! # Caveats
 //! - Removing one server of three leaves two, and neither of them may fail; that is told in the log. To replace it is better.
-//! - Nothing is replaced by itself.
+//! - Once a client is enlisted in its place, a server that comes back is replaced all the same; [`remove`](super::Node::remove) of that client calls
+//!   it off, until it votes.
 //! - The first start of an enlisted node as a server needs the other servers, and waits for them; every later one needs nobody. Until it
 //!   votes its own client reads nothing: start all that are enlisted together, soon.
 //! - A list of one entry has no other memory than that node's disk, also when there are three servers by now: with its directory removed it
@@ -102,7 +109,7 @@ pub(super) fn not_embedded() -> Error {
 }
 
 /// The node's id that a member was enlisted with.
-fn enlisted_node(listed: &Listed) -> Option<NodeId> {
+pub(super) fn enlisted_node(listed: &Listed) -> Option<NodeId> {
     <[u8; 16]>::try_from(&listed.member.node[..]).ok().map(|id| NodeId(u128::from_be_bytes(id)))
 }
 
@@ -114,7 +121,7 @@ pub(super) fn nodes_of(decision: &Decision, members: &BTreeMap<u64, Listed>) -> 
     nodes
 }
 
-fn known_by(driver: &Driver) -> Option<Known> {
+pub(super) fn known_by(driver: &Driver) -> Option<Known> {
     match &*driver.progress().borrow() {
         Progress::Bound(_, known) => Some(known.clone()),
         _ => None,
@@ -214,16 +221,20 @@ async fn enlist(server: &Server, driver: &Driver, port: u16, nodes: &[String], r
         }
         new.push(who);
     }
-    let member = |who: Candidate| Enlisted { peer_urls: vec![who.peer_url], node: Bytes::copy_from_slice(&who.node.0.to_be_bytes()) };
-    let members = new.into_iter().map(member).collect();
-    server.node().member_enlist(Enlist { members, replaces, even_alive }).await?;
+    server.node().member_enlist(enlisting(new, replaces, even_alive)).await?;
     // Who cannot be told now is told by the leader, again and again.
     tell(server, driver, &mut BTreeSet::new()).await;
     Ok(())
 }
 
+/// These nodes as new members.
+pub(super) fn enlisting(new: Vec<Candidate>, replaces: Vec<u64>, even_alive: bool) -> Enlist {
+    let member = |who: Candidate| Enlisted { peer_urls: vec![who.peer_url], node: Bytes::copy_from_slice(&who.node.0.to_be_bytes()) };
+    Enlist { members: new.into_iter().map(member).collect(), replaces, even_alive }
+}
+
 /// The node at an address, if it may be enlisted.
-async fn present(driver: &Driver, port: u16, node: &str) -> Result<Candidate> {
+pub(super) async fn present(driver: &Driver, port: u16, node: &str) -> Result<Candidate> {
     let at = address(node, port).map_err(|why| ineligible(UNREACHABLE, format!("{node:?} is no address of a node: {why}")))?;
     let ours = known_by(driver).ok_or(Error::Stopped)?.decision.cluster;
     let answer = driver.caller(node_url(&at, driver.is_tls())).ask(None, &Ask::Present { from: None }).await;

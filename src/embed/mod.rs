@@ -73,6 +73,7 @@ pub mod members;
 mod moved;
 mod peers;
 mod probe;
+mod replacing;
 mod restore;
 mod secure;
 mod way;
@@ -94,6 +95,7 @@ use self::health::Report;
 use self::life::{Parts, cluster_number};
 use self::peers::watch_peers;
 use self::probe::{Local, Remote, Signal, Store, watch_store};
+use self::replacing::Notice;
 use self::secure::{Secure, speaks_tls};
 use crate::api::peer::founding as founding_router;
 use crate::api::serve::{App, Listener, Serving};
@@ -247,7 +249,9 @@ impl Node {
 
     /// The [availability](Self::availability) as it is now, as JSON for a health page, see [`Availability::to_json`]; with the node's `role` and
     /// `cluster`, its [`servers`](Self::peers), and what there is to be said of its [`backups`](Self::back_up): `newestAt` in milliseconds
-    /// since 1970, `ageSeconds`, `made` and `failed` by this process, and the `lastTry`.
+    /// since 1970, `ageSeconds`, `made` and `failed` by this process, and the `lastTry`. Its `replacement` is null, unless
+    /// [`EmbedConfig::replace_after`] is set: then it has `afterSeconds`, what this node has `begun` while it led, and what of that has `failed`, and
+    /// as `wanted` null, or the `server` to be replaced now, whose place nobody can take, and in `refused` why, for each node that was asked.
     pub fn health_json(&self) -> serde_json::Value {
         self.report.to_json()
     }

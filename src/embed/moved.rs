@@ -87,7 +87,7 @@ pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String
     }
 }
 
-async fn ask(mut caller: Caller, ask: Ask) -> (Caller, Option<Answer>) {
+pub(super) async fn ask(mut caller: Caller, ask: Ask) -> (Caller, Option<Answer>) {
     let answer = caller.ask(None, &ask).await.ok();
     (caller, answer)
 }

@@ -1,4 +1,5 @@
-//! What a node of the embedded mode tells of itself: whether it can read and write the store, and how far away each server is.
+//! What a node of the embedded mode tells of itself: whether it can read and write the store, how far away each server is, and what servers it
+//! has replaced by itself, if it is to.
 //!
 //! ```text
 //! set_access(true, false)          quorate_node_can_read 1, quorate_node_can_write 0
@@ -29,10 +30,22 @@ pub struct EndpointFigures {
     pub p99: Option<Duration>,
 }
 
+/// What a server, while it led, has done for those that were dead. See `embed::replacing`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReplacementFigures {
+    /// Replacements that it has begun: a client was enlisted in a server's place.
+    pub begun: u64,
+    /// Those of them whose client was put out before it voted.
+    pub failed: u64,
+    /// A server is to be replaced now, and nobody can take its place.
+    pub is_wanting: bool,
+}
+
 /// See the module's head.
 #[derive(Debug, Default)]
 pub struct NodeFigures {
     access: Mutex<Option<(bool, bool)>>,
+    replacements: Mutex<Option<ReplacementFigures>>,
     endpoints: Mutex<BTreeMap<String, EndpointFigures>>,
 }
 
@@ -40,6 +53,11 @@ impl NodeFigures {
     /// Whether the store can be read, and written.
     pub fn set_access(&self, read: bool, write: bool) {
         *lock(&self.access) = Some((read, write));
+    }
+
+    /// How it stands with servers that are replaced by themselves.
+    pub fn set_replacements(&self, figures: ReplacementFigures) {
+        *lock(&self.replacements) = Some(figures);
     }
 
     /// From here on these are the servers, by their URLs.
@@ -53,6 +71,14 @@ pub(super) fn encode(page: &mut Page<'_>, node: &NodeFigures) -> fmt::Result {
     let Some((read, write)) = *lock(&node.access) else { return Ok(()) };
     page.gauge("quorate_node_can_read", "Whether this node could read the store a moment ago", i64::from(read))?;
     page.gauge("quorate_node_can_write", "Whether this node could write the store a moment ago", i64::from(write))?;
+    if let Some(figures) = *lock(&node.replacements) {
+        let help = "Replacements of dead servers that this node has begun by itself while it led";
+        page.counter("quorate_replacements_begun", help, figures.begun)?;
+        let help = "Those of them whose new server was put out before it voted";
+        page.counter("quorate_replacements_failed", help, figures.failed)?;
+        let help = "Whether this node leads, a server is to be replaced, and nobody can take its place";
+        page.gauge("quorate_replacement_wanting", help, i64::from(figures.is_wanting))?;
+    }
     let endpoints = lock(&node.endpoints).clone();
     let help = "Whether a server has answered this node a moment ago";
     family(page, "quorate_endpoint_up", help, &endpoints, |found| Some(i64::from(found.is_up)))?;
@@ -94,8 +120,13 @@ mod tests {
             node.set_access(true, false);
             let near = EndpointFigures { is_up: true, latency: Some(Duration::from_millis(2)), p99: Some(Duration::from_millis(4)) };
             node.follow([("http://a:1".to_owned(), near), ("http://b:1".to_owned(), EndpointFigures::default())].into());
+            assert!(!metrics.text().contains("quorate_replacement"));
+            node.set_replacements(ReplacementFigures { begun: 2, failed: 1, is_wanting: true });
             let text = metrics.text();
             for line in [
+                "quorate_replacements_begun_total 2",
+                "quorate_replacements_failed_total 1",
+                "quorate_replacement_wanting 1",
                 "quorate_node_can_read 1",
                 "quorate_node_can_write 0",
                 r#"quorate_endpoint_up{endpoint="http://a:1"} 1"#,

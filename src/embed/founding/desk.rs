@@ -1,4 +1,4 @@
-//! What a node is asked that is no business of the agreement: orders to a server, and where other servers say they are.
+//! What a node is asked that is no business of the agreement: orders to a server, and where other nodes say they are.
 //!
 //! ```text
 //! Present                 -> ..., ticket 4f...
@@ -26,6 +26,9 @@ const ORDERS_MAX: usize = 1;
 /// Servers that have said where they are, and were not taken note of. One beyond it is not noted; it says so again.
 const HEARD_MAX: usize = JOIN_MAX;
 
+/// Nodes that are remembered to have said where they are. One beyond them takes the place of the one that has said so longest ago.
+const MET_MAX: usize = JOIN_MAX;
+
 /// What came of an order.
 pub(crate) type Outcome = Result<(), Refusal>;
 
@@ -37,11 +40,19 @@ pub(crate) struct Desk {
     /// The next order's ticket, and who carries orders out; nobody, unless this node is a server.
     open: Mutex<(u128, Option<mpsc::Sender<Ordered>>)>,
     heard: Mutex<BTreeMap<NodeId, (u128, Candidate)>>,
+    met: Mutex<Met>,
+}
+
+/// The nodes that have said where they are, each with the number of when it did last, and its cluster.
+#[derive(Default)]
+struct Met {
+    count: u64,
+    nodes: BTreeMap<NodeId, (u64, u128, Candidate)>,
 }
 
 impl Desk {
     pub fn new() -> Desk {
-        Desk { open: Mutex::new((rand::random(), None)), heard: Mutex::default() }
+        Desk { open: Mutex::new((rand::random(), None)), heard: Mutex::default(), met: Mutex::default() }
     }
 
     /// From here on orders are taken; they come out where this points to.
@@ -76,8 +87,18 @@ impl Desk {
         }
     }
 
-    /// Notes where a server of a cluster says it is.
+    /// Notes where a node of a cluster says it is.
     pub fn hear(&self, cluster: u128, who: Candidate) {
+        {
+            let mut met = lock(&self.met);
+            if met.nodes.len() >= MET_MAX && !met.nodes.contains_key(&who.node) {
+                let oldest = met.nodes.iter().min_by_key(|(_, (at, ..))| *at).map(|(&node, _)| node);
+                oldest.map(|node| met.nodes.remove(&node));
+            }
+            met.count += 1;
+            let at = met.count;
+            met.nodes.insert(who.node, (at, cluster, who.clone()));
+        }
         let mut heard = lock(&self.heard);
         if heard.len() < HEARD_MAX || heard.contains_key(&who.node) {
             heard.insert(who.node, (cluster, who));
@@ -87,6 +108,12 @@ impl Desk {
     /// Those that have said where they are since this was asked last.
     pub fn heard(&self) -> Vec<(u128, Candidate)> {
         std::mem::take(&mut *lock(&self.heard)).into_values().collect()
+    }
+
+    /// Those of a cluster that have ever said where they are, and are remembered.
+    pub fn met(&self, cluster: u128) -> Vec<Candidate> {
+        let met = lock(&self.met);
+        met.nodes.values().filter(|(_, theirs, _)| *theirs == cluster).map(|(.., who)| who.clone()).collect()
     }
 }
 
@@ -110,5 +137,20 @@ mod tests {
         assert!(desk.order(desk.ticket(), order()).is_ok());
         drop(queue);
         assert_eq!(reason(desk.order(desk.ticket(), order())), reason::NOT_READY);
+    }
+
+    #[test]
+    fn those_that_have_spoken_last_are_remembered() {
+        let desk = Desk::new();
+        let who = |node: u128| Candidate { node: NodeId(node), name: "n".into(), peer_url: String::new(), client_url: String::new() };
+        let most = MET_MAX as u128;
+        (0..most).for_each(|node| desk.hear(7, who(node)));
+        desk.hear(7, who(0));
+        desk.hear(8, who(most));
+        desk.hear(7, who(most + 1));
+        // The ones that have said it longest ago, 1 and 2, are forgotten.
+        let met: Vec<u128> = desk.met(7).iter().map(|who| who.node.0).collect();
+        assert!(met.iter().copied().eq([0].into_iter().chain(3..most).chain([most + 1])), "{met:?}");
+        assert_eq!(desk.met(8), [who(most)]);
     }
 }

@@ -78,6 +78,25 @@ impl Listed {
     }
 }
 
+/// How a leader hears of the servers that vote. See [`Node::hearing`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hearing {
+    pub term: u64,
+    /// The members are being changed, or somebody is there who is to vote and does not yet.
+    pub is_changing: bool,
+    /// Each that votes, by its id.
+    pub voters: BTreeMap<u64, Heard>,
+}
+
+/// See [`Hearing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Heard {
+    /// It was, within an election timeout; the leader itself always.
+    pub lately: bool,
+    /// How long ago; none: never by this leader.
+    pub ago: Option<Duration>,
+}
+
 /// What is to be done about those that are enlisted.
 #[derive(Debug, PartialEq)]
 enum Step {
@@ -226,6 +245,46 @@ impl Node {
     /// `Ineligible`, and then nothing was changed; those of any change of the members.
     pub async fn member_enlist(&self, enlist: Enlist) -> Result<()> {
         self.change(Change::Enlist(enlist)).await.map(drop)
+    }
+
+    /// The same, by the leader of this term alone: whoever leads next has its own view of who is dead. Returns whether it was that still; if
+    /// not, nothing was changed.
+    ///
+    /// # Errors
+    /// As [`member_enlist`](Self::member_enlist).
+    pub async fn enlist_in_term(&self, enlist: Enlist, term: u64) -> Result<bool> {
+        self.check_running()?;
+        if !self.is_leader() || self.term() != term {
+            return Ok(false);
+        }
+        match self.change_here(&Change::Enlist(enlist)).await? {
+            Handed::Done(_) => Ok(true),
+            Handed::Refused => Ok(false),
+            Handed::Unknown => Err(ApplyError::TimeoutLeaderFail.into()),
+        }
+    }
+
+    /// How the servers that vote are heard of, by this one if it leads.
+    pub fn hearing(&self) -> Option<Hearing> {
+        let term = self.term();
+        let metrics = self.raft.metrics();
+        let now = metrics.borrow_watched();
+        if !self.is_leader() {
+            return None;
+        }
+        let membership = now.membership_config.membership();
+        let is_settled = now.membership_config.log_id() == now.committed_membership_config.log_id();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let waits = |(id, member): (&u64, &Member)| !voters.contains(id) && (member.enlisted != 0 || member.voter_to_be);
+        let is_changing = !is_settled || membership.get_joint_config().len() > 1 || membership.nodes().any(waits);
+        let heard = voters.iter().map(|&id| {
+            if id == self.identity.member_id {
+                return (id, Heard { lately: true, ago: Some(Duration::ZERO) });
+            }
+            let at = now.heartbeat.as_ref().and_then(|all| all.get(&id)).and_then(Option::as_ref);
+            (id, Heard { lately: self.heard_of(&now, id).0, ago: at.map(|at| at.elapsed()) })
+        });
+        Some(Hearing { term, is_changing, voters: heard.collect() })
     }
 
     /// As the leader, takes the time to hear of those that are there: who has just been elected has not heard of anyone, and would take them for
