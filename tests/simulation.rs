@@ -17,6 +17,8 @@
 mod checkers;
 #[path = "simulation/faults.rs"]
 mod faults;
+#[path = "simulation/joint.rs"]
+mod joint;
 #[path = "simulation/judge.rs"]
 mod judge;
 #[path = "simulation/load.rs"]

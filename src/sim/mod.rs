@@ -28,7 +28,7 @@
 //! HTTP/2 and TCP below the calls, sled, the files of snapshots that are received (they are real ones), full or broken disks, and clocks
 //! that jump. Election timers go at the same rate everywhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
 use std::future::Future;
@@ -50,6 +50,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Metrics;
 use crate::node::{Health, Node};
+use crate::proto::peer::{Enlist, Enlisted};
 use crate::raft::apply::Clock;
 use crate::raft::wire::dial_with;
 use crate::server::{Damage, Member, Place, fit, machine_on};
@@ -136,6 +137,8 @@ struct Inner {
     wrong: Vec<String>,
     /// Who led in each term.
     leaders: BTreeMap<u64, u64>,
+    /// How long one that is enlisted may make no progress; none: nobody looks after those.
+    enlist_limit: Option<Duration>,
 }
 
 /// A member's place, whether it runs or not.
@@ -181,7 +184,7 @@ impl Cluster {
         // Not the numbers that the members draw.
         let mut chance = StdRng::seed_from_u64(seed ^ 0x5eed);
         let net = Net::new(StdRng::from_rng(&mut chance));
-        let inner = Inner { chance, slots: Vec::new(), trace: Trace::default(), wrong: Vec::new(), leaders: BTreeMap::new() };
+        let inner = Inner { chance, slots: Vec::new(), trace: Trace::default(), wrong: Vec::new(), leaders: BTreeMap::new(), enlist_limit: None };
         let cluster = Arc::new(Cluster { began: Instant::now(), dir: dir.to_owned(), net, inner: Mutex::new(inner) });
         let dialer = Arc::downgrade(&cluster);
         dial_with(Some(Box::new(move |life, url| net::dial(dialer.clone(), life, url.to_owned()))));
@@ -477,6 +480,29 @@ impl Cluster {
         self.at_node(at, move |node| async move { node.member_promote(id).await }).await
     }
 
+    /// Has every member look after those that are enlisted, as those of nodes do: from its next start on.
+    pub fn mind_enlisted(&self, limit: Duration) {
+        self.inner().enlist_limit = Some(limit);
+    }
+
+    /// Has a member enlist others, in the place of one or of nobody.
+    pub async fn member_enlist(&self, at: usize, members: &[usize], replaces: Option<u64>, even_alive: bool) -> Option<Result<()>> {
+        let node = |member: usize| (member as u128).to_be_bytes().to_vec().into();
+        let members = members.iter().map(|&member| Enlisted { peer_urls: vec![Self::peer_url(member)], node: node(member) });
+        let enlist = Enlist { members: members.collect(), replaces: replaces.into_iter().collect(), even_alive };
+        self.at_node(at, move |node| async move { node.member_enlist(enlist).await }).await
+    }
+
+    /// The sets of those that vote, as a member's log has them, two while one gives way to the other; and whether that is committed.
+    pub fn voting(&self, member: usize) -> Option<(Vec<BTreeSet<u64>>, bool)> {
+        Some(self.up(member)?.0.node.voting())
+    }
+
+    /// Waits until a member's log has a joint membership, or knows that one is committed. None when the member has gone.
+    pub async fn until_joint(&self, member: usize, is_committed: bool) -> Option<()> {
+        self.at_node(member, move |node| async move { node.until_joint(is_committed).await }).await
+    }
+
     /// Has a member hand its lead over.
     pub async fn move_leader(&self, at: usize, to: u64) -> Option<Result<()>> {
         self.at_node(at, move |node| async move { node.move_leader(to).await }).await
@@ -557,5 +583,9 @@ async fn open(cluster: Arc<Cluster>, member: usize) -> Result<Up> {
     let info = Info { client_urls: client_urls.clone(), watch_progress_interval: config.watch_progress_notify_interval };
     let api = Api { node: node.clone(), info: Arc::new(info), stop: CancellationToken::new(), snapshots: Arc::new(Semaphore::new(1)) };
     node.publish(client_urls);
+    let limit = cluster.inner().enlist_limit;
+    if let Some(limit) = limit {
+        node.mind_enlisted(limit);
+    }
     Ok(Up { client: Client::local(node.clone(), api), node, _member: Arc::new(assembled) })
 }

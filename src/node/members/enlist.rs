@@ -13,6 +13,18 @@
 //! with the entry that brings them, and whoever leads goes on with it, after any change of leader and any restart. So does whoever leads with
 //! a joint membership: it takes it to its second set. Only how long a learner has made no progress is counted anew by each leader.
 //!
+//! # A leader that ends between the two entries
+//! Whoever leads next finishes the change, and never takes it back half done:
+//!
+//! ```text
+//! its log has the joint entry     it was committed, or is by the next leader's first entry: then that appends the last one
+//! its log has not                 nobody votes otherwise than before; the learners are there still, and it begins the change anew
+//! ```
+//!
+//! While the entry is in a log it takes a majority of both sets to be elected there, and to commit anything. So a leader that ends when one
+//! of three servers is dead, or that was alone, is waited for, as with any change; nothing that was acknowledged is lost. Being joint is left
+//! towards the second set alone: those that were enlisted are put out only before the joint entry.
+//!
 //! # Invariants
 //! - Whether it may be is looked at before anything is changed. Who leads has led for an election timeout then, in which it has heard of everyone
 //!   who is there; and who is to be replaced as dead was not heard of for three.
@@ -314,6 +326,31 @@ impl Node {
             (id, Listed { member: member.clone(), votes: voters.contains(&id), published })
         });
         (applied.log_id().map_or(0, |at| at.index), listed.collect())
+    }
+
+    /// The sets of those that vote, as this member's log has them, two of them while one gives way to the other; and whether that is committed.
+    #[cfg(feature = "simulation")]
+    pub fn voting(&self) -> (Vec<BTreeSet<u64>>, bool) {
+        let metrics = self.raft.metrics();
+        let now = metrics.borrow_watched();
+        let is_committed = now.membership_config.log_id() == now.committed_membership_config.log_id();
+        (now.membership_config.membership().get_joint_config().clone(), is_committed)
+    }
+
+    /// Returns when this member's log has a joint membership, or knows of one that it is committed.
+    #[cfg(feature = "simulation")]
+    pub async fn until_joint(&self, is_committed: bool) {
+        let mut metrics = self.raft.metrics();
+        loop {
+            let is_joint = {
+                let now = metrics.borrow_watched();
+                let config = if is_committed { &now.committed_membership_config } else { &now.membership_config };
+                config.membership().get_joint_config().len() > 1
+            };
+            if is_joint || metrics.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Begins to look after those that are enlisted, whenever this member leads. One that makes no progress for so long is put out.
