@@ -251,6 +251,83 @@ async fn certificates_of_nodes_are_renewed_without_a_restart() {
     stop_all(nodes).await;
 }
 
+/// One server becomes three, and one of them is replaced, with certificates of another CA among peers than with clients: those that are enlisted show
+/// theirs from their first call as servers on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_become_servers_in_tls() {
+    let (pki, peers) = (Pki::new(), Pki::new());
+    let (dir, places) = (tempfile::tempdir().unwrap(), places(4));
+    let config = |at: usize| {
+        let mut config = secure(&pki, dir.path(), at, &places);
+        config.peer_tls = files(&peers);
+        config.join.truncate(1);
+        config
+    };
+    let place = |at: usize| format!("127.0.0.1:{}", places[at].0);
+    let mut nodes = start_all((0..4).map(config).collect()).await;
+    assert_eq!(nodes.iter().filter(|node| node.role() == Role::Server).count(), 1);
+    until(&nodes[0], can_write).await;
+    put(nodes[3].client(), "before").await;
+    let endpoints = async |node: &Node, servers: &[usize]| {
+        let mut wanted: Vec<String> = servers.iter().map(|at| format!("https://127.0.0.1:{}", places[*at].1)).collect();
+        wanted.sort();
+        let mut known = node.endpoints();
+        let is_so = |known: &Vec<String>| {
+            let mut known = known.clone();
+            known.sort();
+            known == wanted
+        };
+        let waited = tokio::time::timeout(PATIENCE, known.wait_for(is_so)).await;
+        assert!(matches!(waited, Ok(Ok(_))), "{node:?} knows {:?}, and not {wanted:?}", node.endpoints().borrow());
+    };
+    // Each is enlisted, and started again.
+    async fn ordered(order: impl AsyncFn() -> Result<(), Error>) {
+        let began = Instant::now();
+        while let Err(err) = order().await {
+            // Also that it was carried out, and the answer was lost.
+            if matches!(&err, Error::Ineligible { reason, .. } if ["Busy", "NotAServer", "NotAClient", "AlreadyMember"].contains(&reason.as_str())) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{err}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    async fn come(nodes: &mut Vec<Node>, at: usize, config: EmbedConfig) {
+        let mut enlisted = nodes[at].enlisted();
+        tokio::time::timeout(PATIENCE, enlisted.wait_for(|enlisted| *enlisted)).await.unwrap().unwrap();
+        nodes.remove(at).shutdown().await.unwrap();
+        nodes.insert(at, start_all(vec![config]).await.remove(0));
+        assert_eq!(nodes[at].role(), Role::Server);
+    }
+    ordered(async || nodes[3].grow(&[&place(1), &place(2)]).await).await;
+    come(&mut nodes, 1, config(1)).await;
+    come(&mut nodes, 2, config(2)).await;
+    for node in &nodes {
+        endpoints(node, &[0, 1, 2]).await;
+        until(node, can_write).await;
+    }
+    put(nodes[3].client(), "with three").await;
+
+    let gone = nodes.remove(1);
+    gone.shutdown().await.unwrap();
+    ordered(async || nodes[2].replace(&place(1), &place(3)).await).await;
+    come(&mut nodes, 2, config(3)).await;
+    for node in &nodes {
+        endpoints(node, &[0, 2, 3]).await;
+        until(node, can_write).await;
+    }
+    for key in ["before", "with three"] {
+        assert!(nodes[2].local().unwrap().get(key).await.unwrap().is_some(), "{key}");
+    }
+    let back = Node::start(config(1)).await;
+    if let Ok(back) = back {
+        let why = tokio::time::timeout(PATIENCE, back.stopped()).await.unwrap();
+        assert!(matches!(why, Err(Error::Removed)), "{why:?}");
+        let _ = back.shutdown().await;
+    }
+    stop_all(nodes).await;
+}
+
 /// Neither is a cluster of plain text gone on with in TLS, nor the other way round.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_keeps_to_what_it_was_founded_with() {
