@@ -38,7 +38,7 @@ pub const SLOW: Duration = Duration::from_millis(10);
 const SAMPLES_MAX: usize = 100;
 const SAMPLES_MIN: usize = 20;
 
-/// Servers whose latency is kept. One beyond it is not looked at; a cluster has three.
+/// Servers whose latency is kept, where a cluster has three. For one beyond it that is forgotten which was not heard for the longest.
 const SERVERS_MAX: usize = 32;
 
 /// How often the log is told of the same slow server.
@@ -226,32 +226,44 @@ impl Tracker {
 /// How long the servers take to answer probes.
 #[derive(Debug, Default)]
 pub(crate) struct Latencies {
-    of: BTreeMap<String, (VecDeque<Duration>, Option<Duration>)>,
+    of: BTreeMap<String, Heard>,
+}
+
+/// What one server took, and when it was heard and told of last.
+#[derive(Debug, Default)]
+struct Heard {
+    samples: VecDeque<Duration>,
+    last: Duration,
+    told: Option<Duration>,
 }
 
 impl Latencies {
     /// Notes how long a server took. Returns its 99th percentile if the log should be told that it is slow.
     pub fn note(&mut self, now: Duration, server: &str, took: Duration) -> Option<Duration> {
-        if self.of.len() >= SERVERS_MAX && !self.of.contains_key(server) {
-            return None;
+        if self.of.len() >= SERVERS_MAX
+            && !self.of.contains_key(server)
+            && let Some(oldest) = self.of.iter().min_by_key(|(_, heard)| heard.last).map(|(server, _)| server.clone())
+        {
+            self.of.remove(&oldest);
         }
-        let (samples, told) = self.of.entry(server.to_owned()).or_default();
-        samples.push_back(took);
-        if samples.len() > SAMPLES_MAX {
-            samples.pop_front();
+        let heard = self.of.entry(server.to_owned()).or_default();
+        heard.last = now;
+        heard.samples.push_back(took);
+        if heard.samples.len() > SAMPLES_MAX {
+            heard.samples.pop_front();
         }
-        let p99 = percentile(samples)?;
-        let quiet = told.is_some_and(|told| now.saturating_sub(told) < WARN_INTERVAL);
+        let p99 = percentile(&heard.samples)?;
+        let quiet = heard.told.is_some_and(|told| now.saturating_sub(told) < WARN_INTERVAL);
         if p99 <= SLOW || quiet {
             return None;
         }
-        *told = Some(now);
+        heard.told = Some(now);
         Some(p99)
     }
 
     /// The 99th percentile of a server, once enough is known of it.
     pub fn p99(&self, server: &str) -> Option<Duration> {
-        self.of.get(server).and_then(|(samples, _)| percentile(samples))
+        self.of.get(server).and_then(|heard| percentile(&heard.samples))
     }
 
     /// Forgets the servers that are none any more.
@@ -396,12 +408,12 @@ mod tests {
         assert!((0..200).all(|at| latencies.note(second(at), "b", SLOW).is_none()));
         // One slow answer of a hundred is what happens.
         assert!((0..200).all(|at| latencies.note(second(at), "c", if at == 150 { slow } else { SLOW }).is_none()));
-        let p99: Vec<_> = latencies.of.values().map(|(samples, _)| percentile(samples)).collect();
+        let p99: Vec<_> = latencies.of.values().map(|heard| percentile(&heard.samples)).collect();
         assert_eq!(p99, [Some(slow), Some(SLOW), Some(SLOW)]);
         for at in 0..100 {
             latencies.note(second(at), &format!("server {at}"), slow);
         }
-        assert_eq!(latencies.of.len(), SERVERS_MAX);
+        assert_eq!((latencies.of.len(), latencies.of.contains_key("server 99")), (SERVERS_MAX, true));
         latencies.retain(|server| server == "a");
         assert_eq!((latencies.p99("a"), latencies.p99("b"), latencies.of.len()), (Some(slow), None, 1));
     }

@@ -63,6 +63,9 @@ pub(super) fn request(serializable: bool) -> RangeRequest {
 
 type Opened = Result<(Line, Ticket), Trouble>;
 
+/// How long an answer took; and the line, if more can be asked there.
+type Asked = (Duration, Option<Line>);
+
 /// See the [module](self).
 #[derive(Default)]
 pub(super) struct Way(State);
@@ -82,11 +85,7 @@ impl Way {
     /// # Errors
     /// That there is no answer, or none that says that it could be read.
     pub async fn write_probe(&mut self, lines: &Lines, endpoint: &str, look: bool, until: Instant) -> Result<Found, Trouble> {
-        let mut asked = self.ask(lines, endpoint, false, until).await;
-        if matches!(asked, Err(Trouble::Token(_))) {
-            asked = self.ask(lines, endpoint, false, until).await;
-        }
-        let (took, line) = asked?;
+        let (took, line) = self.ask(lines, endpoint, false, until).await?;
         let Some(line) = line.filter(|_| look) else { return Ok((took, None)) };
         let alarms = timeout_at(until, alarms(line)).await;
         Ok((took, alarms.ok().and_then(Result::ok)))
@@ -101,14 +100,15 @@ impl Way {
         asked.map(|(took, _)| took).map_err(Trouble::why)
     }
 
-    /// Asks once, and says how long the answer took. The line comes with it if more can be asked there.
-    async fn ask(
-        &mut self,
-        lines: &Lines,
-        endpoint: &str,
-        serializable: bool,
-        until: Instant,
-    ) -> Result<(Duration, Option<Line>), Trouble> {
+    /// Asks, once more after a login if the token has expired, and says how long the answer took.
+    async fn ask(&mut self, lines: &Lines, endpoint: &str, serializable: bool, until: Instant) -> Result<Asked, Trouble> {
+        match self.ask_once(lines, endpoint, serializable, until).await {
+            Err(Trouble::Token(_)) => self.ask_once(lines, endpoint, serializable, until).await,
+            asked => asked,
+        }
+    }
+
+    async fn ask_once(&mut self, lines: &Lines, endpoint: &str, serializable: bool, until: Instant) -> Result<Asked, Trouble> {
         let (line, ticket) = self.line(lines, endpoint, until).await?;
         let began = Instant::now();
         let late = |_| Err(Status::deadline_exceeded("no answer in time"));

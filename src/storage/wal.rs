@@ -1,10 +1,10 @@
 //! The Raft log on disk: segments of our own, with group commit.
 //!
 //! # Idea
-//! Whatever waits is written as one *frame*: one write, one fdatasync, then every callback, in order. The next frame is written only
-//! after the sync of the one before has returned. So at most one frame is ever in doubt, and what a file looks like after a crash says
-//! which: bytes that are not a frame, with nothing of the log after them, are that one frame, torn, and are cut off. Anything else that
-//! cannot be read is damage, and the log refuses to open, naming file and offset.
+//! Whatever waits is written as one *frame*: one write that returns when it is on the disk (direct, or followed by fdatasync: see
+//! `wal/disk.rs`), then every callback, in order. The next frame is written only after that. So at most one frame is ever in doubt, and
+//! what a file looks like after a crash says which: bytes that are not a frame, with nothing of the log after them, are that one frame,
+//! torn, and are cut off. Anything else that cannot be read is damage, and the log refuses to open, naming file and offset.
 //!
 //! ```text
 //! append ->  queue ->  [frame 7 ................][mark 7]        one segment file, written ahead with zeros
@@ -14,7 +14,7 @@
 //! A segment has 64 MiB; the first of a new log is smaller, so that a start need not wait for it, and so are those made on a disk that has
 //! no room for a whole one.
 //!
-//! When nothing more waits, a *mark* is written behind the last frame, without a sync of its own: it says that the frame had reached the
+//! When nothing has come for a moment, a *mark* is written behind the last frame, without a sync of its own: it says that the frame had reached the
 //! disk, and holds the newest committed log id. The next frame overwrites it. Thanks to it a byte that flips in the last acknowledged
 //! frame is told apart from a torn write. Frames and records are described in `wal/frame.rs`.
 //!
@@ -23,7 +23,7 @@
 //! for the disk nor for them.
 //!
 //! # Invariants
-//! - A callback gets `Ok` only after the fdatasync of the frame that holds its records, and of all earlier frames.
+//! - A callback gets `Ok` only after the sync of the frame that holds its records, and of all earlier frames.
 //! - The records on disk are always a prefix of those accepted, in the order of the calls. Only a purge may overtake, and only entries
 //!   that wait for space, because it is what makes space.
 //! - The first frame of a segment begins with an *opening*: vote, committed, purged, first and last log id. So a segment whose entries are
@@ -31,7 +31,7 @@
 //! - A segment bears its name only once it is complete and durable; the name gives the sequence, and sequences have no gap.
 //! - The *salt* of a segment is a random number, new for each use of the file, in each frame's header and in each record's checksum.
 //!   Hence neither what a recycled file held, nor a value made up by a client, nor the rest of a frame that was cut can pass for a frame.
-//! - After one failed write or fdatasync nothing more is accepted; a failed fdatasync is never tried again. On the next open the last
+//! - After one failed write or sync nothing more is accepted; a failed sync is never tried again. On the next open the last
 //!   frame is written once more before it is trusted, because after a failed sync the kernel may hold as clean what never reached the disk.
 //! - A full disk is not a failure. It shows first while the *next* segment is prepared ([`Wal::space_low`]), a whole segment ahead. If the
 //!   current one runs full too, calls are refused before anything is accepted, with the error of the reservation; the last few KiB of each
@@ -57,7 +57,7 @@
 //! - The window that remains: if the power fails after a frame was acknowledged and before its mark reached the disk (under steady load
 //!   the next frame follows at once and takes the mark's part), *and* a byte of just that frame is damaged as well, the frame looks torn
 //!   and is cut. One fault alone never loses what was acknowledged.
-//! - A disk is taken to write sectors of 512 bytes whole or not at all, and to keep them once fdatasync has returned.
+//! - A disk is taken to write sectors of 512 bytes whole or not at all, and to keep them once a sync has returned.
 //! - The loss of whole files at the end cannot be seen from those that remain. The caller's lock keeps two servers apart; this has none.
 //! - [`Wal::entries`] reads from files what the cache no longer has; it may block for the time of a read.
 

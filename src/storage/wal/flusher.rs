@@ -14,9 +14,10 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-/// How long a committed mark may wait for a frame to ride on before it is written by itself. Longer than a round of replication, so that
-/// under load it never is.
-pub(super) const COMMITTED_NAP: Duration = Duration::from_millis(100);
+/// How long nothing may have come before the mark is written, and how long a committed mark may wait for a frame to ride on. Longer than a
+/// round of replication, so that under load there is none: written through the page cache, it would have to go to the disk by itself before
+/// the next frame.
+pub(super) const COMMITTED_NAP: Duration = Duration::from_millis(if cfg!(test) { 2 } else { 100 });
 
 /// A queue that had to hold more items than this is given back once it is empty.
 const KEPT_CAPACITY: usize = 64 << 10;
@@ -122,7 +123,7 @@ impl Flusher {
             std::mem::swap(&mut state.queue, taken);
             return Ok(Some(Step::Flush));
         }
-        if marked.is_none_or(|committed| napped && state.committed_version != committed) {
+        if napped && marked.is_none_or(|committed| state.committed_version != committed) {
             return Ok(Some(Step::Mark));
         }
         Ok(state.closing.then_some(Step::Close))
@@ -282,9 +283,7 @@ impl Flusher {
 
         let segment = &self.at.segment;
         let bytes = self.buf.finish(self.at.frame + 1);
-        let written = segment.file.write_at(bytes, self.at.offset);
-        written.map_err(|e| Error::io("write to", self.shared.disk.path(&segment.name()), e))?;
-        self.shared.sync(segment)?;
+        self.shared.append(segment, bytes, self.at.offset)?;
         let meters = &self.shared.meters;
         meters.written_bytes.fetch_add(bytes.len() as u64, Relaxed);
         meters.entries.fetch_add(entries, Relaxed);

@@ -75,7 +75,7 @@ impl Runner {
     fn settle(&self) {
         while let Some(wal) = &self.wal {
             let state = wal.shared.lock();
-            let idle = state.queue.is_empty() && state.sleep != Sleep::Awake;
+            let idle = state.queue.is_empty() && state.sleep == Sleep::Deep;
             if idle && state.next.is_some() && state.dropped.is_empty() || state.failed.is_some() {
                 break;
             }

@@ -187,8 +187,17 @@ impl Shared {
 
     /// Syncs a file, counting and measuring.
     pub(super) fn sync(&self, segment: &Segment) -> Result<()> {
+        self.measured(|| segment.file.sync().map_err(|e| Error::io("sync", self.disk.path(&segment.name()), e)))
+    }
+
+    /// Writes durably behind what stands in a file, counting and measuring.
+    pub(super) fn append(&self, segment: &Segment, bytes: &[u8], offset: u64) -> Result<()> {
+        self.measured(|| segment.file.append_at(bytes, offset).map_err(|e| Error::io("write and sync", self.disk.path(&segment.name()), e)))
+    }
+
+    fn measured(&self, sync: impl FnOnce() -> Result<()>) -> Result<()> {
         let start = self.options.clock.as_ref().map(|clock| clock());
-        segment.file.sync().map_err(|e| Error::io("sync", self.disk.path(&segment.name()), e))?;
+        sync()?;
         self.meters.fsyncs.fetch_add(1, Relaxed);
         if let (Some(clock), Some(start)) = (&self.options.clock, start) {
             let took = clock().saturating_sub(start);
