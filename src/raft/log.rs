@@ -35,7 +35,7 @@ use super::{
 const RECENT_ENTRIES: usize = 64;
 
 /// Bytes of their payloads. Beyond it the oldest are forgotten, too; the newest is always kept.
-const RECENT_BYTES: usize = 16 << 20;
+const RECENT_BYTES: usize = 4 << 20;
 
 /// Bytes of payload that another member is sent in one go; an entry that is larger goes alone. A slow line carries this much in the time that
 /// an append has.

@@ -28,8 +28,8 @@
 //! HTTP/2 and TCP below the calls, sled, the files of snapshots that are received (they are real ones), full or broken disks, and clocks
 //! that jump. Election timers go at the same rate everywhere.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::future::Future;
 use std::hash::Hasher;
@@ -184,7 +184,8 @@ impl Cluster {
         // Not the numbers that the members draw.
         let mut chance = StdRng::seed_from_u64(seed ^ 0x5eed);
         let net = Net::new(StdRng::from_rng(&mut chance));
-        let inner = Inner { chance, slots: Vec::new(), trace: Trace::default(), wrong: Vec::new(), leaders: BTreeMap::new(), enlist_limit: None };
+        let inner =
+            Inner { chance, slots: Vec::new(), trace: Trace::default(), wrong: Vec::new(), leaders: BTreeMap::new(), enlist_limit: None };
         let cluster = Arc::new(Cluster { began: Instant::now(), dir: dir.to_owned(), net, inner: Mutex::new(inner) });
         let dialer = Arc::downgrade(&cluster);
         dial_with(Some(Box::new(move |life, url| net::dial(dialer.clone(), life, url.to_owned()))));

@@ -25,10 +25,12 @@
 //! - **A batch that fails half-way for any reason but a failed write is finished by sled as if the half were the whole.**
 //!   The generation is then marked with a file `DAMAGED`, and never opened again.
 //! - **It writes a page anew for every tenth change, and both halves of it for a split**: in key order each value of 16 KiB was written 3.5
-//!   to 4 times. So the keys of large values that come last get [placeholders](Generation::hold_places) first, which costs some 60 bytes
-//!   each: the pages are split while they are all but empty, and a page takes its nine values before the tenth change. Of 128 values all
-//!   but those that share their page with earlier ones are written once. What has no bytes is a placeholder, and is not there to a reader;
-//!   a crash leaves at most [`PLACES_MAX`], which the next rewrite does not copy.
+//!   to 4 times, and the first deletion on a page wrote the eight others again. So the keys of large values that come last are
+//!   [held places for](Generation::hold_places) first: each gets a placeholder, and [`FILLERS`] behind it, at some 60 bytes. The pages are
+//!   split while they are empty, and take three values and their deletions before the tenth change; of 256 values all but the few on the
+//!   page with earlier ones are written once. The fillers also keep pages from being merged, and small, so that a read fetches 48 KiB and
+//!   not 150. The space of what is deleted is given back by the rewrite. Whatever has no bytes is a placeholder, and is not there to a
+//!   reader; a crash leaves some, and a rewrite copies none.
 //! - **Blob files**, into which it puts pages beyond a quarter of a segment, it neither syncs nor survives running out of
 //!   space in. Segments are large enough for the largest page: 19 values of [`VALUE_BYTES_MAX`] stay below a quarter.
 //!
@@ -61,7 +63,7 @@ use rustix::io::Errno;
 use super::dir::sync_dir;
 use super::inspect::{Findings, inspect};
 use super::keep::Kept;
-use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX};
+use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX, give_way};
 use crate::error::{Error, Result};
 
 /// Size of sled's log segments. A page beyond a quarter of it goes to a blob file; see the module head.
@@ -72,8 +74,8 @@ const SEGMENT_BYTES: usize = 2 * 1024 * 1024;
 const CACHE_CAPACITY: u64 = 1024 * 1024;
 
 /// How many bytes of pages may have been touched since a part of sled's cache was last trimmed. Beyond it memory does not
-/// grow: the touching calls do the trimming, at about 30 us for each 110 KB.
-const CACHE_WINDOW_BYTES: u64 = 32 * 1024 * 1024;
+/// grow: the touching calls do the trimming, at about 30 us for each 55 KB.
+const CACHE_WINDOW_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Keys in the tree of tiny pages. sled splits a page at 17 keys into halves, and numbers pages in the order of their making:
 /// every eighth of these keys is on a page of its own, and 256 or more pages in a row reach every part of the cache.
@@ -83,8 +85,9 @@ const TRIM_KEYS: usize = 2400;
 const TRIM_STRIDE: usize = 8;
 const TRIM_TOUCHES: usize = 65;
 
-/// How many values share a page on the average; turns the size of a value into an estimate of the page's.
-const PAGE_VALUES: usize = 12;
+/// How many values share a page on the average; turns the size of a value into an estimate of the page's. Three where places were held, 12
+/// elsewhere.
+const PAGE_VALUES: usize = 6;
 
 /// Keys remembered as touched lately. Beyond it trimming is done more often than it need be.
 const RECENT_KEYS: usize = 1024;
@@ -103,11 +106,14 @@ const WRITE_FACTOR: u64 = 5;
 /// From how many bytes on a value is worth a placeholder, and from how many such values on a batch is: with fewer most of them share their
 /// pages with earlier ones, and the placeholders cost a sync.
 pub(super) const PLACE_BYTES: usize = 1024;
-pub(super) const PLACES_MIN: usize = 12;
+pub(super) const PLACES_MIN: usize = 6;
 
-/// Placeholders that are made before the next sync: with one old page that is split and merged, half a segment. Within two segments sled
+/// Values that are held places for before the next sync: with one old page that is split and merged, half a segment. Within two segments sled
 /// has not yet taken for free what they have replaced. What is beyond goes without.
 pub(super) const PLACES_MAX: usize = 512;
+
+/// Placeholders behind each value's, under its key and one byte more: of the nine keys that a split leaves on a page three are values'.
+pub(super) const FILLERS: u8 = 2;
 
 /// Attempts, 10 ms apart, at a database whose last owner in this process is still letting go. Beyond it: `Error::Locked`.
 const LOCK_TRIES: usize = 300;
@@ -236,7 +242,22 @@ impl Generation {
                 .cache_capacity(CACHE_CAPACITY)
                 .flush_every_ms(None)
                 .use_compression(false);
-            match guarded(path, "open", || config.open()) {
+            // sled's threads are started by who opens first.
+            let opened = thread::scope(|scope| {
+                let open = || {
+                    give_way();
+                    guarded(path, "open", || {
+                        let db = config.open()?;
+                        // Something to write, so that there is a thread to do it.
+                        db.open_tree("trim")?.flush()?;
+                        Ok(db)
+                    })
+                };
+                let thread = thread::Builder::new().name("state-open".to_owned()).spawn_scoped(scope, open);
+                let thread = thread.map_err(|e| Error::io("start a thread to open", path, e))?;
+                thread.join().unwrap_or_else(|panic| Err(panicked(path, &*panic)))
+            });
+            match opened {
                 Ok(db) => break db,
                 Err(Error::Io { source, .. }) if is_lock_held(&source) => {
                     tries += 1;
@@ -328,18 +349,23 @@ impl Generation {
     /// Makes pages for the values that are about to come behind all others of their kind; see the module head. Nothing that a reader can
     /// see changes. Synced when it returns, for sled may recycle what the splits have replaced while it takes the batch.
     pub(super) fn hold_places<'a>(&self, puts: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<()> {
-        let mut large: Vec<&[u8]> = puts.filter(|(_, value)| value.len() >= PLACE_BYTES).map(|(key, _)| key).collect();
+        let is_large = |(key, value): &(&[u8], &[u8])| value.len() >= PLACE_BYTES && key.len() < KEY_BYTES_MAX;
+        let mut large: Vec<&[u8]> = puts.filter(is_large).map(|(key, _)| key).collect();
         large.sort_unstable();
         let Some(last) = large.last().filter(|_| large.len() >= PLACES_MIN) else { return Ok(()) };
         self.check()?;
         let handle = self.handle()?;
         self.applied.fetch_add(1, Ordering::SeqCst);
         let made = guarded(&self.path, "make pages in", || {
-            // Behind what is there, all fall on one old page; between old ones each would have another one split and written anew.
-            let before = handle.tree.range(..=*last).keys().next_back().transpose()?;
+            // Behind what is there, all fall on one old page, and on no key that is another's; between old ones each would have another
+            // page split and written anew.
+            let before = handle.tree.range(..=filler(last, FILLERS)).keys().next_back().transpose()?;
             let from = before.map_or(0, |before| large.partition_point(|key| *key <= before.as_ref()));
             let new = large.get(from..).filter(|new| new.len() >= PLACES_MIN).unwrap_or_default();
-            new.iter().take(PLACES_MAX).try_for_each(|key| handle.tree.insert(key, IVec::default()).map(drop))?;
+            for key in new.iter().take(PLACES_MAX) {
+                handle.tree.insert(key, IVec::default())?;
+                (0..FILLERS).try_for_each(|n| handle.tree.insert(filler(key, n), IVec::default()).map(drop))?;
+            }
             Ok(!new.is_empty())
         });
         match made {
@@ -638,6 +664,11 @@ pub(super) fn sled_batch<'a>(
     puts.into_iter().for_each(|(key, value)| out.insert(key.as_slice(), value.as_ref()));
     deletes.into_iter().for_each(|key| out.remove(key.as_slice()));
     out
+}
+
+/// The key of a placeholder behind `key`'s own.
+fn filler(key: &[u8], n: u8) -> Vec<u8> {
+    [key, &[n]].concat()
 }
 
 /// The first key behind `key`.

@@ -98,7 +98,7 @@ pub const META_NAME_BYTES_MAX: usize = super::KEY_BYTES_MAX - 1;
 
 /// Bytes of the tail, deaths left out, from which on [`History::is_behind`] says so. Nothing is refused beyond it: whoever
 /// proposes holds back.
-pub const TAIL_BYTES_HIGH: usize = 64 * 1024 * 1024;
+pub const TAIL_BYTES_HIGH: usize = 32 * 1024 * 1024;
 
 /// Blocks that are read in one go when one after the other is asked for: at most half a megabyte that may not be wanted. The first time it is
 /// one, then twice as many each time.
