@@ -363,8 +363,15 @@ impl Node {
 
     /// Makes a change, as the leader. Returns its entry, and the id of the member.
     async fn change_here(&self, change: &Change) -> Result<Handed<(u64, u64)>> {
+        self.change_in_term(change, self.term()).await
+    }
+
+    /// The same; members are enlisted by the leader of this term alone.
+    async fn change_in_term(&self, change: &Change, term: u64) -> Result<Handed<(u64, u64)>> {
+        // Who is elected anew has heard of nobody, and would take them all for dead.
+        let leads = || self.is_leader() && (self.term() == term || !matches!(change, Change::Enlist(_)));
         if let Change::Enlist(enlist) = change
-            && !self.look_before_enlisting(enlist).await?
+            && !self.look_before_enlisting(enlist, leads).await?
         {
             return Ok(Handed::Refused);
         }
@@ -376,10 +383,12 @@ impl Node {
             if left.is_zero() {
                 return Err(Error::Timeout);
             }
-            if !self.is_leader() {
+            let view = self.view();
+            // Not before: the view is of that leader, too.
+            if !leads() {
                 return Ok(Handed::Refused);
             }
-            let Some(view) = self.view() else {
+            let Some(view) = view else {
                 self.pause(LEADER_RETRY).await?;
                 continue;
             };

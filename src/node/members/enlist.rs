@@ -266,10 +266,7 @@ impl Node {
     /// As [`member_enlist`](Self::member_enlist).
     pub async fn enlist_in_term(&self, enlist: Enlist, term: u64) -> Result<bool> {
         self.check_running()?;
-        if !self.is_leader() || self.term() != term {
-            return Ok(false);
-        }
-        match self.change_here(&Change::Enlist(enlist)).await? {
+        match self.change_in_term(&Change::Enlist(enlist), term).await? {
             Handed::Done(_) => Ok(true),
             Handed::Refused => Ok(false),
             Handed::Unknown => Err(ApplyError::TimeoutLeaderFail.into()),
@@ -278,12 +275,13 @@ impl Node {
 
     /// How the servers that vote are heard of, by this one if it leads.
     pub fn hearing(&self) -> Option<Hearing> {
-        let term = self.term();
         let metrics = self.raft.metrics();
         let now = metrics.borrow_watched();
-        if !self.is_leader() {
+        if !self.is_leader() || now.current_leader != Some(self.identity.member_id) {
             return None;
         }
+        // Of the same moment as the rest.
+        let term = now.current_term;
         let membership = now.membership_config.membership();
         let is_settled = now.membership_config.log_id() == now.committed_membership_config.log_id();
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
@@ -300,11 +298,13 @@ impl Node {
     }
 
     /// As the leader, takes the time to hear of those that are there: who has just been elected has not heard of anyone, and would take them for
-    /// dead. Returns whether it leads still.
-    pub(super) async fn look_before_enlisting(&self, enlist: &Enlist) -> Result<bool> {
+    /// dead. Returns whether it `leads` still.
+    pub(super) async fn look_before_enlisting(&self, enlist: &Enlist, leads: impl Fn() -> bool) -> Result<bool> {
         let looks = if enlist.replaces.is_empty() || enlist.even_alive { 1 } else { DEAD_LOOKS };
-        let term = self.term();
         for _ in 0..looks {
+            if !leads() {
+                return Ok(false);
+            }
             self.pause(self.options.election_timeout).await?;
             let is_heard = |id: &u64| self.heard_of(&self.raft.metrics().borrow_watched(), *id).0;
             // Then it is refused.
@@ -312,7 +312,7 @@ impl Node {
                 break;
             }
         }
-        Ok(self.is_leader() && self.term() == term)
+        Ok(leads())
     }
 
     /// All members by their ids, as far as this one has applied the log; and the entry that has brought them.
