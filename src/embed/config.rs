@@ -369,7 +369,9 @@ impl EmbedConfig {
             return wrong("KV_ENLIST_TIMEOUT is 0s; a node needs some time to start again and to fetch the data, such as 5m".into());
         }
         if self.replace_after.is_some_and(|after| after.is_zero()) {
-            return wrong("KV_REPLACE_AFTER is 0s; a server needs some time to be started again, such as 3m; leave it out for never".into());
+            return wrong(
+                "KV_REPLACE_AFTER is 0s; a server needs some time to be started again, such as 3m; leave it out for never".into(),
+            );
         }
         if self.start_timeout.is_zero() {
             return wrong("KV_START_TIMEOUT is 0s; a start needs some time, such as 1m".into());
@@ -835,7 +837,9 @@ mod tests {
         assert_eq!((backup.jitter, config.health_port), (Duration::from_secs(60), Some(5708)));
         // Nobody is replaced unless asked for, in seconds or as a time.
         let after = |text| from(&[("JOIN", "10.0.0.1"), ("ADVERTISE_IP", "10.0.0.1"), ("KV_REPLACE_AFTER", text)]).unwrap().replace_after;
-        for (text, seconds) in [("", None), ("0", None), ("0s", None), ("30", Some(30)), ("180", Some(180)), ("3m", Some(180)), ("1h", Some(3600))] {
+        for (text, seconds) in
+            [("", None), ("0", None), ("0s", None), ("30", Some(30)), ("180", Some(180)), ("3m", Some(180)), ("1h", Some(3600))]
+        {
             assert_eq!(after(text), seconds.map(Duration::from_secs), "{text}");
         }
         let mut config = from(&[("JOIN", "127.0.0.1")]).unwrap();
@@ -883,11 +887,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kv.yml");
         let write = |text: &str| std::fs::write(&path, text).unwrap();
-        write("join: [127.0.0.1, 127.0.0.2, 127.0.0.3]\nadvertise-ip: 127.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\nkv-replace-after: 90\n");
+        write(
+            "join: [127.0.0.1, 127.0.0.2, 127.0.0.3]\nadvertise-ip: 127.0.0.2\nkv-peer-port: 7\nKV_TOKEN: hunter2\nkv-servers:\nkv-replace-after: 90\n",
+        );
         let file = EmbedConfig::from_file(&path).unwrap();
         assert_eq!(file.replace_after, Some(Duration::from_secs(90)));
         let list = "127.0.0.1,127.0.0.2,127.0.0.3";
-        let vars = [("JOIN", list), ("ADVERTISE_IP", "127.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2"), ("KV_REPLACE_AFTER", "90s")];
+        let vars =
+            [("JOIN", list), ("ADVERTISE_IP", "127.0.0.2"), ("KV_PEER_PORT", "7"), ("KV_TOKEN", "hunter2"), ("KV_REPLACE_AFTER", "90s")];
         assert_eq!(file, from(&vars).unwrap());
         // A variable beats it.
         let both = from(&[("KV_CONFIG_FILE", path.to_str().unwrap()), ("KV_PEER_PORT", "8")]).unwrap();

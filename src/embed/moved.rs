@@ -30,8 +30,9 @@ use crate::server::Server;
 /// How often.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Places that are asked, and remembered to be asked. Those beyond it are not: there are as many in JOIN, at most, and a few servers.
-pub(super) const PLACES_MAX: usize = JOIN_MAX + 32;
+/// Places that are asked, and remembered to be asked. Those beyond it are not: there are as many in JOIN, at most, as many clients that have said
+/// where they are (see `replacing`), and a few servers.
+pub(super) const PLACES_MAX: usize = 2 * JOIN_MAX + 32;
 
 /// Looks for the others, and takes note of where they say they are. `join` are the URLs of the listed nodes.
 pub(super) async fn look_around(server: &Server, driver: &Driver, join: &[String]) {

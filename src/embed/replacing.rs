@@ -10,7 +10,8 @@
 //! or n5 never comes         it is put out after enlist_timeout; n3 is a server as before, and others are tried before n5
 //! ```
 //!
-//! A client that is not in the servers' `JOIN` makes itself known to each of them every now and then, if it has a `replace_after`, too.
+//! A client that is not in the servers' `JOIN` makes itself known to each of them every now and then, if it has a `replace_after`, too. A server
+//! that was started again knows nobody but those in its `JOIN`, until they have.
 //!
 //! # Invariants
 //! - [`decide`] decides. It begins nothing but in a cluster of three servers, of which two others are heard of at that moment, one of them being
@@ -19,7 +20,7 @@
 //!   nothing, and begins anew afterwards. For it is then that it may be the one who is cut off.
 //! - Nothing is removed before who comes votes. What may be is looked at again as for every order: see [`members`](super::members).
 //! - A client that was enlisted and did not come, whoever had it enlisted, is left alone for twice `replace_after`, then twice as long each time, an
-//!   hour at most. It is tried again then if there is nobody else: its host may have been away.
+//!   hour at most. It is tried again then if nobody else is there who has failed less often: its host may have been away.
 //!
 //! # Caveats
 //! - What is known of failures is this server's own, since it was started: another one that leads may try the same client once more.
@@ -61,16 +62,16 @@ const TELL_INTERVAL: Duration = Duration::from_secs(60);
 /// How many servers there are where one is replaced: of one there would be nobody left to do it, and other numbers come by hand alone.
 const SERVERS: usize = 3;
 
-/// The longest time for which a client that did not come is left alone, unless `replace_after` is longer.
+/// The longest time for which a client that did not come is left alone. Whatever is begun, `replace_after` is waited for besides.
 const BACK_OFF_MAX: Duration = Duration::from_secs(3600);
 
 /// Clients that did not come, and are remembered. Beyond it the one that may be tried soonest is forgotten: it is tried as if it were new.
 const FAILED_MAX: usize = 64;
 
-/// How often a client makes itself known to every server, and how soon again when none has heard it. Who was started anew knows of all of them by
-/// the time at which it may replace anybody, see [`REPLACE_AFTER_MIN`](super::config::REPLACE_AFTER_MIN).
-const INTRODUCE: Duration = Duration::from_secs(30);
-const INTRODUCE_RETRY: Duration = Duration::from_secs(2);
+/// How often at most, and how seldom, a client makes itself known to every server. In between it does so in thirds of its own `replace_after`: who
+/// was started anew, and counts anew, has heard of it by the time at which it may replace anybody, also when one word was lost.
+const INTRODUCE_MIN: Duration = Duration::from_secs(2);
+const INTRODUCE_MAX: Duration = Duration::from_secs(30);
 
 // ---- What is decided
 
@@ -125,8 +126,15 @@ enum Decision {
     },
 }
 
-/// Decides. `rests` says for how long a client is to be left alone.
-fn decide(facts: Facts<'_>, rests: impl Fn(NodeId) -> Option<Duration>) -> Decision {
+/// How often a client did not come, and for how long yet it is left alone for that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Record {
+    times: u32,
+    left: Duration,
+}
+
+/// Decides. `record` says what is known of a client.
+fn decide(facts: Facts<'_>, record: impl Fn(NodeId) -> Record) -> Decision {
     let Facts { after, counted, is_changing, last, voters, asked } = facts;
     let Some(counted) = counted else { return Decision::Rest(Rest::NotLeading) };
     if voters.len() != SERVERS {
@@ -145,20 +153,20 @@ fn decide(facts: Facts<'_>, rests: impl Fn(NodeId) -> Option<Duration>) -> Decis
         return Decision::Rest(Rest::TooSoon);
     }
     let Some(asked) = asked else { return Decision::Ask(gone) };
-    let why_not = |asked: &Asked| match &asked.found {
-        Err(why) => Some(why.clone()),
-        Ok(who) => rests(who.node).map(|left| {
-            format!(
-                "the node at {} did not come when it was enlisted, or could not be: it is left alone for {}s yet",
-                asked.place,
-                left.as_secs() + 1
-            )
-        }),
+    // How often it has failed, or why it may not be.
+    let judge = |asked: &Asked| {
+        let Record { times, left } = record(asked.found.as_ref().map_err(Clone::clone)?.node);
+        if left.is_zero() {
+            return Ok(times);
+        }
+        let (place, left) = (&asked.place, left.as_secs() + 1);
+        Err(format!("the node at {place} did not come when it was enlisted, or could not be: it is left alone for {left}s yet"))
     };
-    let why: Vec<Option<String>> = asked.iter().map(why_not).collect();
-    match why.iter().position(Option::is_none) {
-        Some(by) => Decision::Enlist { gone, by },
-        None => Decision::Nobody { gone, why: why.into_iter().flatten().collect() },
+    let judged: Vec<std::result::Result<u32, String>> = asked.iter().map(judge).collect();
+    let may = judged.iter().enumerate().filter_map(|(by, judged)| Some((*judged.as_ref().ok()?, by)));
+    match may.min() {
+        Some((_, by)) => Decision::Enlist { gone, by },
+        None => Decision::Nobody { gone, why: judged.into_iter().filter_map(std::result::Result::err).collect() },
     }
 }
 
@@ -199,15 +207,14 @@ struct Failures {
 }
 
 impl Failures {
-    /// Looks at those that are enlisted now, and whether they vote. Returns those that were put out since.
-    fn look(&mut self, now: Instant, after: Duration, enlisted: &BTreeMap<NodeId, bool>) -> Vec<NodeId> {
+    /// Looks at those that are enlisted now, and whether they vote: who waited, and is not there any more, was put out.
+    fn look(&mut self, now: Instant, after: Duration, enlisted: &BTreeMap<NodeId, bool>) {
         self.failed.retain(|node, _| enlisted.get(node) != Some(&true));
         let out: Vec<NodeId> = self.waiting.iter().copied().filter(|node| !enlisted.contains_key(node)).collect();
-        for node in &out {
-            self.note(now, after, *node);
+        for node in out {
+            self.note(now, after, node);
         }
         self.waiting = enlisted.iter().filter(|(_, votes)| !**votes).map(|(&node, _)| node).collect();
-        out
     }
 
     fn note(&mut self, now: Instant, after: Duration, node: NodeId) {
@@ -220,15 +227,41 @@ impl Failures {
         }
     }
 
-    /// For how long yet this one is left alone.
-    fn rests(&self, now: Instant, node: NodeId) -> Option<Duration> {
-        let (_, until) = self.failed.get(&node)?;
-        Some(until.saturating_duration_since(now)).filter(|left| !left.is_zero())
+    fn record(&self, now: Instant, node: NodeId) -> Record {
+        let record = |(times, until): &(u32, Instant)| Record { times: *times, left: until.saturating_duration_since(now) };
+        self.failed.get(&node).map(record).unwrap_or_default()
     }
 }
 
 fn back_off(times: u32, after: Duration) -> Duration {
-    after.saturating_mul(1 << times.min(16)).min(BACK_OFF_MAX.max(after))
+    after.saturating_mul(1 << times.min(16)).min(BACK_OFF_MAX)
+}
+
+/// The client that this server has had enlisted last, or may have, until it votes or is put out; and whether it was seen to be enlisted.
+#[derive(Default)]
+struct Attempt(Option<(NodeId, bool)>);
+
+/// What an attempt has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Begun,
+    Failed,
+}
+
+impl Attempt {
+    /// Looks at those that are enlisted now, and whether they vote.
+    fn look(&mut self, enlisted: &BTreeMap<NodeId, bool>) -> Option<Turn> {
+        let (node, is_seen) = self.0?;
+        let votes = enlisted.get(&node);
+        if votes.is_some() || is_seen {
+            self.0 = votes.filter(|votes| !**votes).map(|_| (node, true));
+        }
+        match votes {
+            Some(_) if !is_seen => Some(Turn::Begun),
+            None if is_seen => Some(Turn::Failed),
+            _ => None,
+        }
+    }
 }
 
 /// The places of those that may be asked, each `host:port`: the entries of JOIN, then the nodes that have made themselves known. Not among them are
@@ -294,8 +327,8 @@ impl Notice {
 pub(super) async fn as_server(server: &Server, driver: &Driver, config: &EmbedConfig, notice: &Notice) {
     let Some(after) = config.replace_after else { return std::future::pending().await };
     notice.change(server, |_| {});
-    let (mut count, mut failures) = (Count::default(), Failures::default());
-    let (mut last, mut begun): (Option<Instant>, Option<NodeId>) = (None, None);
+    let (mut count, mut failures, mut attempt) = (Count::default(), Failures::default(), Attempt::default());
+    let mut last: Option<Instant> = None;
     let (mut asked_at, mut told_at): (Option<Instant>, Option<Instant>) = (None, None);
     // Beside the looks, for each may take longer than the time between two of them. There is one of either at most.
     let (mut asking, mut entering) = (pin!(Fuse::terminated()), pin!(Fuse::terminated()));
@@ -310,19 +343,24 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, config: &EmbedCo
         }
         let now = Instant::now();
         let listed = server.node().listed().1;
-        let out = failures.look(now, after, &enlisted(&listed));
-        if begun.is_some_and(|node| out.contains(&node)) {
-            begun = None;
-            notice.change(server, |told| told.failed += 1);
-            tracing::warn!("a server that is dead is not replaced: the client that was enlisted in its place has not come, or was put out");
+        let enlisted = enlisted(&listed);
+        failures.look(now, after, &enlisted);
+        match attempt.look(&enlisted) {
+            None => {}
+            Some(Turn::Begun) => notice.change(server, |told| told.begun += 1),
+            Some(Turn::Failed) => {
+                notice.change(server, |told| told.failed += 1);
+                tracing::warn!(
+                    "a server that is dead is not replaced: the client that was enlisted in its place has not come, or was put out"
+                );
+            }
         }
         if let Some((who, gone, done)) = outcome {
             let (name, node) = (name(server, gone), who.node);
             match done {
                 Ok(true) => {
-                    (last, begun) = (Some(now), Some(node));
+                    (last, attempt) = (Some(now), Attempt(Some((node, false))));
                     tracing::warn!(server = name, by = %who.peer_url, "a server was not heard of for {after:?}: a client is enlisted in its place, and has to be started again");
-                    notice.change(server, |told| (told.begun, told.wanted) = (told.begun + 1, None));
                 }
                 // Somebody else leads.
                 Ok(false) => {}
@@ -335,8 +373,8 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, config: &EmbedCo
                     notice.change(server, |told| told.wanted = Some((name, vec![format!("{reason}: {what}")])));
                 }
                 Err(err) => {
-                    // It may have been made.
-                    (last, begun) = (Some(now), Some(node));
+                    // It may have been made: then it is seen.
+                    (last, attempt) = (Some(now), Attempt(Some((node, false))));
                     tracing::warn!(server = name, by = %who.peer_url, error = %err, "it is not known whether a server is being replaced");
                 }
             }
@@ -347,7 +385,7 @@ pub(super) async fn as_server(server: &Server, driver: &Driver, config: &EmbedCo
         let (term, is_changing, voters) = hearing.map_or_else(Default::default, |now| (now.term, now.is_changing, now.voters));
         let ago = |at: Option<Instant>| at.map(|at| now.duration_since(at));
         let facts = Facts { after, counted, is_changing, last: ago(last), voters: &voters, asked: answers.as_deref() };
-        match decide(facts, |node| failures.rests(now, node)) {
+        match decide(facts, |node| failures.record(now, node)) {
             Decision::Rest(Rest::TooSoon) => {}
             Decision::Rest(_) => {
                 if lock(&notice.told).wanted.is_some() {
@@ -422,14 +460,14 @@ async fn enter(server: &Server, who: Candidate, gone: u64, term: u64) -> (Candid
 
 /// Makes this node known to all servers, so that whoever leads may enlist it.
 pub(super) async fn as_client(driver: &Driver, config: &EmbedConfig) {
-    if config.replace_after.is_none() {
-        return std::future::pending().await;
-    }
+    let Some(after) = config.replace_after else { return std::future::pending().await };
+    let often = (after / 3).clamp(INTRODUCE_MIN, INTRODUCE_MAX);
+    let mut pause = INTRODUCE_MIN;
     let mut progress = driver.progress();
     let mut callers: BTreeMap<String, Caller> = BTreeMap::new();
     loop {
         progress.borrow_and_update();
-        let mut is_heard = false;
+        let mut all_have_heard = false;
         if let Some(known) = known_by(driver) {
             let from = Some((known.decision.cluster, driver.me().clone()));
             let asked = known.servers.into_iter().map(|server| {
@@ -437,14 +475,18 @@ pub(super) async fn as_client(driver: &Driver, config: &EmbedConfig) {
                 ask(caller, Ask::Present { from: from.clone() })
             });
             let answers = join_all(asked.collect::<Vec<_>>()).await;
-            is_heard = answers.iter().any(|(_, answer)| answer.is_some());
+            all_have_heard = answers.iter().all(|(_, answer)| answer.is_some());
             // The ways to servers that are none any more are given up with this.
             callers = answers.into_iter().map(|(caller, _)| (caller.url().to_owned(), caller)).collect();
         }
+        // One that is silent is tried sooner, and less and less so: it is likely to be dead.
+        pause = if all_have_heard { often } else { (2 * pause).min(often) };
         tokio::select! {
-            () = tokio::time::sleep(if is_heard { INTRODUCE } else { INTRODUCE_RETRY }) => {}
-            changed = progress.changed() => if changed.is_err() {
-                std::future::pending::<()>().await;
+            () = tokio::time::sleep(pause) => {}
+            changed = progress.changed() => match changed {
+                // The servers are others now, or elsewhere.
+                Ok(()) => pause = INTRODUCE_MIN,
+                Err(_) => std::future::pending().await,
             }
         }
     }
@@ -518,10 +560,10 @@ mod tests {
         ] {
             let voters = voters(others);
             let facts = Facts { after: AFTER, counted, is_changing, last, voters: &voters, asked: None };
-            assert_eq!(decide(facts, |_| None), wanted, "{others:?} {counted:?} {is_changing} {last:?}");
+            assert_eq!(decide(facts, |_| Record::default()), wanted, "{others:?} {counted:?} {is_changing} {last:?}");
             // Whoever could come changes nothing about that.
             let all = [client(4)];
-            let with = decide(Facts { asked: Some(&all), ..facts }, |_| None);
+            let with = decide(Facts { asked: Some(&all), ..facts }, |_| Record::default());
             match wanted {
                 Decision::Ask(gone) => assert_eq!(with, Decision::Enlist { gone, by: 0 }),
                 other => assert_eq!(with, other),
@@ -536,19 +578,28 @@ mod tests {
         let nobody = |why: &[&str]| Decision::Nobody { gone: 3, why: why.iter().map(|why| (*why).to_owned()).collect() };
         let rests_4 = "the node at 10.0.0.4:5707 did not come when it was enlisted, or could not be: it is left alone for 61s yet";
         let rests_5 = rests_4.replace(".4:", ".5:");
-        for (asked, resting, wanted) in [
+        // How often each has failed, and for how many seconds it is left alone.
+        for (asked, failed, wanted) in [
             (&[client(4), client(5)][..], &[][..], enlist(0)),
             (&[none(4, "silent"), client(5)], &[], enlist(1)),
-            (&[client(4), client(5)], &[4], enlist(1)),
-            (&[client(4), none(5, "silent"), client(6)], &[4], enlist(2)),
+            (&[client(4), client(5)], &[(4, 1, 60)], enlist(1)),
+            (&[client(4), none(5, "silent"), client(6)], &[(4, 1, 60)], enlist(2)),
+            // Who may be tried again is tried after all who have failed less often.
+            (&[client(4), client(5)], &[(4, 1, 0)], enlist(1)),
+            (&[client(4), client(5), client(6)], &[(4, 2, 0), (5, 1, 0), (6, 1, 0)], enlist(1)),
+            (&[client(4), client(5), client(6)], &[(4, 2, 0), (5, 1, 60), (6, 3, 0)], enlist(0)),
+            (&[client(4), none(5, "silent")], &[(4, 7, 0)], enlist(0)),
             (&[], &[], nobody(&[])),
             (&[none(4, "silent"), none(5, "a server")], &[], nobody(&["silent", "a server"])),
-            (&[client(4), client(5)], &[4, 5], nobody(&[rests_4, &rests_5])),
-            (&[client(4), none(5, "silent")], &[4], nobody(&[rests_4, "silent"])),
+            (&[client(4), client(5)], &[(4, 1, 60), (5, 2, 60)], nobody(&[rests_4, &rests_5])),
+            (&[client(4), none(5, "silent")], &[(4, 1, 60)], nobody(&[rests_4, "silent"])),
         ] {
             let facts = Facts { after: AFTER, counted: Some(AFTER), is_changing: false, last: None, voters: &voters, asked: Some(asked) };
-            let rests = |node: NodeId| resting.contains(&node.0).then(|| seconds(60));
-            assert_eq!(decide(facts, rests), wanted, "{asked:?} {resting:?}");
+            let record = |node: NodeId| {
+                let failed = failed.iter().find(|(failed, ..)| *failed == node.0);
+                failed.map_or_else(Record::default, |&(_, times, left)| Record { times, left: seconds(left) })
+            };
+            assert_eq!(decide(facts, record), wanted, "{asked:?} {failed:?}");
         }
     }
 
@@ -590,31 +641,65 @@ mod tests {
         let mut look = |at: u64, enlisted: &[(u128, bool)]| {
             let now = start + seconds(at);
             let enlisted = enlisted.iter().map(|&(node, votes)| (NodeId(node), votes)).collect();
-            let out: Vec<u128> = failures.look(now, AFTER, &enlisted).iter().map(|node| node.0).collect();
-            (out, failures.rests(now, NodeId(4)).map(|left| left.as_secs()))
+            failures.look(now, AFTER, &enlisted);
+            let Record { times, left } = failures.record(now, NodeId(4));
+            (times, left.as_secs())
         };
-        assert_eq!(look(0, &[(4, false)]), (vec![], None));
-        assert_eq!(look(300, &[]), (vec![4], Some(360)));
-        assert_eq!(look(659, &[(5, false)]), (vec![], Some(1)));
-        assert_eq!(look(660, &[(5, true)]), (vec![], None));
+        assert_eq!(look(0, &[(4, false)]), (0, 0));
+        assert_eq!(look(300, &[]), (1, 360));
+        assert_eq!(look(659, &[(5, false)]), (1, 1));
+        assert_eq!(look(660, &[(5, true)]), (1, 0));
         // Again, twice as long, and so on, up to an hour.
-        for (at, left) in [(1000, 720), (2000, 1440), (4000, 2880), (8000, 3600), (12_000, 3600)] {
-            assert_eq!(look(at, &[(4, false), (5, true)]).0, Vec::<u128>::new());
-            assert_eq!(look(at, &[(5, true)]), (vec![4], Some(left)), "{at}");
+        for (at, times, left) in [(1000, 2, 720), (2000, 3, 1440), (4000, 4, 2880), (8000, 5, 3600), (12_000, 6, 3600)] {
+            assert_eq!(look(at, &[(4, false), (5, true)]).0, times - 1);
+            assert_eq!(look(at, &[(5, true)]), (times, left), "{at}");
         }
         // It comes at last: what was is forgotten, also when it is removed later.
         look(16_000, &[(4, false)]);
-        assert_eq!(look(16_001, &[(4, true)]), (vec![], None));
-        assert_eq!(look(16_002, &[]), (vec![], None));
+        assert_eq!(look(16_001, &[(4, true)]), (0, 0));
+        assert_eq!(look(16_002, &[]), (0, 0));
         look(16_003, &[(4, false)]);
-        assert_eq!(look(16_004, &[]), (vec![4], Some(360)));
+        assert_eq!(look(16_004, &[]), (1, 360));
         // As many are remembered as may be, those that rest longest.
         for node in 100..200 {
             failures.note(start + seconds(20_000), AFTER, NodeId(node));
         }
         assert_eq!(failures.failed.len(), FAILED_MAX);
-        assert_eq!(back_off(1, seconds(7200)), seconds(7200));
+        assert_eq!([back_off(1, seconds(7200)), back_off(9, Duration::MAX)], [BACK_OFF_MAX; 2]);
         assert_eq!(back_off(u32::MAX, Duration::from_millis(1)), Duration::from_millis(65_536));
+    }
+
+    #[test]
+    fn an_attempt_is_counted_once_it_is_seen() {
+        use Turn::*;
+        let mut attempt = Attempt::default();
+        let mut look = |begin: bool, enlisted: &[(u128, bool)]| {
+            if begin {
+                attempt = Attempt(Some((NodeId(4), false)));
+            }
+            attempt.look(&enlisted.iter().map(|&(node, votes)| (NodeId(node), votes)).collect())
+        };
+        let steps: [(bool, &[(u128, bool)], Option<Turn>); 13] = [
+            (false, &[(4, false)], None),
+            // It does not come.
+            (true, &[(4, false)], Some(Begun)),
+            (false, &[(4, false), (5, true)], None),
+            (false, &[(5, true)], Some(Failed)),
+            (false, &[], None),
+            // It comes. What becomes of it later is no matter of this.
+            (true, &[(4, false)], Some(Begun)),
+            (false, &[(4, true)], None),
+            (false, &[(4, false)], None),
+            (false, &[], None),
+            // It was not known whether it was made, and it is seen late; it votes by then.
+            (true, &[], None),
+            (false, &[], None),
+            (false, &[(4, true)], Some(Begun)),
+            (false, &[], None),
+        ];
+        for (at, (begin, enlisted, wanted)) in steps.into_iter().enumerate() {
+            assert_eq!(look(begin, enlisted), wanted, "{at}");
+        }
     }
 
     #[test]
