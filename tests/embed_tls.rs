@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use certificates::{Ca, replace};
 use common::ports::{self, free_port};
 use common::{Kind, Process};
-use nodes::{PATIENCE, Place, config, join, places, put, start_all, stop_all, until_available};
+use nodes::{PATIENCE, Place, config, get, join, places, put, start, start_all, stop_all, until_available};
 use quorate::client::{RemoteOptions, TlsFiles};
 use quorate::embed::{Access, Availability, EmbedConfig, Node, Role, Token};
 use quorate::{Client, Error, ErrorKind};
@@ -264,10 +264,10 @@ async fn clients_become_servers_in_tls() {
         config
     };
     let place = |at: usize| format!("127.0.0.1:{}", places[at].0);
-    let mut nodes = start_all((0..4).map(config).collect()).await;
+    let mut nodes = start_all(&[0, 1, 2, 3].map(config)).await;
     assert_eq!(nodes.iter().filter(|node| node.role() == Role::Server).count(), 1);
-    until(&nodes[0], can_write).await;
-    put(nodes[3].client(), "before").await;
+    until_available(&nodes[0], can_write).await;
+    put(nodes[3].client(), "before", "1").await;
     let endpoints = async |node: &Node, servers: &[usize]| {
         let mut wanted: Vec<String> = servers.iter().map(|at| format!("https://127.0.0.1:{}", places[*at].1)).collect();
         wanted.sort();
@@ -285,7 +285,8 @@ async fn clients_become_servers_in_tls() {
         let began = Instant::now();
         while let Err(err) = order().await {
             // Also that it was carried out, and the answer was lost.
-            if matches!(&err, Error::Ineligible { reason, .. } if ["Busy", "NotAServer", "NotAClient", "AlreadyMember"].contains(&reason.as_str())) {
+            if matches!(&err, Error::Ineligible { reason, .. } if ["Busy", "NotAServer", "NotAClient", "AlreadyMember"].contains(&reason.as_str()))
+            {
                 return;
             }
             assert!(began.elapsed() < PATIENCE, "{err}");
@@ -296,7 +297,7 @@ async fn clients_become_servers_in_tls() {
         let mut enlisted = nodes[at].enlisted();
         tokio::time::timeout(PATIENCE, enlisted.wait_for(|enlisted| *enlisted)).await.unwrap().unwrap();
         nodes.remove(at).shutdown().await.unwrap();
-        nodes.insert(at, start_all(vec![config]).await.remove(0));
+        nodes.insert(at, start(&config).await.unwrap());
         assert_eq!(nodes[at].role(), Role::Server);
     }
     ordered(async || nodes[3].grow(&[&place(1), &place(2)]).await).await;
@@ -304,9 +305,9 @@ async fn clients_become_servers_in_tls() {
     come(&mut nodes, 2, config(2)).await;
     for node in &nodes {
         endpoints(node, &[0, 1, 2]).await;
-        until(node, can_write).await;
+        until_available(node, can_write).await;
     }
-    put(nodes[3].client(), "with three").await;
+    put(nodes[3].client(), "with three", "1").await;
 
     let gone = nodes.remove(1);
     gone.shutdown().await.unwrap();
@@ -314,12 +315,12 @@ async fn clients_become_servers_in_tls() {
     come(&mut nodes, 2, config(3)).await;
     for node in &nodes {
         endpoints(node, &[0, 2, 3]).await;
-        until(node, can_write).await;
+        until_available(node, can_write).await;
     }
     for key in ["before", "with three"] {
-        assert!(nodes[2].local().unwrap().get(key).await.unwrap().is_some(), "{key}");
+        assert!(get(nodes[2].local().unwrap(), key).await.is_some(), "{key}");
     }
-    let back = Node::start(config(1)).await;
+    let back = start(&config(1)).await;
     if let Ok(back) = back {
         let why = tokio::time::timeout(PATIENCE, back.stopped()).await.unwrap();
         assert!(matches!(why, Err(Error::Removed)), "{why:?}");
