@@ -849,7 +849,11 @@ mod tests {
         assert_eq!(dump(&backend).unwrap(), replay([&first]));
         assert!(backend.get(&key(39)).unwrap().is_none() && backend.get(&key(38)).unwrap().is_some());
         let mut seen = Vec::new();
-        backend.scan(&key(37), &key(60), &mut |key, _| Ok(seen.push(key.to_vec()) == ())).unwrap();
+        let mut see = |key: &[u8], _: &[u8]| {
+            seen.push(key.to_vec());
+            Ok(true)
+        };
+        backend.scan(&key(37), &key(60), &mut see).unwrap();
         assert_eq!(seen, [key(38)]);
 
         let copy = crashed(dir.path());
