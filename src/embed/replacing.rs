@@ -24,6 +24,7 @@
 //!
 //! # Caveats
 //! - What is known of failures is this server's own, since it was started: another one that leads may try the same client once more.
+//! - A server that comes back once a client is enlisted in its place is replaced all the same, if that client comes. Until then it votes.
 //! - The order among clients is that of their addresses as texts. It is the same for every server, and means nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -428,6 +429,7 @@ fn name(server: &Server, id: u64) -> String {
     format!("{name} ({id:x})")
 }
 
+/// Where those are that may be asked: as many as there may be in JOIN, at most, and as many that the desk remembers.
 fn candidates(driver: &Driver, join: &[String], listed: &BTreeMap<u64, Listed>, gone: u64) -> Vec<String> {
     let Some(known) = known_by(driver) else { return Vec::new() };
     let others = listed.iter().filter(|(id, _)| **id != gone);
@@ -462,7 +464,7 @@ async fn enter(server: &Server, who: Candidate, gone: u64, term: u64) -> (Candid
 pub(super) async fn as_client(driver: &Driver, config: &EmbedConfig) {
     let Some(after) = config.replace_after else { return std::future::pending().await };
     let often = (after / 3).clamp(INTRODUCE_MIN, INTRODUCE_MAX);
-    let mut pause = INTRODUCE_MIN;
+    let mut retry = INTRODUCE_MIN;
     let mut progress = driver.progress();
     let mut callers: BTreeMap<String, Caller> = BTreeMap::new();
     loop {
@@ -480,12 +482,13 @@ pub(super) async fn as_client(driver: &Driver, config: &EmbedConfig) {
             callers = answers.into_iter().map(|(caller, _)| (caller.url().to_owned(), caller)).collect();
         }
         // One that is silent is tried sooner, and less and less so: it is likely to be dead.
-        pause = if all_have_heard { often } else { (2 * pause).min(often) };
+        let pause = if all_have_heard { often } else { retry };
+        retry = if all_have_heard { INTRODUCE_MIN } else { (2 * retry).min(often) };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             changed = progress.changed() => match changed {
                 // The servers are others now, or elsewhere.
-                Ok(()) => pause = INTRODUCE_MIN,
+                Ok(()) => retry = INTRODUCE_MIN,
                 Err(_) => std::future::pending().await,
             }
         }
