@@ -102,7 +102,9 @@ fn as_table(listing: &Listing) -> String {
     let mut text = String::new();
     for backup in &listing.backups {
         let BackupInfo { name, created, revision, bytes, .. } = backup;
-        let _ = writeln!(text, "{name}  {}  revision {revision}  {bytes} bytes  {}", time(*created), soundness(&backup.soundness));
+        let cluster = cluster(backup).unwrap_or_else(|| "unknown".into());
+        let (created, soundness) = (time(*created), soundness(&backup.soundness));
+        let _ = writeln!(text, "{name}  {created}  cluster {cluster}  revision {revision}  {bytes} bytes  {soundness}");
     }
     if listing.backups.is_empty() {
         text.push_str("there are no backups\n");
@@ -122,6 +124,7 @@ fn as_json(listing: &Listing) -> String {
             "name": backup.name,
             "path": backup.path.display().to_string(),
             "created": time(backup.created),
+            "cluster": cluster(backup),
             "revision": backup.revision,
             "bytes": backup.bytes,
             "soundness": soundness(&backup.soundness),
@@ -132,6 +135,11 @@ fn as_json(listing: &Listing) -> String {
         serde_json::json!({ "at": time(last.at), "made": made, "error": error })
     });
     format!("{}\n", serde_json::json!({ "backups": backups.collect::<Vec<_>>(), "last_try": last }))
+}
+
+/// The id of a backup's cluster, as etcdctl shows such ids.
+fn cluster(backup: &BackupInfo) -> Option<String> {
+    backup.cluster_id.map(|id| format!("{id:x}"))
 }
 
 fn soundness(soundness: &Soundness) -> String {

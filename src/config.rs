@@ -39,7 +39,8 @@ use crate::error::{Error, Result};
 pub(crate) mod backup;
 pub(crate) mod tls;
 
-pub use backup::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
+pub use backup::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions, StoreOptions};
+pub(crate) use backup::{Where, shown as shown_place};
 pub use tls::{CIPHER_SUITES, TlsFiles, TlsVersion, TransportSecurity};
 
 /// The release of etcd whose behaviour and interfaces this crate claims.

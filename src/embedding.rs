@@ -32,7 +32,7 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_PLAINTEXT     true: plain text will do. Needed without certificates, but not on loopback\n\
   KV_START_TIMEOUT how long one try to start may take. Default: 1m; it is tried again\n\
   KV_HEALTH_PORT   serves /health, /livez, /readyz, /metrics and /v1/health. Default: none\n\
-  KV_BACKUP_STORE  a directory for backups, which the nodes may share. Default: none\n\
+  KV_BACKUP_STORE  a directory for backups, which the nodes may share, or a URL such as s3://bucket/prefix. Default: none\n\
   KV_BACKUP_SCHEDULE   when the leader makes one: cron, in UTC, such as 0 */12 * * *\n\
   KV_BACKUP_KEEP, KV_BACKUP_JITTER   how many are kept, and the delay by chance. Default: 5, 5s\n\
   KV_ENLIST_TIMEOUT   how long a node that is to become a server may make no progress. Default: 5m\n\

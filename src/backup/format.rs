@@ -3,8 +3,7 @@
 //! Today a backup is a [snapshot](crate::snapshot), as `Client::backup` and the Snapshot RPC give it. Whoever brings another format
 //! changes this file: the rest of the room sees bytes, [`Facts`] and items.
 
-use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -15,7 +14,7 @@ use crate::snapshot::{Decoder, Summary};
 
 pub(super) use crate::snapshot::Item;
 
-/// What the file is read through.
+/// What it is read through.
 const READ_BYTES: usize = 256 << 10;
 
 /// What is known of a backup once all of it was read and found sound.
@@ -65,35 +64,39 @@ pub(super) async fn least(client: &Client) -> Result<i64> {
     Ok(header.map_or(0, |header| header.revision))
 }
 
-/// The cluster that a backup was made of, by its beginning alone.
+/// The cluster that a backup was made of, and the revision that it shows, by its beginning alone. Errors name `path`.
 ///
 /// # Errors
 /// As [`verify`].
-pub(super) fn cluster_of(path: &Path) -> Result<u64> {
-    let file = File::open(path).map_err(|err| Error::io("open", path, err))?;
-    Ok(Decoder::new(BufReader::new(file), path)?.header().cluster_id)
+pub(super) fn beginning(source: impl Read, path: &Path) -> Result<(u64, i64)> {
+    let decoder = Decoder::new(BufReader::new(source), path)?;
+    Ok((decoder.header().cluster_id, decoder.header().revision))
 }
 
-/// Reads a whole file, and says what it holds.
+/// Reads a whole backup, and says what it holds. Errors name `path`.
 ///
 /// # Errors
-/// `Format`, `Corrupt` and `Io` name the file.
-pub(super) fn verify(path: &Path) -> Result<Facts> {
-    crate::snapshot::verify(path).as_ref().map(Facts::from).map_err(Clone::clone)
+/// `Format`, `Corrupt` and `Io`.
+pub(super) fn verify(source: impl Read + Send + 'static, path: &Path) -> Result<Facts> {
+    let mut reader = Reader::new(Box::new(source), path)?;
+    while reader.next()?.is_some() {}
+    reader.facts()
 }
+
+/// What a backup is read from.
+pub(super) type Source = Box<dyn Read + Send>;
 
 /// The items of a backup, one by one: first what is kept beside the history, by name, then the history.
 pub(super) struct Reader {
     path: PathBuf,
-    decoder: Decoder<BufReader<File>>,
+    decoder: Decoder<BufReader<Source>>,
 }
 
 impl Reader {
     /// # Errors
     /// As [`verify`].
-    pub fn open(path: &Path) -> Result<Reader> {
-        let file = File::open(path).map_err(|err| Error::io("open", path, err))?;
-        let decoder = Decoder::new(BufReader::with_capacity(READ_BYTES, file), path)?;
+    pub fn new(source: Source, path: &Path) -> Result<Reader> {
+        let decoder = Decoder::new(BufReader::with_capacity(READ_BYTES, source), path)?;
         Ok(Reader { path: path.to_owned(), decoder })
     }
 

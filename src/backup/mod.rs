@@ -38,7 +38,8 @@
 //! |---|---|
 //! | `mod` | the tries, one at a time, and what came of them |
 //! | `schedule` | when the next one is due |
-//! | `store` | the directory, a process's own or shared: names, fsync, retention |
+//! | `store` | the place: a directory, a process's own or shared: names, fsync, retention |
+//! | `bucket`, `dial` | the place: an object store, and the way there (cargo feature `object-store`) |
 //! | `format` | the seam: what is in a file |
 //! | `restore` | from a file to the data directory of a new cluster |
 //!
@@ -47,12 +48,15 @@
 //! - What is listed was synced, read back and found sound when it was written. A try that fails, on a full disk above all, leaves nothing
 //!   behind, says why, and hinders none of those that follow.
 //! - Nothing is removed before a new backup is there. So there has to be room for one more than are kept.
+//! - The figures of a member or a node, in metrics and health, are of the backups of its own cluster. Listings show all that there are, and
+//!   say of which cluster each is.
 //! - A directory that nodes of the embedded mode share is held by one of them at a time, for one backup; the others wait a little for it.
 //! - Only backups of the cluster that was just backed up are counted and removed. What a lost cluster has left in the directory stays, until
 //!   somebody removes it: a restored or newly founded one has another id.
 //!
 //! # Caveats
-//! - Only directories are built, one process's own or shared; another kind of place is another `Place` in `store.rs`.
+//! - An object store is held by nobody, and is shared by nature: who leads makes the scheduled ones, and what two make at the same time are
+//!   two backups. `bucket` says what is promised there, and what not.
 //! - A backup is what one member holds, and is no larger a promise than its disk's. Each member may make its own, in a directory of its own;
 //!   a learner may not, for it cannot tell how far it has fallen behind.
 //! - What the platform did after the backup is not in it: after a restore, what hangs on the store may have moved on.
@@ -67,23 +71,28 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::client::Client;
+use crate::config::Where;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Counters;
 use crate::server::Server;
 
+#[cfg(feature = "object-store")]
+mod bucket;
+#[cfg(feature = "object-store")]
+mod dial;
 mod format;
 mod restore;
 mod schedule;
 mod store;
 
-pub use crate::config::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions};
+pub use crate::config::{BUMP_REVISION, BackupConfig, JITTER_MAX, RestoreOptions, StoreOptions};
 pub use restore::{Restored, restore};
 pub(crate) use restore::{free_names, restore_as};
 pub use store::{BackupInfo, LastTry, Soundness};
 
 use schedule::{Schedule, sleep_until};
-use store::{Directory, Place, Visited};
+use store::Place;
 
 /// Bytes that are handed to the disk in one go. Beyond it the rest of the backup waits until they are written.
 const WRITE_BYTES: usize = 1 << 20;
@@ -98,13 +107,14 @@ pub struct Listing {
     pub last_try: Option<LastTry>,
 }
 
-/// Lists the backups of a directory, without reading them. Nobody need be making any.
+/// Lists the backups of a directory, or at the URL of an object store, without reading more than how they begin. Nobody need be making any.
+/// It blocks on the disk, or on the network.
 ///
 /// # Errors
-/// `Io`.
+/// `Io`; `Config` for a URL that is none.
 pub fn list(dir: impl AsRef<Path>) -> Result<Listing> {
-    let dir = dir.as_ref();
-    Ok(Listing { backups: store::list(dir)?, last_try: store::last_try(dir) })
+    let place = store::place_to_read(dir.as_ref())?;
+    Ok(Listing { backups: place.list()?, last_try: place.noted() })
 }
 
 /// As [`list`], and reads each of them from end to end. It blocks on the disk for as long as that takes.
@@ -112,15 +122,23 @@ pub fn list(dir: impl AsRef<Path>) -> Result<Listing> {
 /// # Errors
 /// `Io` for the directory. One that is damaged, or cannot be read, says so [itself](BackupInfo::soundness).
 pub fn list_verified(dir: impl AsRef<Path>) -> Result<Listing> {
-    let mut listing = list(dir)?;
+    let place = store::place_to_read(dir.as_ref())?;
+    let mut listing = Listing { backups: place.list()?, last_try: place.noted() };
     for backup in &mut listing.backups {
-        backup.soundness = match format::verify(&backup.path) {
+        let read = place.open(&backup.name).and_then(|source| format::verify(source, &backup.path));
+        backup.soundness = match read {
             Ok(facts) if facts.revision == backup.revision => Soundness::Verified,
             Ok(facts) => Soundness::Damaged(format!("it shows revision {}, not what its name says", facts.revision)),
             Err(err) => Soundness::Damaged(err.to_string()),
         };
     }
     Ok(listing)
+}
+
+/// When the newest of one cluster's was made. One of a time that is yet to come says nothing of how old that is.
+pub(crate) fn newest(backups: &[BackupInfo], cluster_id: Option<u64>, now: SystemTime) -> Option<SystemTime> {
+    let own = backups.iter().rev().filter(|backup| backup.cluster_id.is_some() && backup.cluster_id == cluster_id);
+    own.map(|backup| backup.created).find(|created| *created <= now)
 }
 
 /// What [`Backups`] are at.
@@ -176,12 +194,13 @@ impl std::fmt::Debug for Backups {
 impl Backups {
     /// Takes hold of the directory, and begins to follow the schedule, if there is one. The server's metrics tell of it.
     ///
-    /// Call it on a tokio runtime: that one then does the work, but for what the server does.
+    /// Call it on a tokio runtime: that one then does the work, but for what the server does. An object store is not waited for: whether it
+    /// is there, and what is in it, shows later.
     ///
     /// # Errors
     /// `Config`; `Locked` when somebody else makes backups in that directory; `Io`.
     pub fn start(server: &Server, config: BackupConfig) -> Result<Backups> {
-        Backups::alone(server.client(), config, Some(server.metrics().counters.clone()))
+        Backups::alone(server.client(), config, Some((server.metrics().counters.clone(), server.cluster_id())))
     }
 
     /// As [`start`](Self::start), of whatever is behind a client: a member in this process or in another. It has to be quorate's; what an
@@ -200,29 +219,40 @@ impl Backups {
     /// `Config`.
     pub(crate) fn shared(client: Client, config: BackupConfig, counters: Arc<Counters>, is_ours: IsOurs) -> Result<Backups> {
         config.validate()?;
-        let place = Visited::new(&config.dir);
+        let stop = CancellationToken::new();
+        let place = store::place(&config, true, &stop)?;
         counters.backups.begin(SystemTime::now(), None);
-        Backups::begin(client, config, Some(counters), Arc::new(place), None, is_ours)
+        Backups::begin(client, config, Some(counters), (place, stop), None, is_ours)
     }
 
-    fn alone(client: Client, config: BackupConfig, counters: Option<Arc<Counters>>) -> Result<Backups> {
+    /// The counters are of a member of that cluster.
+    fn alone(client: Client, config: BackupConfig, counters: Option<(Arc<Counters>, u64)>) -> Result<Backups> {
         config.validate()?;
-        let place = Directory::open(&config.dir)?;
-        if let Some(counters) = &counters {
-            let now = SystemTime::now();
-            // One of a time that is yet to come says nothing of how old the newest is.
-            let newest = place.list()?.iter().rev().map(|backup| backup.created).find(|created| *created <= now);
-            counters.backups.begin(now, newest);
+        let stop = CancellationToken::new();
+        let place = store::place(&config, false, &stop)?;
+        let now = SystemTime::now();
+        // An object store may take its time, and this is no thread to wait on.
+        let is_far = matches!(Where::read(&config.dir), Ok(Where::Store(_)));
+        let (there, noted) = if is_far { (Vec::new(), None) } else { (place.list()?, place.noted()) };
+        if let Some((counters, cluster_id)) = &counters {
+            counters.backups.begin(now, newest(&there, Some(*cluster_id), now));
         }
-        let noted = place.noted();
-        Backups::begin(client, config, counters, Arc::new(place), noted, Arc::new(|| true))
+        let cluster_id = counters.as_ref().filter(|_| is_far).map(|(_, cluster_id)| *cluster_id);
+        let counters = counters.map(|(counters, _)| counters);
+        let backups = Backups::begin(client, config, counters, (place, stop), noted, Arc::new(|| true))?;
+        if let Some(cluster_id) = cluster_id {
+            let (shared, stop) = (backups.shared.clone(), backups.stop.clone());
+            let look = async move { stop.run_until_cancelled(shared.look(cluster_id)).await };
+            backups.tasks.spawn_on(look, &backups.runtime);
+        }
+        Ok(backups)
     }
 
     fn begin(
         client: Client,
         config: BackupConfig,
         counters: Option<Arc<Counters>>,
-        place: Arc<dyn Place>,
+        (place, stop): (Arc<dyn Place>, CancellationToken),
         noted: Option<LastTry>,
         is_ours: IsOurs,
     ) -> Result<Backups> {
@@ -230,7 +260,7 @@ impl Backups {
         let runtime = Handle::try_current().map_err(|_| Error::Config("backups need a tokio runtime to begin on".into()))?;
         let last_try = Mutex::new(noted);
         let (turn, listing, is_running, next) = Default::default();
-        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let tasks = TaskTracker::new();
         let (work, stopping) = (tasks.clone(), stop.clone());
         let shared =
             Shared { client, config, place, counters, is_ours, turn, listing, is_running, last_try, next, tasks: work, stop: stopping };
@@ -312,6 +342,20 @@ impl Drop for Backups {
 }
 
 impl Shared {
+    /// Looks how old the newest is that is there already.
+    async fn look(&self, cluster_id: u64) {
+        let _listing = self.listing.lock().await;
+        let place = self.place.clone();
+        match (self.blocking(move || place.list()).await, &self.counters) {
+            (Ok(there), Some(counters)) => {
+                let now = SystemTime::now();
+                counters.backups.begin(now, newest(&there, Some(cluster_id), now));
+            }
+            (Err(error), _) => tracing::warn!(%error, "the store of backups cannot be looked at"),
+            (Ok(_), None) => {}
+        }
+    }
+
     /// Makes backups when they are due.
     async fn follow(self: Arc<Self>, schedule: Schedule) {
         let mut after = SystemTime::now();
@@ -379,7 +423,7 @@ impl Shared {
 
     async fn make(&self, begun: SystemTime) -> Result<BackupInfo> {
         let place = self.place.clone();
-        let mut part = self.blocking(move || place.begin()).await?;
+        let mut part = self.blocking(move || place.begin(begun)).await?;
         let least = format::least(&self.client).await?;
         let mut source = format::begin(&self.client).await?;
         let mut more = true;
@@ -399,7 +443,7 @@ impl Shared {
         }
         drop(source);
         let stop = self.stop.clone();
-        self.blocking(move || part.finish(begun, least, &stop)).await
+        self.blocking(move || part.finish(least, &stop)).await
     }
 
     /// Runs work that blocks on the disk. It goes on when the future is dropped.
@@ -415,7 +459,8 @@ impl Shared {
             if keep == 0 && keep_for.is_none() {
                 return Ok(());
             }
-            let backups = store::of_cluster(place.list()?, format::cluster_of(&newest.path)?);
+            let Some(cluster_id) = newest.cluster_id else { return Ok(()) };
+            let backups = store::of_cluster(place.list()?, cluster_id);
             let mut first = Ok(());
             for backup in store::surplus(&backups, &newest.name, keep, keep_for, SystemTime::now()) {
                 match place.remove(&backup.name) {

@@ -16,7 +16,8 @@
 //! A member that is alone has nobody to agree with, and its ids are drawn by chance.
 //!
 //! # Invariants
-//! - The file is read from end to end, and found sound, before anything is written.
+//! - The file is read from end to end, and found sound, before anything is written. It is read again as it is written: one in an object
+//!   store comes over the network twice, and no copy of it lies on the disk.
 //! - Until the new state is whole and on disk, what was there is untouched; then it is moved aside, and never removed. Where the file system
 //!   exchanges two names at once, which ext4, XFS, Btrfs and tmpfs do, there is always the one or the other.
 //! - A directory in use is refused, by a server or by another restore; who is refused removes nothing.
@@ -44,7 +45,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::format::{self, Facts, Item, Reader};
-use crate::config::{Config, RestoreOptions, Url};
+use super::store::open;
+use crate::config::{Config, RestoreOptions, StoreOptions, Url};
 use crate::error::{Error, Result};
 use crate::mvcc::{META_COMPACTED, Store};
 use crate::proto::internal;
@@ -87,6 +89,7 @@ pub struct Restored {
 }
 
 /// Makes a backup into a member of a new cluster. See the module's head. It blocks on the disk; nobody may use the directory meanwhile.
+/// `file` may also be the URL of a backup in an object store, as [`BackupInfo::path`](super::BackupInfo::path) has it.
 ///
 /// # Errors
 /// `Config`; `Format` or `Corrupt` for a file that is not a backup, or a damaged one; `Locked` when the directory is in use; `Io`. The
@@ -102,7 +105,7 @@ pub fn restore(file: impl AsRef<Path>, options: &RestoreOptions) -> Result<Resto
 /// As [`restore`].
 pub(crate) fn restore_as(file: &Path, options: &RestoreOptions, is_exact: bool) -> Result<Restored> {
     let mut config = options.founding()?;
-    let facts = format::verify(file)?;
+    let facts = format::verify(open(file, &options.store_options)?, file)?;
     let bump = i64::try_from(options.bump_revision).ok().and_then(|bump| facts.revision.checked_add(bump));
     let revision = bump.ok_or_else(|| {
         Error::Config(format!("bump-revision is {}: no revision is that much above {}", options.bump_revision, facts.revision))
@@ -143,7 +146,7 @@ pub(crate) fn restore_as(file: &Path, options: &RestoreOptions, is_exact: bool) 
     // Ours from here on, and to the end: who is refused it leaves it alone.
     let mut dir = DataDir::open(&working, None)?;
     let made = dir.set_identity(identity.clone()).and_then(|()| {
-        let keys = write_state(&dir.state(), file, &facts, revision, &beginning)?;
+        let keys = write_state(&dir.state(), (file, &options.store_options), &facts, revision, &beginning)?;
         write_log(dir.wal(), &beginning)?;
         dir::sync_dir(dir.member())?;
         let aside = take_place(data_dir, &working)?;
@@ -174,11 +177,11 @@ fn token(config: &Config, facts: &Facts) -> Result<String> {
 }
 
 /// Writes the state, and reads it back. Returns how many keys it has.
-fn write_state(path: &Path, file: &Path, facts: &Facts, revision: i64, beginning: &Beginning) -> Result<u64> {
+fn write_state(path: &Path, (file, store): (&Path, &StoreOptions), facts: &Facts, revision: i64, beginning: &Beginning) -> Result<u64> {
     let is_bumped = revision > facts.revision;
     let backend: Arc<dyn Backend> = Arc::new(Sled::open(path)?);
     let (history, _) = History::open(backend.clone(), HistoryOptions::default(), &mut |_, _| Ok(()))?;
-    let mut reader = Reader::open(file)?;
+    let mut reader = Reader::new(open(file, store)?, file)?;
     let applied = beginning.applied(revision);
     let mut more = true;
     while more {

@@ -1,4 +1,4 @@
-//! Where backups are kept: [`Place`], and what there is of it, directories.
+//! Where backups are kept: [`Place`], and what there is of it: directories, and, in `bucket`, object stores.
 //!
 //! ```text
 //! <dir>/
@@ -16,11 +16,12 @@
 //! - Whatever goes wrong before, a full disk above all, the unfinished file is removed at once, and its space with it.
 //! - The newest sound backup is never removed, whatever [retention](surplus) says.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
@@ -28,15 +29,19 @@ use rustix::fs::{Advice, fadvise};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::format;
+#[cfg(feature = "object-store")]
+use super::bucket::Bucket;
+use super::format::{self, Source};
+use crate::config::{BackupConfig, StoreOptions, Where, shown_place};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::storage::dir;
 use crate::world;
 
 /// How the name begins of what is being written. A number drawn by chance follows: one that was given up may take a moment to go, and
 /// must not take the next one along.
 const UNFINISHED: &str = "unfinished";
-const LAST_TRY: &str = "last-try";
+pub(super) const LAST_TRY: &str = "last-try";
 const PREFIX: &str = "quorate-";
 const ENDING: &str = ".backup";
 
@@ -45,24 +50,30 @@ const TIME: &str = "%Y%m%dT%H%M%S%.3fZ";
 
 /// The size of `last-try`, whatever it says: so it can be written over in place when there is no room for another. A text that does not fit
 /// is cut.
-const LAST_TRY_BYTES: usize = 4096;
+pub(super) const LAST_TRY_BYTES: usize = 4096;
 
 /// Bytes of an error that are remembered; in JSON each may take six.
 const ERROR_BYTES: usize = 600;
 
 /// Where backups are kept. All of it may block.
 pub(super) trait Place: Send + Sync + 'static {
-    /// The whole backups, oldest first, by what can be seen without reading them.
+    /// The whole backups, oldest first, by what can be seen without reading more of them than how they begin.
     ///
     /// # Errors
     /// `Io`.
     fn list(&self) -> Result<Vec<BackupInfo>>;
 
-    /// Begins one. What was left of others that were not finished is removed. Only one is made at a time.
+    /// Begins one, now. What was left of others that were not finished is removed. Only one is made at a time.
     ///
     /// # Errors
     /// `Io`.
-    fn begin(&self) -> Result<Box<dyn Part>>;
+    fn begin(&self, now: SystemTime) -> Result<Box<dyn Part>>;
+
+    /// Reads one, from its beginning.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn open(&self, name: &str) -> Result<Source>;
 
     /// Removes one, if it is there.
     ///
@@ -90,19 +101,79 @@ pub(super) trait Part: Send {
     ///
     /// # Errors
     /// `Io`; `Stopped`; `Failed`; `Corrupt` or `Format` when what is there is not what was to be written.
-    fn finish(self: Box<Self>, begun: SystemTime, least: i64, stop: &CancellationToken) -> Result<BackupInfo>;
+    fn finish(self: Box<Self>, least: i64, stop: &CancellationToken) -> Result<BackupInfo>;
+}
+
+/// The place of a configuration, for who makes backups: a directory is held from now on, unless it `is_shared`. What an object store is at
+/// is given up when `stop` says so.
+///
+/// # Errors
+/// `Config`; of a directory that is to be held, `Locked` and `Io`.
+pub(super) fn place(config: &BackupConfig, is_shared: bool, stop: &CancellationToken) -> Result<Arc<dyn Place>> {
+    Ok(match look(&config.dir)? {
+        Where::Directory(path) if is_shared => Arc::new(Visited::new(&path)),
+        Where::Directory(path) => Arc::new(Directory::open(&path)?),
+        Where::Store(url) => bucket(&url, &config.store_options, stop)?,
+    })
+}
+
+/// A place to look at, and to make nothing in.
+///
+/// # Errors
+/// `Config`.
+pub(super) fn place_to_read(dir: &Path) -> Result<Arc<dyn Place>> {
+    Ok(match look(dir)? {
+        Where::Directory(path) => Arc::new(Visited { must_be_there: true, ..Visited::new(&path) }),
+        Where::Store(url) => bucket(&url, &StoreOptions::default(), &CancellationToken::new())?,
+    })
+}
+
+/// Opens one backup: a file, or the URL of one.
+///
+/// # Errors
+/// `Config`; `Io`.
+pub(super) fn open(file: &Path, options: &StoreOptions) -> Result<Source> {
+    match look(file)? {
+        Where::Directory(path) => open_file(&path),
+        Where::Store(url) => {
+            let (url, name) = url.rsplit_once('/').unwrap_or((url.as_str(), ""));
+            bucket(url, options, &CancellationToken::new())?.open(name)
+        }
+    }
+}
+
+fn look(place: &Path) -> Result<Where> {
+    Where::read(place).map_err(|right| Error::Config(format!("the place of backups is {:?}; {right}", shown_place(place))))
+}
+
+#[cfg(feature = "object-store")]
+fn bucket(url: &str, options: &StoreOptions, stop: &CancellationToken) -> Result<Arc<dyn Place>> {
+    Ok(Arc::new(Bucket::open(url, options, stop)?))
+}
+
+/// Where there are none, none was ever read.
+#[cfg(not(feature = "object-store"))]
+fn bucket(url: &str, _: &StoreOptions, _: &CancellationToken) -> Result<Arc<dyn Place>> {
+    Err(Error::Config(format!("{url} is the URL of an object store: this build knows none (the cargo feature `object-store`)")))
+}
+
+fn open_file(path: &Path) -> Result<Source> {
+    Ok(Box::new(File::open(path).map_err(|err| Error::io("open", path, err))?))
 }
 
 /// A backup that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BackupInfo {
-    /// Its name in the directory.
+    /// Its name in the directory, or behind the URL of the store.
     pub name: String,
-    /// The file.
+    /// The file, or the URL: what [`restore`](super::restore()) takes.
     pub path: PathBuf,
     /// When it was begun, to the millisecond.
     pub created: SystemTime,
+    /// The cluster that it is of, as its members have the id, by how the backup begins. None when that cannot be read: it is damaged, or
+    /// out of reach.
+    pub cluster_id: Option<u64>,
     /// The revision that it shows: what was written later is not in it.
     pub revision: i64,
     /// Its size.
@@ -139,8 +210,32 @@ impl LastTry {
     }
 }
 
+/// Which cluster each backup is of, as far as that was looked at. What has a name never changes, so each is looked at once.
+#[derive(Default)]
+pub(super) struct Clusters(Mutex<BTreeMap<String, u64>>);
+
+impl Clusters {
+    /// Fills it in. What is listed no more is forgotten.
+    ///
+    /// # Errors
+    /// Those of `look`.
+    pub fn fill(&self, backups: &mut [BackupInfo], look: impl Fn(&BackupInfo) -> Result<Option<u64>>) -> Result<()> {
+        let known = lock(&self.0).clone();
+        let mut found = BTreeMap::new();
+        for backup in backups {
+            backup.cluster_id = match known.get(&backup.name) {
+                Some(id) => Some(*id),
+                None => look(backup)?,
+            };
+            found.extend(backup.cluster_id.map(|id| (backup.name.clone(), id)));
+        }
+        *lock(&self.0) = found;
+        Ok(())
+    }
+}
+
 /// The whole backups of a directory, oldest first.
-pub(super) fn list(dir: &Path) -> Result<Vec<BackupInfo>> {
+fn list(dir: &Path, clusters: &Clusters) -> Result<Vec<BackupInfo>> {
     let fault = |err| Error::io("listing", dir, err);
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(fault)? {
@@ -154,31 +249,53 @@ pub(super) fn list(dir: &Path) -> Result<Vec<BackupInfo>> {
             Err(err) => return Err(fault(err)),
         };
         let soundness = Soundness::WhenWritten;
-        found.push(BackupInfo { name: name.to_owned(), path: entry.path(), created, revision, bytes, soundness });
+        found.push(BackupInfo { name: name.to_owned(), path: entry.path(), created, cluster_id: None, revision, bytes, soundness });
     }
     found.sort_by_key(|backup| (backup.created, backup.revision));
+    clusters.fill(&mut found, |backup| {
+        let begins = open_file(&backup.path).and_then(|file| format::beginning(file, &backup.path));
+        let begins = begins.inspect_err(|error| tracing::debug!(%error, name = %backup.name, "how a backup begins cannot be read"));
+        Ok(begins.ok().map(|(cluster_id, _)| cluster_id))
+    })?;
     Ok(found)
 }
 
 /// What came of the last try in a directory.
-pub(super) fn last_try(dir: &Path) -> Option<LastTry> {
+fn last_try(dir: &Path) -> Option<LastTry> {
     use std::io::Read;
     let mut text = String::new();
     File::open(dir.join(LAST_TRY)).ok()?.take(LAST_TRY_BYTES as u64).read_to_string(&mut text).ok()?;
-    let fields: serde_json::Value = serde_json::from_str(&text).ok()?;
+    read_try(&text)
+}
+
+/// What `last-try` says.
+pub(super) fn read_try(text: &str) -> Option<LastTry> {
+    let fields: serde_json::Value = serde_json::from_str(text).ok()?;
     let field = |name: &str| fields.get(name).and_then(serde_json::Value::as_str).map(str::to_owned);
     let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(fields.get("at")?.as_u64()?))?;
     Some(LastTry { at, outcome: field("made").map(Ok).or_else(|| field("error").map(Err))? })
 }
 
+/// What `last-try` is to say, filled up to its size.
+pub(super) fn write_try(last: &LastTry) -> String {
+    let at = last.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let fields = match &last.outcome {
+        Ok(made) => serde_json::json!({ "at": at, "made": made }),
+        Err(error) => serde_json::json!({ "at": at, "error": error.get(..error.floor_char_boundary(ERROR_BYTES)) }),
+    };
+    let mut text = fields.to_string();
+    text.push_str(&" ".repeat(LAST_TRY_BYTES.saturating_sub(text.len() + 1)));
+    text.push('\n');
+    text
+}
+
 /// Those of one cluster. One whose beginning cannot be read is of none, and so is never removed.
 pub(super) fn of_cluster(mut backups: Vec<BackupInfo>, cluster_id: u64) -> Vec<BackupInfo> {
-    backups.retain(|backup| match format::cluster_of(&backup.path) {
-        Ok(found) => found == cluster_id,
-        Err(error) => {
-            tracing::warn!(%error, name = %backup.name, "it cannot be told which cluster a backup is of: it is kept");
-            false
+    backups.retain(|backup| {
+        if backup.cluster_id.is_none() {
+            tracing::warn!(name = %backup.name, "it cannot be told which cluster a backup is of: it is kept");
         }
+        backup.cluster_id == Some(cluster_id)
     });
     backups
 }
@@ -212,6 +329,7 @@ pub(super) struct Directory {
     path: PathBuf,
     /// Shared with what is being written: nobody else comes in before that is gone.
     hold: Arc<dir::Hold>,
+    clusters: Clusters,
 }
 
 impl Directory {
@@ -221,7 +339,7 @@ impl Directory {
     /// `Locked` when another process, or another schedule in this one, makes backups there; `Io`.
     pub fn open(path: &Path) -> Result<Directory> {
         let hold = dir::hold(path)?;
-        let directory = Directory { path: path.to_owned(), hold: Arc::new(hold) };
+        let directory = Directory { path: path.to_owned(), hold: Arc::new(hold), clusters: Clusters::default() };
         directory.clear()?;
         if !path.join(LAST_TRY).exists()
             && let Err(error) = dir::write_whole(path, LAST_TRY, &[b' '; LAST_TRY_BYTES])
@@ -246,16 +364,20 @@ impl Directory {
 
 impl Place for Directory {
     fn list(&self) -> Result<Vec<BackupInfo>> {
-        list(&self.path)
+        list(&self.path, &self.clusters)
     }
 
-    fn begin(&self) -> Result<Box<dyn Part>> {
+    fn begin(&self, now: SystemTime) -> Result<Box<dyn Part>> {
         self.clear()?;
         let path = self.path.join(format!("{UNFINISHED}-{:016x}", world::random()));
         // Read as well: what is in it is looked at through the same file.
         let file = OpenOptions::new().create_new(true).read(true).write(true).mode(0o600).open(&path);
         let file = file.map_err(|err| Error::io("making", &path, err))?;
-        Ok(Box::new(Unfinished { dir: self.path.clone(), path, file, is_done: false, _hold: self.hold.clone() }))
+        Ok(Box::new(Unfinished { dir: self.path.clone(), begun: now, path, file, is_done: false, _hold: self.hold.clone() }))
+    }
+
+    fn open(&self, name: &str) -> Result<Source> {
+        open_file(&self.path.join(name))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
@@ -265,14 +387,7 @@ impl Place for Directory {
     }
 
     fn note(&self, last: &LastTry) -> Result<()> {
-        let at = last.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let fields = match &last.outcome {
-            Ok(made) => serde_json::json!({ "at": at, "made": made }),
-            Err(error) => serde_json::json!({ "at": at, "error": error.get(..error.floor_char_boundary(ERROR_BYTES)) }),
-        };
-        let mut text = fields.to_string();
-        text.push_str(&" ".repeat(LAST_TRY_BYTES.saturating_sub(text.len() + 1)));
-        text.push('\n');
+        let text = write_try(last);
         match dir::write_whole(&self.path, LAST_TRY, text.as_bytes()) {
             Err(err) if err.is_disk_full() => {
                 remove(&self.path.join(LAST_TRY).with_extension("new"))?;
@@ -300,11 +415,14 @@ const VISIT_RETRY: Duration = Duration::from_millis(50);
 /// A directory that others use, too.
 pub(super) struct Visited {
     path: PathBuf,
+    /// Whether it is a mistake when there is no such directory, or it is only not there yet.
+    must_be_there: bool,
+    clusters: Clusters,
 }
 
 impl Visited {
     pub fn new(path: &Path) -> Visited {
-        Visited { path: path.to_owned() }
+        Visited { path: path.to_owned(), must_be_there: false, clusters: Clusters::default() }
     }
 
     /// # Errors
@@ -322,15 +440,19 @@ impl Visited {
 
 impl Place for Visited {
     fn list(&self) -> Result<Vec<BackupInfo>> {
-        match list(&self.path) {
+        match list(&self.path, &self.clusters) {
             // There was none yet.
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound && !self.must_be_there => Ok(Vec::new()),
             listed => listed,
         }
     }
 
-    fn begin(&self) -> Result<Box<dyn Part>> {
-        self.enter()?.begin()
+    fn begin(&self, now: SystemTime) -> Result<Box<dyn Part>> {
+        self.enter()?.begin(now)
+    }
+
+    fn open(&self, name: &str) -> Result<Source> {
+        open_file(&self.path.join(name))
     }
 
     fn remove(&self, name: &str) -> Result<()> {
@@ -354,6 +476,7 @@ impl Place for Visited {
 /// A file being written.
 struct Unfinished {
     dir: PathBuf,
+    begun: SystemTime,
     path: PathBuf,
     file: File,
     is_done: bool,
@@ -365,17 +488,14 @@ impl Part for Unfinished {
         self.file.write_all(bytes).map_err(|err| Error::io("writing", &self.path, err))
     }
 
-    fn finish(mut self: Box<Self>, begun: SystemTime, least: i64, stop: &CancellationToken) -> Result<BackupInfo> {
+    fn finish(mut self: Box<Self>, least: i64, stop: &CancellationToken) -> Result<BackupInfo> {
         self.file.sync_all().map_err(|err| Error::io("syncing", &self.path, err))?;
         // What is read back is to come from the disk, not from what the system still remembers of it. Where that cannot be had it is
         // read from there.
         let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
-        let facts = format::verify(&self.path)?;
-        if facts.revision < least {
-            let what = format!("the member has fallen behind: its backup shows revision {}, and the store had {least}", facts.revision);
-            return Err(Error::Failed(what));
-        }
-        let mut created = begun;
+        let facts = format::verify(open_file(&self.path)?, &self.path)?;
+        check_least(facts.revision, least)?;
+        let mut created = self.begun;
         let path = loop {
             let path = self.dir.join(name(created, facts.revision));
             if !path.exists() {
@@ -393,7 +513,8 @@ impl Part for Unfinished {
         self.is_done = true;
         let name = name(created, facts.revision);
         let created = parse_name(&name).map_or(created, |(created, _)| created);
-        Ok(BackupInfo { name, path, created, revision: facts.revision, bytes: facts.bytes, soundness: Soundness::WhenWritten })
+        let (cluster_id, revision, bytes) = (Some(facts.cluster_id), facts.revision, facts.bytes);
+        Ok(BackupInfo { name, path, created, cluster_id, revision, bytes, soundness: Soundness::WhenWritten })
     }
 }
 
@@ -410,6 +531,14 @@ impl Drop for Unfinished {
     }
 }
 
+/// Sees to it that a backup shows what the store had when it was begun.
+pub(super) fn check_least(revision: i64, least: i64) -> Result<()> {
+    if revision >= least {
+        return Ok(());
+    }
+    Err(Error::Failed(format!("the member has fallen behind: its backup shows revision {revision}, and the store had {least}")))
+}
+
 /// Removes a file, if it is there.
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
@@ -418,12 +547,12 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-fn name(created: SystemTime, revision: i64) -> String {
+pub(super) fn name(created: SystemTime, revision: i64) -> String {
     let created = DateTime::<Utc>::from(created).trunc_subsecs(3);
     format!("{PREFIX}{}-r{revision}{ENDING}", created.format(TIME))
 }
 
-fn parse_name(name: &str) -> Option<(SystemTime, i64)> {
+pub(super) fn parse_name(name: &str) -> Option<(SystemTime, i64)> {
     let (time, revision) = name.strip_prefix(PREFIX)?.strip_suffix(ENDING)?.split_once("-r")?;
     let created = NaiveDateTime::parse_from_str(time, TIME).ok()?.and_utc();
     Some((created.into(), revision.parse().ok()?))
@@ -443,9 +572,9 @@ mod tests {
     }
 
     fn make(place: &Directory, bytes: &[u8]) -> Result<BackupInfo> {
-        let mut part = place.begin()?;
+        let mut part = place.begin(SystemTime::now())?;
         part.write(bytes)?;
-        part.finish(SystemTime::now(), 0, &CancellationToken::new())
+        part.finish(0, &CancellationToken::new())
     }
 
     fn files(dir: &Path) -> Vec<String> {
@@ -484,20 +613,20 @@ mod tests {
         }
         let stop = CancellationToken::new();
         stop.cancel();
-        let mut late = place.begin().unwrap();
+        let mut late = place.begin(SystemTime::now()).unwrap();
         late.write(&good).unwrap();
-        assert!(matches!(late.finish(SystemTime::now(), 900, &stop), Err(Error::Stopped)));
-        let mut behind = place.begin().unwrap();
+        assert!(matches!(late.finish(900, &stop), Err(Error::Stopped)));
+        let mut behind = place.begin(SystemTime::now()).unwrap();
         behind.write(&good).unwrap();
-        assert!(matches!(behind.finish(SystemTime::now(), 901, &CancellationToken::new()), Err(Error::Failed(_))));
-        let given_up = place.begin().unwrap();
-        let next = place.begin().unwrap();
+        assert!(matches!(behind.finish(901, &CancellationToken::new()), Err(Error::Failed(_))));
+        let given_up = place.begin(SystemTime::now()).unwrap();
+        let next = place.begin(SystemTime::now()).unwrap();
         drop(given_up);
         assert_eq!(files(dir.path()).len(), 5, "what was given up takes nothing along");
         drop(next);
         assert_eq!(files(dir.path()).len(), 4);
         fs::write(dir.path().join(UNFINISHED), &good).unwrap();
-        let going_on = place.begin().unwrap();
+        let going_on = place.begin(SystemTime::now()).unwrap();
         drop(place);
         assert!(matches!(Directory::open(dir.path()), Err(Error::Locked { .. })), "who writes still holds it");
         drop(going_on);
@@ -513,12 +642,12 @@ mod tests {
         let (one, two) = (Visited::new(&path), Visited::new(&path));
         assert_eq!((one.list().unwrap(), one.noted()), (Vec::new(), None));
         let whole = |place: &Visited, revision: i64| {
-            let mut part = place.begin().unwrap();
+            let mut part = place.begin(SystemTime::now()).unwrap();
             part.write(&bytes(revision)).unwrap();
-            part.finish(SystemTime::now(), 0, &CancellationToken::new()).unwrap()
+            part.finish(0, &CancellationToken::new()).unwrap()
         };
         let first = whole(&one, 900);
-        let under_way = one.begin().unwrap();
+        let under_way = one.begin(SystemTime::now()).unwrap();
         assert!(matches!(Directory::open(&path), Err(Error::Locked { .. })));
         let second = std::thread::scope(|scope| {
             let waits = scope.spawn(|| whole(&two, 901));
@@ -534,7 +663,7 @@ mod tests {
         let file = dir.path().join("a file");
         fs::write(&file, "").unwrap();
         let away = Visited::new(&file.join("below"));
-        assert!(matches!(away.begin().map(drop), Err(Error::Io { .. })));
+        assert!(matches!(away.begin(SystemTime::now()).map(drop), Err(Error::Io { .. })));
         away.note(&LastTry { at: SystemTime::UNIX_EPOCH, outcome: Err("away".into()) }).unwrap();
         assert!(away.note(&LastTry { at: SystemTime::UNIX_EPOCH, outcome: Ok("a name".into()) }).is_err());
     }
@@ -545,9 +674,9 @@ mod tests {
         let place = Directory::open(dir.path()).unwrap();
         let begun = SystemTime::now();
         for count in 1..=3 {
-            let mut part = place.begin().unwrap();
+            let mut part = place.begin(begun).unwrap();
             part.write(&bytes(5)).unwrap();
-            part.finish(begun, 0, &CancellationToken::new()).unwrap();
+            part.finish(0, &CancellationToken::new()).unwrap();
             assert_eq!(place.list().unwrap().len(), count);
         }
     }
@@ -596,6 +725,7 @@ mod tests {
         let one = |name: &str, created| BackupInfo {
             name: name.to_owned(),
             path: PathBuf::new(),
+            cluster_id: None,
             created,
             revision: 1,
             bytes: 1,
@@ -617,6 +747,7 @@ mod tests {
             let one = |age: &u32| BackupInfo {
                 name: format!("{age}"),
                 path: PathBuf::new(),
+                cluster_id: None,
                 created: now - day * *age,
                 revision: 1,
                 bytes: 1,

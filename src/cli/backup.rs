@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 pub enum BackupCommand {
     /// Make one of a running member.
     Save {
-        /// Where it goes.
+        /// Where it goes: a directory, or a URL.
         dir: PathBuf,
         /// Where members are.
         endpoints: Vec<Url>,
@@ -34,7 +34,7 @@ pub enum BackupCommand {
     },
     /// Tell which there are.
     List {
-        /// Where they are.
+        /// Where they are: a directory, or a URL.
         dir: PathBuf,
         /// Whether to read each of them.
         verify: bool,
@@ -47,7 +47,7 @@ pub enum BackupCommand {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RestoreCommand {
-    /// The backup.
+    /// The backup: a file, or its URL.
     pub file: PathBuf,
     /// What it is to become.
     pub options: RestoreOptions,
@@ -60,6 +60,8 @@ pub(super) const BACKUP_HELP: &str = "Usage:
 
   quorate backup save DIR [flags]
     Make a backup of a running member into a directory: synced, read back, and only then given its name, which is printed.
+    DIR may be a URL: file:///mnt/backups, or s3://bucket/prefix, gs:// and az://, if the build knows object stores (the cargo feature
+    `object-store`). Credentials are variables then, such as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT.
 
   --endpoints 'http://localhost:2379'
     Where members are, with commas between; the first that can be reached is asked. Those with https:// are asked in TLS.
@@ -71,7 +73,8 @@ pub(super) const BACKUP_HELP: &str = "Usage:
     Remove the oldest backups beyond so many, once the new one is there. 0: none.
 
   quorate backup list DIR [flags]
-    List the backups of a directory, and what came of the last try to make one. Each is read from end to end. Exits with 1 if one is damaged.
+    List the backups of a directory or a URL, of which cluster each is, and what came of the last try to make one. Each is read from end to
+    end. Exits with 1 if one is damaged.
 
   --no-verify
     Do not read them.
@@ -82,7 +85,8 @@ pub(super) const BACKUP_HELP: &str = "Usage:
 pub(super) const RESTORE_HELP: &str = "Usage:
 
   quorate restore FILE --data-dir DIR [flags]
-    Make a backup into a member of a new cluster. No server may use the directory; the member that is in it is kept aside, in DIR/old-<time>.
+    Make a backup into a member of a new cluster. FILE may be the URL of a backup, as `quorate backup save` prints it. No server may use the
+    directory; the member that is in it is kept aside, in DIR/old-<time>.
     The new cluster has another id than the one that the backup was made of. All its members are restored from the same file. The same file
     restored again to the same members needs another token: in the place of the first it is refused without.
 

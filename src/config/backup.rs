@@ -1,12 +1,20 @@
-//! What backups and their restoration are told: [`BackupConfig`] and [`RestoreOptions`].
+//! What backups and their restoration are told: [`BackupConfig`] and [`RestoreOptions`]; and how the [place](Where) of backups is written.
+//!
+//! ```text
+//! /mnt/backups              a directory
+//! file:///mnt/backups       the same one
+//! s3://bucket/prefix        an object store: also gs://, az:// (cargo feature `object-store`)
+//! ```
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use croner::Cron;
 
-use super::{Config, Url};
+use super::{Config, Url, without_user};
 use crate::error::{Error, Result};
 
 /// Longest random delay of a backup. Beyond it [`BackupConfig::validate`] refuses: a schedule would say little.
@@ -34,7 +42,12 @@ pub const BUMP_REVISION: u64 = 1_000_000_000;
 #[non_exhaustive]
 pub struct BackupConfig {
     /// The directory; it is made if it is missing. It is for one member, and one process at a time: whoever comes second is refused.
+    ///
+    /// Or the URL of an object store, such as `s3://bucket/prefix`, with the cargo feature `object-store`; see [`crate::backup`]. Nobody
+    /// holds that: several may make backups there.
     pub dir: PathBuf,
+    /// Options of an object store, beside those of the environment, which they beat. Nothing for a directory.
+    pub store_options: StoreOptions,
     /// When backups are made by themselves: a cron expression of five fields (minute, hour, day, month, weekday), or of six with seconds
     /// before them, or a name such as `@daily`. In UTC. `None`: only when asked for. Default: `None`.
     pub schedule: Option<String>,
@@ -50,7 +63,8 @@ pub struct BackupConfig {
 impl BackupConfig {
     /// On demand only, into this directory.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
-        BackupConfig { dir: dir.into(), schedule: None, jitter: Duration::from_secs(5), keep: 5, keep_for: None }
+        let store_options = StoreOptions::default();
+        BackupConfig { dir: dir.into(), store_options, schedule: None, jitter: Duration::from_secs(5), keep: 5, keep_for: None }
     }
 
     /// Checks the settings.
@@ -60,6 +74,9 @@ impl BackupConfig {
     pub fn validate(&self) -> Result<()> {
         if self.dir.as_os_str().is_empty() {
             return Err(Error::Config("the directory for backups is empty".into()));
+        }
+        if let Err(right) = Where::read(&self.dir) {
+            return Err(Error::Config(format!("the place of backups is {:?}; {right}", shown(&self.dir))));
         }
         if self.jitter > JITTER_MAX {
             return Err(Error::Config(format!("the jitter of backups is {:?}; at most {JITTER_MAX:?} make sense", self.jitter)));
@@ -78,6 +95,119 @@ impl BackupConfig {
             |err| Error::Config(format!("the schedule of backups is {text:?}: {err}; write a cron expression such as 0 */12 * * *"));
         cron.map(Some).map_err(wrong)
     }
+}
+
+/// Options of an object store by the names that the crate `object_store` documents, such as `aws_access_key_id` or `aws_endpoint`. Their
+/// values are never shown.
+///
+/// ```
+/// use quorate::backup::{BackupConfig, StoreOptions};
+///
+/// let mut config = BackupConfig::new("/var/backups/metadata");
+/// config.store_options = StoreOptions::new([("aws_secret_access_key", "hunter2")]);
+/// assert!(!format!("{config:?}").contains("hunter2"));
+/// ```
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct StoreOptions(BTreeMap<String, String>);
+
+impl StoreOptions {
+    /// Takes names and values. Of a name that is there twice the last value counts.
+    pub fn new<K: Into<String>, V: Into<String>>(options: impl IntoIterator<Item = (K, V)>) -> StoreOptions {
+        StoreOptions(options.into_iter().map(|(name, value)| (name.into().to_ascii_lowercase(), value.into())).collect())
+    }
+
+    /// The names and the values, for whoever must send them.
+    #[cfg(feature = "object-store")]
+    pub(crate) fn reveal(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+}
+
+impl fmt::Debug for StoreOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+/// The kinds of URLs that lead to object stores.
+const SCHEMES: [&str; 8] = ["s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "https"];
+
+/// Those of them in which a name stands before an `@`, and is no secret: `abfs://container@account`.
+const WITH_ACCOUNT: [&str; 4] = ["az", "azure", "abfs", "abfss"];
+
+/// Where backups are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Where {
+    Directory(PathBuf),
+    /// A URL without a slash at its end.
+    Store(String),
+}
+
+impl Where {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// What would be right: a sentence that does not repeat the text, for there may be a secret in it.
+    pub fn read(place: &Path) -> std::result::Result<Where, String> {
+        let Some((scheme, rest)) = place.to_str().and_then(|text| text.split_once("://")) else {
+            return Ok(Where::Directory(place.to_owned()));
+        };
+        let is_file = scheme == "file";
+        if !is_file && !SCHEMES.contains(&scheme) {
+            return Err(format!("it must be a directory, or a URL that begins with file:// or one of {}://", SCHEMES.join("://, ")));
+        }
+        if rest.contains(['?', '#']) {
+            return Err("it must be a URL without a query: options and credentials of a store are variables".into());
+        }
+        let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        if is_file {
+            let path = decoded(path).filter(|path| host.is_empty() && path.starts_with('/'));
+            return path.map(|path| Where::Directory(path.into())).ok_or_else(|| "it must be a URL such as file:///mnt/backups".into());
+        }
+        if let Some((user, _)) = host.split_once('@')
+            && (user.contains(':') || !WITH_ACCOUNT.contains(&scheme))
+        {
+            return Err("it must be a URL without a user: credentials of a store are variables".into());
+        }
+        if host.is_empty() {
+            return Err(format!("it must name a bucket, such as {scheme}://bucket/prefix"));
+        }
+        if !cfg!(feature = "object-store") {
+            return Err("it must be a directory: this build knows no object stores (the cargo feature `object-store`)".into());
+        }
+        Ok(Where::Store(format!("{scheme}://{}", rest.trim_end_matches('/'))))
+    }
+}
+
+/// A place for an error text: without what may be a secret.
+pub(crate) fn shown(place: &Path) -> String {
+    let text = place.to_string_lossy();
+    if !text.contains("://") {
+        return text.into_owned();
+    }
+    let (before, query) = text.split_at(text.find(['?', '#']).unwrap_or(text.len()));
+    let scheme = before.split_once("://").map_or("", |(scheme, _)| scheme);
+    let hidden = match without_user(before) {
+        std::borrow::Cow::Owned(hidden) if !hidden.contains("://") => format!("{scheme}://{hidden}"),
+        hidden => hidden.into_owned(),
+    };
+    format!("{hidden}{}", if query.is_empty() { "" } else { "?..." })
+}
+
+/// The path of a URL as it is meant: `%20` is a blank.
+fn decoded(path: &str) -> Option<String> {
+    let (mut bytes, mut rest) = (Vec::new(), path.as_bytes());
+    while let Some((first, behind)) = rest.split_first() {
+        rest = behind;
+        bytes.push(if *first == b'%' {
+            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
+            rest = rest.get(2..)?;
+            u8::from_str_radix(digits, 16).ok()?
+        } else {
+            *first
+        });
+    }
+    String::from_utf8(bytes).ok()
 }
 
 /// The member that a backup is to become. The names are those of `etcdutl snapshot restore`.
@@ -100,6 +230,8 @@ pub struct RestoreOptions {
     /// Whether everything below that revision counts as compacted, so that every watch from before is told that it has missed something.
     /// It has to be so if and only if the revision is bumped. Default: true.
     pub mark_compacted: bool,
+    /// Options of the object store that the backup is in, beside those of the environment. Nothing for a file.
+    pub store_options: StoreOptions,
 }
 
 impl RestoreOptions {
@@ -114,6 +246,7 @@ impl RestoreOptions {
             initial_cluster_token,
             bump_revision: BUMP_REVISION,
             mark_compacted: true,
+            store_options: StoreOptions::default(),
         }
     }
 
@@ -161,6 +294,39 @@ mod tests {
         }
         for schedule in ["@daily", "0 */12 * * *", "*/5 * * * * *", "30 2 * * MON-FRI"] {
             BackupConfig { schedule: Some(schedule.into()), ..BackupConfig::new("/backups") }.validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_place_is_a_directory_or_a_url() {
+        for (text, path) in [("/b", "/b"), ("b/c", "b/c"), ("file:///b%20c/d", "/b c/d"), ("s3:/b", "s3:/b")] {
+            assert_eq!(Where::read(Path::new(text)), Ok(Where::Directory(path.into())), "{text}");
+        }
+        let stores =
+            ["s3://bucket", "s3://bucket/a/b", "gs://bucket/a", "az://container/a", "abfss://files@account.dfs.core.windows.net/a"];
+        for text in stores {
+            let found = Where::read(Path::new(&format!("{text}/")));
+            if cfg!(feature = "object-store") {
+                assert_eq!(found, Ok(Where::Store(text.into())));
+            } else {
+                assert!(found.unwrap_err().contains("the cargo feature `object-store`"));
+            }
+        }
+        for (text, right) in [
+            ("ftp://a/b", "s3://"),
+            ("memory:///", "s3://"),
+            ("file://host/b", "file:///mnt/backups"),
+            ("file:///b%2", "file:///mnt/backups"),
+            ("s3:///b", "name a bucket"),
+            ("s3://key@bucket", "without a user"),
+            ("az://container:hunter2@account/b", "without a user"),
+            ("https://a.blob.core.windows.net/c?sig=hunter2", "without a query"),
+        ] {
+            let mut config = BackupConfig::new(text);
+            config.store_options = StoreOptions::new([("AWS_SECRET_ACCESS_KEY", "hunter2")]);
+            let why = config.validate().unwrap_err().to_string();
+            assert!(why.contains(right) && !why.contains("hunter2") && !why.contains("key@"), "{why}");
+            assert!(!format!("{:?}", config.store_options).contains("hunter2"));
         }
     }
 

@@ -4,7 +4,8 @@
 //! it is the leader, and the one that is makes a backup of what it has itself. Clients make none unless they are asked.
 //!
 //! ```text
-//! the store is shared, as a network file system      each backup is made once, whoever leads; all nodes see all of them
+//! the store is shared: a network file system, or     each backup is made once, whoever leads; all nodes see all of them
+//! the URL of an object store
 //! each node has a directory of its own there         those that were made while it led; who led last has the newest
 //! ```
 //!
@@ -14,6 +15,7 @@
 //! - A store that is away, full or slow costs a backup and a line in the log, and no more: it is not looked for when the node starts, work
 //!   there takes no more than [`THREADS`] of the node's pool, which has others beside them, and a node that stops waits for it no longer
 //!   than [`END`].
+//! - `newestAt` and the age are those of the node's own cluster: what a lost one has left in the same store makes nothing look younger.
 //!
 //! # Caveats
 //! - When the lead changes at the very time of a backup, it may be made twice, or be left out until the next time.
@@ -23,13 +25,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::availability::unix_ms;
-use crate::backup::{BackupConfig, BackupInfo, Backups, IsOurs, Status};
+use crate::backup::{self, BackupConfig, BackupInfo, Backups, IsOurs, Status};
 use crate::client::Client;
+use crate::config::Where;
 use crate::error::Result;
 use crate::metrics::Counters;
 
-/// How often the store is looked at, for what others have made there.
+/// How often the store is looked at, for what others have made there; an object store less often, where each look may cost money.
 const LOOK: Duration = Duration::from_secs(30);
+const LOOK_FAR: Duration = Duration::from_secs(300);
 
 /// How long a node that stops waits for a backup to be given up. Beyond it the disk does not answer, and is left alone.
 pub(super) const END: Duration = Duration::from_secs(2);
@@ -41,20 +45,31 @@ pub(super) const THREADS: usize = 3;
 pub(super) struct Keeper {
     backups: Backups,
     counters: Arc<Counters>,
+    /// The node's cluster, as its members have the id.
+    cluster: Option<u64>,
+    look: Duration,
 }
 
 impl Keeper {
-    /// Begins, on the runtime it is called on. `leads` is that of a server; without, the schedule is left to others.
+    /// Begins, on the runtime it is called on, for a node of this cluster. `leads` is that of a server; without, the schedule is left to
+    /// others.
     ///
     /// # Errors
     /// `Config`.
-    pub fn start(client: Client, config: &BackupConfig, counters: Arc<Counters>, leads: Option<IsOurs>) -> Result<Keeper> {
+    pub fn start(
+        client: Client,
+        config: &BackupConfig,
+        counters: Arc<Counters>,
+        cluster: Option<u64>,
+        leads: Option<IsOurs>,
+    ) -> Result<Keeper> {
         let mut config = config.clone();
         if leads.is_none() {
             config.schedule = None;
         }
+        let look = if matches!(Where::read(&config.dir), Ok(Where::Store(_))) { LOOK_FAR } else { LOOK };
         let backups = Backups::shared(client, config, counters.clone(), leads.unwrap_or_else(|| Arc::new(|| false)))?;
-        Ok(Keeper { backups, counters })
+        Ok(Keeper { backups, counters, cluster, look })
     }
 
     pub async fn back_up(&self) -> Result<BackupInfo> {
@@ -63,15 +78,13 @@ impl Keeper {
 
     pub async fn status(&self) -> Result<Status> {
         let status = self.backups.status().await?;
-        let now = SystemTime::now();
-        // One of a time that is yet to come says nothing of how old the newest is.
-        self.counters.backups.see(status.backups.iter().rev().map(|backup| backup.created).find(|created| *created <= now));
+        self.counters.backups.see(backup::newest(&status.backups, self.cluster, SystemTime::now()));
         Ok(status)
     }
 
     /// Looks at the store now and then, until it is dropped.
     pub async fn watch(&self) {
-        let mut looks = tokio::time::interval(LOOK);
+        let mut looks = tokio::time::interval(self.look);
         loop {
             looks.tick().await;
             if let Err(error) = self.status().await {
@@ -146,7 +159,7 @@ mod tests {
         let asked = leads.clone();
         let counters = Arc::new(Counters::default());
         let is_ours: IsOurs = Arc::new(move || asked.load(Ordering::SeqCst));
-        let keeper = Keeper::start(server.client(), &wanted, counters.clone(), Some(is_ours)).unwrap();
+        let keeper = Keeper::start(server.client(), &wanted, counters.clone(), Some(server.cluster_id()), Some(is_ours)).unwrap();
         keeper.back_up().await.unwrap_err();
         assert!(keeper.to_json()["lastTry"]["error"].as_str().is_some_and(|why| why.contains("away")), "{}", keeper.to_json());
         std::fs::remove_file(&away).unwrap();
@@ -165,10 +178,15 @@ mod tests {
         assert_eq!((made.revision, keeper.status().await.unwrap().backups.contains(&made)), (2, true));
         assert!(keeper.to_json()["newestAt"].as_u64().is_some_and(|at| at > 1_700_000_000_000));
         // A client, beside it, shares the store.
-        let client = Keeper::start(server.client(), &wanted, Arc::default(), None).unwrap();
+        let client = Keeper::start(server.client(), &wanted, Arc::default(), Some(server.cluster_id()), None).unwrap();
         assert_eq!(client.status().await.unwrap().next, None);
         client.back_up().await.unwrap();
         assert!(client.to_json()["newestAt"].is_u64());
+        // Of another cluster, it sees them all, and none of them is its own.
+        let stranger = Keeper::start(server.client(), &wanted, Arc::default(), Some(server.cluster_id() ^ 1), None).unwrap();
+        assert_eq!(stranger.status().await.unwrap().backups, client.status().await.unwrap().backups);
+        assert!(client.to_json()["newestAt"].is_u64() && stranger.to_json()["newestAt"].is_null());
+        stranger.close().await;
         for keeper in [client, keeper] {
             keeper.close().await;
             assert!(keeper.back_up().await.is_err());

@@ -34,7 +34,7 @@
 //! | `KV_PLAINTEXT` | `false` | `true`: plain text will do. Needed without certificates, but not on loopback |
 //! | `KV_START_TIMEOUT` | `1m` | how long a start may take; it can be tried again |
 //! | `KV_HEALTH_PORT` | | serves `/health`, `/livez`, `/readyz`, `/metrics` and `/v1/health` at `ADVERTISE_IP`, in plain HTTP; with an external etcd and no such address, at all of them |
-//! | `KV_BACKUP_STORE` | | a directory for backups, on a file system that the nodes share or of this node's own |
+//! | `KV_BACKUP_STORE` | | a directory for backups, on a file system that the nodes share or of this node's own; or `s3://bucket/prefix`, `gs://`, `az://` (cargo feature `object-store`), with the variables of the store, such as `AWS_ACCESS_KEY_ID` |
 //! | `KV_BACKUP_SCHEDULE` | | when the leader makes one by itself: a cron expression in UTC, such as `0 */12 * * *` |
 //! | `KV_BACKUP_KEEP`, `KV_BACKUP_JITTER` | 5, `5s` | how many are kept (0: all), and how much later than scheduled one may begin, by chance |
 //! | `KV_ENLIST_TIMEOUT` | `5m` | how long a node that is to become a server may make no progress with that, before it is a client again |
@@ -60,7 +60,7 @@ use super::founding::drive::node_url;
 use super::founding::wire::{Token, is_name};
 use super::secure;
 use crate::client::{Secret, TlsFiles};
-use crate::config::{AutoCompactionMode, BackupConfig, Config, Url, parse_duration, without_user};
+use crate::config::{AutoCompactionMode, BackupConfig, Config, Url, Where, parse_duration, shown_place, without_user};
 use crate::error::{Error, Result};
 
 /// Where the peers and the clients of a node's server connect, unless told otherwise.
@@ -253,13 +253,7 @@ const SETTINGS: &[(&str, &[&str], bool, Set)] = &[
     ("ETCD_USERNAME", &[], false, |config, text| { config.username = text.to_owned(); Ok(()) }),
     ("ETCD_PASSWORD", &[], true, |config, text| { config.password = Secret::new(text); Ok(()) }),
     ("KV_HEALTH_PORT", &[], false, |config, text| { config.health_port = Some(port(text)?); Ok(()) }),
-    ("KV_BACKUP_STORE", &[], false, |config, text| {
-        if text.contains("://") {
-            return Err("it must be a directory: no other kind of place is built".into());
-        }
-        backup(config).dir = text.into();
-        Ok(())
-    }),
+    ("KV_BACKUP_STORE", &[], false, |config, text| { backup(config).dir = text.into(); Ok(()) }),
     ("KV_BACKUP_SCHEDULE", &[], false, |config, text| { backup(config).schedule = Some(text.to_owned()); Ok(()) }),
     ("KV_BACKUP_KEEP", &[], false, |config, text| {
         backup(config).keep = text.parse().map_err(|_| "it must be a number of backups; 0 keeps all")?;
@@ -410,7 +404,13 @@ impl EmbedConfig {
     fn validate_backup(&self) -> Result<()> {
         let Some(backup) = &self.backup else { return Ok(()) };
         if backup.dir.as_os_str().is_empty() {
-            return Err(Error::Config("KV_BACKUP_STORE is not set; the other settings of backups need it: a directory".into()));
+            return Err(Error::Config(
+                "KV_BACKUP_STORE is not set; the other settings of backups need it: a directory, or a URL such as s3://bucket/prefix"
+                    .into(),
+            ));
+        }
+        if let Err(right) = Where::read(&backup.dir) {
+            return Err(Error::Config(format!("KV_BACKUP_STORE is {:?}; {right}", shown_place(&backup.dir))));
         }
         if self.backend == Backend::Etcd {
             return Err(Error::Config(
@@ -724,7 +724,7 @@ mod tests {
             (&[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "/b"), ("KV_BACKUP_JITTER", "5")], "KV_BACKUP_JITTER is \"5\""),
             (
                 &[("JOIN", "10.0.0.1"), here, ("KV_BACKUP_STORE", "s3://key:hunter2@bucket")],
-                "KV_BACKUP_STORE is \"...@bucket\"; it must be a directory",
+                "KV_BACKUP_STORE is \"s3://...@bucket\"; it must be a URL without a user",
             ),
             (&[("KV_BACKEND", "etcd"), ("KV_ADDR", "e"), ("KV_BACKUP_STORE", "/b")], "KV_BACKUP_STORE is set, but KV_BACKEND is etcd"),
             (&[("JOIN", "10.0.0.1"), here, ("KV_ENLIST_TIMEOUT", "0s")], "KV_ENLIST_TIMEOUT is 0s"),

@@ -102,7 +102,8 @@ impl Parts {
             let node = server.node().clone();
             Arc::new(move || node.is_leader()) as backup::IsOurs
         });
-        let keeper = Arc::new(Keeper::start(client, wanted, report.facts().metrics.counters.clone(), leads)?);
+        let cluster = self.known.as_ref().and_then(|known| cluster_number(&known.decision));
+        let keeper = Arc::new(Keeper::start(client, wanted, report.facts().metrics.counters.clone(), cluster, leads)?);
         report.set(|facts| facts.keeper = Some(keeper.clone()));
         self.keeper = Some(keeper);
         Ok(())

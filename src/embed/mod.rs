@@ -116,7 +116,7 @@ pub use self::founding::wire::Token;
 pub use self::peers::Peer;
 pub use self::restore::{RestoredNode, restore};
 pub use crate::client::{Secret, TlsFiles};
-pub use crate::config::BackupConfig;
+pub use crate::config::{BackupConfig, StoreOptions};
 
 /// Threads for looking up names, those of other nodes, and for looking at the files of certificates. They are in one pool with those for
 /// [backups](backups::THREADS): what is beyond both numbers together waits, whatever it is for.
@@ -286,7 +286,9 @@ impl Node {
     }
 
     fn keeper(&self) -> Result<&Arc<Keeper>> {
-        self.keeper.as_ref().ok_or_else(|| Error::Config("KV_BACKUP_STORE is not set; name a directory for backups".into()))
+        self.keeper
+            .as_ref()
+            .ok_or_else(|| Error::Config("KV_BACKUP_STORE is not set; name a directory for backups, or the URL of an object store".into()))
     }
 
     /// Whether this client is to be a server, which it is from its next start on: the host [shuts it down](Self::shutdown), and starts it again.

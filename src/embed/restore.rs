@@ -58,8 +58,8 @@ pub struct RestoredNode {
 }
 
 /// Makes a backup into the server of a new cluster, in the directory of the node with this configuration. See the [module](self). It
-/// blocks on the disk. The new revision is `bump_revision` above the backup's; [`BUMP_REVISION`](crate::backup::BUMP_REVISION) unless
-/// there is a reason. 0 leaves it as it was, for a store that nobody has ever seen.
+/// blocks on the disk. `file` may be the URL of a backup in an object store. The new revision is `bump_revision` above the backup's;
+/// [`BUMP_REVISION`](crate::backup::BUMP_REVISION) unless there is a reason. 0 leaves it as it was, for a store that nobody has ever seen.
 ///
 /// # Errors
 /// `Config`, also when the node's address cannot be told; `Format` or `Corrupt` for a file that is not a backup, or a damaged one;
@@ -92,6 +92,7 @@ pub fn restore(file: impl AsRef<Path>, config: &EmbedConfig, bump_revision: u64)
         options.initial_cluster_token = token(&decision);
         options.bump_revision = bump_revision;
         options.mark_compacted = bump_revision > 0;
+        options.store_options = config.backup.as_ref().map(|backup| backup.store_options.clone()).unwrap_or_default();
         let restored = restore_as(file.as_ref(), &options, true)?;
         let known = Known { servers: decision.founders.clone(), decision: decision.clone(), as_of: 0 };
         state::write(&working, founder.node, &State::Bound { role: Role::Server, known })?;
