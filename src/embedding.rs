@@ -137,7 +137,7 @@ pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>)
         let tried = async {
             let started = Node::start(config.clone()).await;
             match &started {
-                Err(Error::Founding(why)) => tracing::warn!(why, "there is no cluster yet; trying again"),
+                Err(Error::Founding(why)) => tracing::warn!(why, "the node belongs to no cluster yet; trying again"),
                 Err(err @ Error::Unavailable(_)) => tracing::warn!(error = %err, "the others are missing; trying again"),
                 _ => return Some(started),
             }

@@ -60,8 +60,9 @@ pub enum Error {
     #[error("the member has been permanently removed from the cluster")]
     Removed,
 
-    /// There is no cluster to join yet, and too few nodes to found one. The text says who is missing. It can be tried again.
-    #[error("there is no cluster yet: {0}")]
+    /// The node belongs to no cluster: there is none to join yet, and too few nodes to found one, and the text says who is missing; or
+    /// nodes of different clusters answer, and the text says where. It can be tried again.
+    #[error("the node belongs to no cluster yet: {0}")]
     Founding(String),
 
     /// A stop had come to the end of its time, and this was cut off. All else was given up in order.

@@ -9,7 +9,7 @@
 //! | `/metrics`, `/version` | the server's metrics, or those of a client |
 //!
 //! A server answers there by the very code that answers on its client port. The port is open from the start on, while the node still
-//! waits for others: it lives, and is not ready.
+//! waits for others: it lives, and is not ready, and `/readyz` and `founding` in `/v1/health` say who is missing, and why.
 //!
 //! # Caveats
 //! - It is plain HTTP without a login, also where all else is in TLS: it tells addresses, and no keys. By default there is no such port.
@@ -24,8 +24,10 @@ use tokio::sync::watch;
 use super::availability::Availability;
 use super::backups::Keeper;
 use super::founding::agree::Role;
+use super::founding::drive::Progress;
 use super::peers::Peer;
 use super::replacing::Notice;
+use super::strangers::Stranger;
 use crate::api::http::{Checks, Http, Pages, Versions};
 use crate::api::maintenance::STORAGE_VERSION;
 use crate::api::serve::{App, Listener, Serving};
@@ -55,11 +57,17 @@ pub(super) struct Facts {
     pub keeper: Option<Arc<Keeper>>,
     /// What is to be said of servers that are replaced by themselves.
     pub replacing: Option<Arc<Notice>>,
+    /// Where founding stands, once it has begun.
+    pub progress: Option<watch::Receiver<Progress>>,
+    /// Nodes of another cluster at the entries of JOIN.
+    pub strangers: Vec<Stranger>,
 }
 
 impl Default for Facts {
     fn default() -> Self {
-        Facts { role: None, cluster: None, enlisted: None, checks: None, metrics: Metrics::of_client(), keeper: None, replacing: None }
+        let metrics = Metrics::of_client();
+        let (keeper, replacing, progress, strangers) = Default::default();
+        Facts { role: None, cluster: None, enlisted: None, checks: None, metrics, keeper, replacing, progress, strangers }
     }
 }
 
@@ -83,16 +91,27 @@ impl Report {
 
     pub fn to_json(&self) -> serde_json::Value {
         let mut health = self.availability.borrow().to_json();
-        let Facts { role, cluster, enlisted, keeper, replacing, .. } = self.facts();
+        let Facts { role, cluster, enlisted, keeper, replacing, strangers, .. } = self.facts();
         if let Some(health) = health.as_object_mut() {
             health.insert("role".into(), role.map(|role| role.to_string()).into());
             health.insert("cluster".into(), cluster.map(|cluster| format!("{cluster:032x}")).into());
             health.insert("enlisted".into(), enlisted.is_some_and(|enlisted| *enlisted.borrow()).into());
+            health.insert("founding".into(), self.waiting().into());
+            health.insert("strangers".into(), strangers.iter().map(Stranger::to_json).collect());
             health.insert("servers".into(), self.peers.borrow().iter().map(Peer::to_json).collect());
             health.insert("backups".into(), keeper.map_or(serde_json::Value::Null, |keeper| keeper.to_json()));
             health.insert("replacement".into(), replacing.map_or(serde_json::Value::Null, |notice| notice.to_json()));
         }
         health
+    }
+
+    /// Whom the node waits for, and why, while it belongs to no cluster.
+    fn waiting(&self) -> Option<String> {
+        let progress = lock(&self.facts).progress.clone()?;
+        match &*progress.borrow() {
+            Progress::Waiting(why) => Some(why.clone()),
+            _ => None,
+        }
     }
 
     fn checks(&self) -> Option<Arc<dyn Checks>> {
@@ -118,6 +137,9 @@ impl Checks for Report {
         Box::pin(async move {
             if let Some(server) = self.checks() {
                 return server.read(serializable).await;
+            }
+            if let Some(why) = self.waiting().filter(|_| !serializable) {
+                return Err(Error::Founding(why));
             }
             let now = self.availability.borrow();
             // It has nothing to read itself: that it answers is all there is to its life.
@@ -178,6 +200,13 @@ mod tests {
             assert!(can_write || (ready.1.contains("nobody answers") && health.1.contains("nobody answers")), "{ready:?} {health:?}");
         }
         assert!(report.to_json()["role"].is_null() && report.to_json()["backups"].is_null());
+        let (founding, progress) = watch::channel(Progress::Waiting("b:5707 is missing".into()));
+        report.set(|facts| facts.progress = Some(progress));
+        assert_eq!((report.to_json()["founding"].as_str(), get("/livez").await.0), (Some("b:5707 is missing"), 200));
+        let ready = get("/readyz").await;
+        assert!(ready.0 == 503 && ready.1.contains("b:5707 is missing"), "{ready:?}");
+        founding.send_replace(Progress::Removed);
+        assert!(report.to_json()["founding"].is_null() && report.to_json()["strangers"].as_array().is_some_and(Vec::is_empty));
         report.set(|facts| facts.role = Some(Role::Client));
         assert_eq!(report.to_json()["role"], "client");
     }

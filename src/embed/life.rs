@@ -135,6 +135,7 @@ impl Parts {
         let health = health::open(config.advertised_ip()?, config.health_port, report).await?;
         let dir = Arc::new(dir);
         let driver = Driver::start(dir.clone(), Agreement::new(me, list, state), config.token.clone(), &secure.peers)?;
+        report.set(|facts| facts.progress = Some(driver.progress()));
         let replacing = Notice::new(config.replace_after);
         Ok(Parts { driver: Some(driver), own_url: Some(peer_url), replacing, dir: Some(dir), ..Parts::first(secure, health) })
     }

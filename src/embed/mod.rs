@@ -76,6 +76,7 @@ mod probe;
 mod replacing;
 mod restore;
 mod secure;
+mod strangers;
 mod way;
 
 use std::net::Ipv4Addr;
@@ -92,7 +93,7 @@ use self::founding::agree::{Agreement, Candidate, Decision, Grant, Known, List, 
 use self::founding::drive::{Driver, Progress, node_url};
 use self::founding::state::NodeDir;
 use self::health::Report;
-use self::life::{Parts, cluster_number};
+use self::life::{Parts, cluster_number, join_urls};
 use self::peers::watch_peers;
 use self::probe::{Local, Remote, Signal, Store, watch_store};
 use self::replacing::Notice;
@@ -249,9 +250,11 @@ impl Node {
 
     /// The [availability](Self::availability) as it is now, as JSON for a health page, see [`Availability::to_json`]; with the node's `role` and
     /// `cluster`, its [`servers`](Self::peers), and what there is to be said of its [`backups`](Self::back_up): `newestAt` in milliseconds
-    /// since 1970, `ageSeconds`, `made` and `failed` by this process, and the `lastTry`. Its `replacement` is null, unless
-    /// [`EmbedConfig::replace_after`] is set: then it has `afterSeconds`, what this node has `begun` while it led, and what of that has `failed`, and
-    /// as `wanted` null, or the `server` to be replaced now, whose place nobody can take, and in `refused` why, for each node that was asked.
+    /// since 1970 and `ageSeconds`, of the newest of this cluster's; `made` and `failed` by this process, and the `lastTry`. `strangers`
+    /// are nodes of another cluster at the entries of JOIN, with `address` and `cluster`; `founding` says who is missing, and why, before
+    /// there is a cluster. Its `replacement` is null, unless [`EmbedConfig::replace_after`] is set: then it has `afterSeconds`, what this
+    /// node has `begun` while it led, and what of that has `failed`, and as `wanted` null, or the `server` to be replaced now, whose place
+    /// nobody can take, and in `refused` why, for each node that was asked.
     pub fn health_json(&self) -> serde_json::Value {
         self.report.to_json()
     }
@@ -489,6 +492,7 @@ async fn run(
         None => Box::new(servers()),
     };
     let own = parts.server.as_ref().and_then(|_| config.client_url().ok()).map(|url| url.to_string());
+    let listed = join_urls(&config);
     let result = {
         let ended = parts.live(&config, announce, &mut asked);
         let keeper = parts.keeper.clone();
@@ -503,6 +507,7 @@ async fn run(
             () = watch_store(store, &signal) => Ok(()),
             () = watch_peers(servers(), own, &tell_peers, &counters) => Ok(()),
             () = kept => Ok(()),
+            () = strangers::watch(parts.driver.as_ref(), &listed, &report) => Ok(()),
             ended = ended => ended,
         }
     };

@@ -64,6 +64,8 @@ struct World {
 #[derive(Clone)]
 enum What {
     Attempt(usize),
+    /// It joins the cluster that it has heard of.
+    Settle(usize),
     Deliver(Rc<Message>),
     Crash(usize),
     Wipe(usize),
@@ -156,6 +158,16 @@ impl World {
                 each(next);
             }
         }
+        for at in 0..self.nodes.len() {
+            let mut node = (*self.nodes[at].0).clone();
+            let effects = node.settle();
+            if !effects.is_empty() {
+                let mut next = self.then(What::Settle(at));
+                next.nodes[at] = Shared::new(node, node_digest);
+                next.carry(bounds, at, None, effects);
+                each(next);
+            }
+        }
         for message in self.sent.values() {
             let (to, asker) = match &**message {
                 Message::Ask { from, to, .. } => (*to, Some(*from)),
@@ -215,6 +227,7 @@ fn check_enlisting(node: &Agreement) {
 fn show(what: &What) -> String {
     match what {
         What::Attempt(at) => format!("{at} begins an attempt"),
+        What::Settle(at) => format!("{at} joins the cluster that it has heard of"),
         What::Crash(at) => format!("{at} crashes and starts again"),
         What::Wipe(at) => format!("the disk of {at} is wiped"),
         What::Deliver(message) => match &**message {

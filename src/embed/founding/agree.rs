@@ -21,6 +21,9 @@
 //! a has a quorum: decided     ->  a is bound, tells b and c, who are bound, and say so to everyone who asks
 //! ```
 //!
+//! # Joining
+//! A node that belongs to a cluster says so, and who hears it joins that one, unless another answers as well: `join`.
+//!
 //! # Later
 //! What becomes of a node that belongs to a cluster is in `enlist`: a client may be made a server.
 
@@ -30,9 +33,12 @@ use std::fmt;
 use sha2::{Digest, Sha256};
 
 mod enlist;
+mod join;
 mod message;
 
 pub use self::enlist::{Grant, NodeStanding, Order, Refusal};
+use self::join::Claims;
+pub use self::join::JOIN_TICKS;
 pub use self::message::{Answer, Ask};
 
 /// Ticks between two rounds of questions to the listed nodes; messages of an attempt that were not answered are sent again as often.
@@ -205,8 +211,12 @@ pub enum Standing {
     Ready(Candidate),
     /// This node itself.
     Own,
+    /// It belongs to a cluster.
+    Member { cluster: u128 },
     /// It has another list, of so many entries for so many servers.
     OtherList { name: String, listed: usize, servers: usize },
+    /// It has the same entries, for another number of servers.
+    OtherServers { name: String, servers: usize },
     /// It was removed from a cluster, and does not count.
     Removed,
     /// It is the same node as another entry.
@@ -245,6 +255,7 @@ pub struct Agreement {
     /// It has answered from two places: two addresses are one node, or two nodes have copies of one directory. It must not propose then.
     own_twice: bool,
     seen: BTreeMap<usize, Seen>,
+    claims: Claims,
     attempt: Option<Attempt>,
     failures: u32,
     /// The highest round heard of.
@@ -282,6 +293,7 @@ impl Agreement {
             own: None,
             own_twice: false,
             seen: BTreeMap::new(),
+            claims: Claims::default(),
             attempt: None,
             failures: 0,
             round: 0,
@@ -319,9 +331,10 @@ impl Agreement {
     /// How each entry of the list stands.
     pub fn standings(&self) -> Vec<Standing> {
         let all = 0..self.list.entries.len();
-        all.map(|at| match self.seen.get(&at) {
+        all.map(|at| match (self.seen.get(&at), self.claims.at(at)) {
             _ if self.own == Some(at) => Standing::Own,
-            Some(seen) if self.is_fresh(seen) => seen.standing.clone(),
+            (_, Some(cluster)) => Standing::Member { cluster },
+            (Some(seen), _) if self.is_fresh(seen) => seen.standing.clone(),
             _ => Standing::Silent,
         })
         .collect()
@@ -341,7 +354,7 @@ impl Agreement {
     /// everything at all times.
     #[doc(hidden)]
     pub fn essence(&self) -> impl std::hash::Hash + '_ {
-        (&self.me.node, &self.state, self.own, self.round, &self.attempt, self.serves)
+        (&self.me.node, &self.state, self.own, self.round, &self.attempt, self.serves, self.claims.essence())
     }
 
     fn is_fresh(&self, seen: &Seen) -> bool {
@@ -377,6 +390,8 @@ impl Agreement {
                 // Who belongs to no cluster is no server of one either, whoever says so.
                 Ask::Hello | Ask::Present { .. } | Ask::Enlist { .. } | Ask::Order { .. } => vec![self.present()],
                 Ask::Prepare { list, .. } | Ask::Accept { list, .. } if *list != self.list.id => vec![self.present()],
+                Ask::Prepare { .. } | Ask::Accept { .. } if !self.claims.is_empty() => vec![self.present()],
+                Ask::Decided { decision } if self.clusters().keys().any(|heard| *heard != decision.cluster) => vec![self.present()],
                 Ask::Prepare { ballot, .. } => self.prepare(*ballot),
                 Ask::Accept { ballot, decision, .. } => self.accept(*ballot, decision),
                 Ask::Decided { decision } => {
@@ -446,11 +461,17 @@ impl Agreement {
             self.seen.remove(&at);
             return Vec::new();
         }
+        self.claims.hear(at, self.now, !matches!(answer, Answer::Unbound { .. } | Answer::Removed { .. }));
         match answer {
-            Answer::Bound { known, .. } => return self.learn(known),
+            Answer::Bound { known, .. } => return self.claim(at, known),
             Answer::Unbound { who, list, listed, servers } => {
-                let same = list == self.list.id;
-                let standing = if same { Standing::Ready(who) } else { Standing::OtherList { name: who.name, listed, servers } };
+                let standing = if list == self.list.id {
+                    Standing::Ready(who)
+                } else if List::new(self.list.entries.clone(), servers).id == list {
+                    Standing::OtherServers { name: who.name, servers }
+                } else {
+                    Standing::OtherList { name: who.name, listed, servers }
+                };
                 self.note(at, standing);
             }
             Answer::Removed { .. } => self.note(at, Standing::Removed),
@@ -510,6 +531,14 @@ impl Agreement {
         if self.now % HELLO_TICKS == 1 {
             effects.extend(self.others().map(|at| Effect::Ask { at, ask: Ask::Hello }));
             effects.extend(self.again());
+        }
+        if !self.claims.is_empty() {
+            // Joining beats forming.
+            self.ready_since = None;
+            if self.have_all_spoken() {
+                effects.extend(self.settle());
+            }
+            return effects;
         }
         let limit = ATTEMPT_TICKS << self.failures.min(4);
         if self.attempt.as_ref().is_some_and(|attempt| self.now.saturating_sub(attempt.began) > limit) {
@@ -670,6 +699,7 @@ impl Agreement {
         let role = if is_ours(&known.decision.founders) && is_ours(&known.servers) { Role::Server } else { Role::Client };
         self.state = State::Bound { role, known };
         self.attempt = None;
+        self.claims = Claims::default();
         vec![Effect::Save(self.state.clone()), Effect::Bound]
     }
 

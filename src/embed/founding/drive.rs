@@ -434,17 +434,27 @@ impl Core {
             "{ready} of {needed} nodes are ready to found a cluster{}",
             if missing.is_empty() { String::new() } else { format!("; {}", missing.join(", ")) }
         );
-        let text = if self.agreement.is_twice() {
-            format!("{text}; two entries of JOIN lead to this node, or to a copy of its directory, so it does not propose")
-        } else {
-            text
+        let at = &self.agreement.me().peer_url;
+        let text = match (self.rivals(), self.agreement.is_twice(), self.agreement.is_listed()) {
+            (Some(rivals), ..) => rivals,
+            (_, true, _) => format!("{text}; two entries of JOIN lead to this node, or to a copy of its directory, so it does not propose"),
+            (_, _, Some(false)) => {
+                format!("{text}; this node itself, {at}, was reached at no entry of JOIN: it can join a cluster, but not found one")
+            }
+            _ => text,
         };
         let due = match self.told_at {
             None => true,
             Some(at) => at.elapsed() >= if text == self.told { REPORT } else { REPORT_CHANGED },
         };
         if due {
-            tracing::info!(at = %self.agreement.me().peer_url, ready, needed, missing = ?missing, twice = self.agreement.is_twice(), "founding: waiting");
+            match self.rivals() {
+                Some(rivals) => tracing::error!(%at, "founding: {rivals}"),
+                None => {
+                    let (twice, listed) = (self.agreement.is_twice(), self.agreement.is_listed().unwrap_or(true));
+                    tracing::info!(%at, ready, needed, missing = ?missing, twice, listed, "founding: waiting");
+                }
+            }
             self.told_at = Some(Instant::now());
             self.told.clone_from(&text);
         }
@@ -455,6 +465,22 @@ impl Core {
             }
             _ => false,
         });
+    }
+
+    /// What there is to be said when more than one cluster answers at the entries of the list: none of them is joined.
+    fn rivals(&self) -> Option<String> {
+        let clusters = self.agreement.clusters();
+        if clusters.len() < 2 {
+            return None;
+        }
+        let entries = &self.agreement.list().entries;
+        let at = |places: &[usize]| places.iter().filter_map(|at| entries.get(*at)).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let each: Vec<_> = clusters.iter().map(|(cluster, places)| format!("{cluster:032x} at {}", at(places))).collect();
+        Some(format!(
+            "nodes of different clusters answer at the entries of JOIN: {}. This node joins none of them: leave the entries of one cluster alone \
+             in JOIN, or have the nodes of the others join it without their directories, and start this node again",
+            each.join("; ")
+        ))
     }
 
     /// How many are ready, and what there is to be said of each that is not.
@@ -474,6 +500,11 @@ impl Core {
                     list.entries.len(),
                     list.servers
                 )),
+                Standing::OtherServers { name, servers } => missing.push(format!(
+                    "{entry} ({name}) has the same JOIN list and another KV_SERVERS (JoinSetMismatch: {servers} servers there, {} here)",
+                    list.servers
+                )),
+                Standing::Member { cluster } => missing.push(format!("{entry} belongs to cluster {cluster:032x}")),
                 Standing::Removed => missing.push(format!("{entry} was removed from a cluster")),
                 Standing::Twice => missing.push(format!("{entry} is the same node as another entry")),
             }

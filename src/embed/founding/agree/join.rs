@@ -1,0 +1,229 @@
+//! Which cluster an unbound node joins: the one that answers at the entries of the JOIN list, if it is one.
+//!
+//! ```text
+//! a: "I belong to 7f.."                             heard, and not joined yet: the others are given a moment
+//! b: "I belong to 7f..", c is silent                joined, as soon as all have answered or the moment is over
+//! b: "I belong to 30.."                             two: none is joined in this life, whoever falls silent, until people have looked
+//! ```
+//!
+//! # Invariants
+//! - Joining beats forming: who has heard of a cluster neither proposes nor promises nor accepts. That is as if the questions were lost, so
+//!   it takes nothing away from what was agreed.
+//! - Of two clusters none is chosen, also when one of them falls silent: that would be choosing by chance. What an entry says last counts:
+//!   a node that was wiped, or that has joined the other cluster, settles it.
+//! - Who has accepted a decision, and hears that it was made, is a part of it, and waits for nobody.
+
+use std::collections::BTreeMap;
+
+use super::{Agreement, Effect, FRESH_TICKS, Known, State};
+
+/// Ticks that the others are given to answer, once one has said that it belongs to a cluster: more than a question and its answer may take.
+pub const JOIN_TICKS: u64 = 2 * FRESH_TICKS;
+
+/// What was heard of clusters, by places of the list.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Claims {
+    by: BTreeMap<usize, Known>,
+    since: u64,
+    /// When each place has answered last.
+    answered: BTreeMap<usize, u64>,
+}
+
+impl Claims {
+    pub fn is_empty(&self) -> bool {
+        self.by.is_empty()
+    }
+
+    /// What the outcome can depend on.
+    pub fn essence(&self) -> impl std::hash::Hash + '_ {
+        &self.by
+    }
+
+    /// The cluster that a place says it belongs to.
+    pub fn at(&self, place: usize) -> Option<u128> {
+        self.by.get(&place).map(|known| known.decision.cluster)
+    }
+
+    /// A place has answered; if `belongs` not, then with something else than a cluster.
+    pub fn hear(&mut self, place: usize, now: u64, belongs: bool) {
+        self.answered.insert(place, now);
+        if !belongs {
+            self.by.remove(&place);
+        }
+    }
+}
+
+impl Agreement {
+    /// The clusters that were heard of, each with the places of the list at which it answers. Empty for a node that is bound.
+    pub fn clusters(&self) -> BTreeMap<u128, Vec<usize>> {
+        let mut clusters: BTreeMap<u128, Vec<usize>> = BTreeMap::new();
+        for (place, known) in &self.claims.by {
+            clusters.entry(known.decision.cluster).or_default().push(*place);
+        }
+        clusters
+    }
+
+    /// Whether the node is at one of the entries itself; none while that is not known.
+    pub fn is_listed(&self) -> Option<bool> {
+        if self.own.is_some() { Some(true) } else { (self.now > FRESH_TICKS).then_some(false) }
+    }
+
+    /// A node at a place of the list belongs to a cluster.
+    pub(super) fn claim(&mut self, place: usize, known: Known) -> Vec<Effect> {
+        let State::Unbound(unbound) = &self.state else { return self.learn(known) };
+        if unbound.accepted.as_ref().is_some_and(|(_, decision)| decision.cluster == known.decision.cluster) {
+            return self.bind(known);
+        }
+        if self.claims.is_empty() {
+            self.claims.since = self.now;
+        }
+        self.claims.by.insert(place, known);
+        self.attempt = None;
+        Vec::new()
+    }
+
+    /// Whether all have had the time to speak.
+    pub(super) fn have_all_spoken(&self) -> bool {
+        let since = self.claims.since;
+        let has = |place: usize| self.claims.answered.get(&place).is_some_and(|at| *at >= since);
+        self.now.saturating_sub(since) > JOIN_TICKS || self.others().all(has)
+    }
+
+    /// Joins the cluster that was heard of, if it is one. [`tick`](Self::tick) calls it in time; it is harmless at any other.
+    pub fn settle(&mut self) -> Vec<Effect> {
+        let mut heard = self.claims.by.values();
+        let Some(mut newest) = heard.next() else { return Vec::new() };
+        for known in heard {
+            if known.decision.cluster != newest.decision.cluster {
+                return Vec::new();
+            }
+            if known.as_of > newest.as_of {
+                newest = known;
+            }
+        }
+        let newest = newest.clone();
+        self.bind(newest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Answer, Ask, Ballot, Candidate, Decision, List, NodeId, Role, Standing, Unbound};
+    use super::*;
+
+    fn candidate(node: u128) -> Candidate {
+        let url = |port: u16| format!("http://10.0.0.{node}:{port}");
+        Candidate { node: NodeId(node), name: format!("n{node}"), peer_url: url(5707), client_url: url(5706) }
+    }
+
+    fn list() -> List {
+        List::new((0..4).map(|at| format!("n{at}:5707")).collect(), 1)
+    }
+
+    /// Node 3, at the last place of four.
+    fn wiped() -> Agreement {
+        let empty = State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None });
+        let mut node = Agreement::new(candidate(3), list(), empty);
+        node.answered(3, unbound(3));
+        node
+    }
+
+    fn unbound(node: u128) -> Answer {
+        Answer::Unbound { who: candidate(node), list: list().id, listed: 4, servers: 1 }
+    }
+
+    fn of(node: u128, cluster: u128, as_of: u64) -> Answer {
+        let decision = Decision { cluster, founders: vec![candidate(9)] };
+        Answer::Bound { who: NodeId(node), known: Known { decision, servers: vec![candidate(9)], as_of } }
+    }
+
+    fn cluster(node: &Agreement) -> Option<(Role, u128, u64)> {
+        node.bound().map(|(role, known)| (role, known.decision.cluster, known.as_of))
+    }
+
+    #[test]
+    fn one_cluster_is_joined_once_all_have_spoken() {
+        let mut node = wiped();
+        assert!(node.answered(0, of(0, 7, 4)).is_empty() && node.standings()[0] == Standing::Member { cluster: 7 });
+        node.answered(1, of(1, 7, 5));
+        node.tick();
+        assert_eq!(cluster(&node), None, "one has not spoken");
+        node.answered(2, unbound(2));
+        let effects = node.tick();
+        assert!(matches!(effects[..], [.., Effect::Save(_), Effect::Bound]), "{effects:?}");
+        assert_eq!(cluster(&node), Some((Role::Client, 7, 5)), "as the newest has it");
+        // Who is silent is not waited for for long.
+        let mut node = wiped();
+        node.answered(0, of(0, 7, 4));
+        for _ in 0..=JOIN_TICKS {
+            assert_eq!(cluster(&node), None);
+            node.tick();
+        }
+        assert_eq!(cluster(&node), Some((Role::Client, 7, 4)));
+    }
+
+    #[test]
+    fn of_two_clusters_none_is_chosen() {
+        let mut node = wiped();
+        node.answered(0, of(0, 7, 4));
+        node.answered(1, of(1, 8, 9));
+        node.answered(2, of(2, 7, 4));
+        // One of them falls silent.
+        for _ in 0..JOIN_TICKS * 10 {
+            node.answered(0, of(0, 7, 4));
+            let asks_hello_alone = |effect: &Effect| matches!(effect, Effect::Ask { ask: Ask::Hello, .. });
+            assert!(node.tick().iter().all(asks_hello_alone));
+        }
+        assert_eq!((cluster(&node), node.clusters()), (None, BTreeMap::from([(7, vec![0, 2]), (8, vec![1])])));
+        // Nor does it take part in the founding of a third.
+        let ballot = Ballot { round: 9, by: NodeId(1) };
+        let decision = Decision { cluster: 9, founders: vec![candidate(1)] };
+        let before = node.clone();
+        for ask in [
+            Ask::Prepare { list: list().id, ballot },
+            Ask::Accept { list: list().id, ballot, decision: decision.clone() },
+            Ask::Decided { decision },
+        ] {
+            assert!(matches!(node.asked(&ask)[..], [Effect::Answer(Answer::Unbound { .. })]), "{ask:?}");
+            assert!(node == before);
+        }
+        // Its disk is wiped, and so it is settled.
+        node.answered(1, unbound(11));
+        node.tick();
+        assert_eq!(cluster(&node), Some((Role::Client, 7, 4)));
+    }
+
+    /// What it has agreed to itself it joins at once, whatever else there is.
+    #[test]
+    fn who_has_accepted_waits_for_nobody() {
+        let mut node = wiped();
+        let ballot = Ballot { round: 9, by: NodeId(1) };
+        let decision = Decision { cluster: 7, founders: vec![candidate(3)] };
+        node.asked(&Ask::Accept { list: list().id, ballot, decision: decision.clone() });
+        node.answered(0, of(0, 8, 1));
+        let known = Known { servers: decision.founders.clone(), decision, as_of: 0 };
+        let effects = node.answered(1, Answer::Bound { who: NodeId(1), known });
+        assert!(matches!(effects[..], [Effect::Save(_), Effect::Bound]), "{effects:?}");
+        assert_eq!(cluster(&node), Some((Role::Server, 7, 0)));
+    }
+
+    #[test]
+    fn it_is_told_why_a_list_differs_and_whether_the_node_is_in_it() {
+        let mut node = wiped();
+        let elsewhere =
+            |list: List| Answer::Unbound { who: candidate(1), list: list.id, listed: list.entries.len(), servers: list.servers };
+        node.answered(0, elsewhere(List::new(list().entries, 3)));
+        node.answered(1, elsewhere(List::new((0..4).map(|at| format!("m{at}:5707")).collect(), 1)));
+        let name = "n1".to_owned();
+        assert_eq!(node.standings()[0], Standing::OtherServers { name: name.clone(), servers: 3 });
+        assert_eq!(node.standings()[1], Standing::OtherList { name, listed: 4, servers: 1 });
+        assert_eq!(node.is_listed(), Some(true));
+        let empty = State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None });
+        let mut node = Agreement::new(candidate(5), list(), empty);
+        assert_eq!(node.is_listed(), None);
+        for _ in 0..=FRESH_TICKS {
+            node.tick();
+        }
+        assert_eq!(node.is_listed(), Some(false));
+    }
+}
