@@ -69,6 +69,7 @@ async fn a_store_keeps_backups_as_a_directory_does() {
     for other in ["some/prefix/quorate-notes.txt", "some/prefix/deeper/quorate-20261123T044012.345Z-r900.backup", "some/prefixes"] {
         store.put(other, b"something else");
     }
+    store.put("some/prefix/quorate-20201123T044012.345Z-r8.backup", b"");
     store.put("some/prefix/quorate-20201123T044012.345Z-r9.backup", b"damaged long ago");
     let directory = home.path().join("directory");
     let configs =
@@ -85,8 +86,10 @@ async fn a_store_keeps_backups_as_a_directory_does() {
         assert_eq!((newest.revision, newest.cluster_id), (22, Some(server.cluster_id())));
         let mut listed = backups.status().await.unwrap().backups;
         if is_store {
-            let damaged = listed.remove(0);
-            assert_eq!((damaged.cluster_id, damaged.revision), (None, 9), "it is nobody's, and stays");
+            for revision in [8, 9] {
+                let damaged = listed.remove(0);
+                assert_eq!((damaged.cluster_id, damaged.revision), (None, revision), "it is nobody's, and stays");
+            }
             assert_eq!(store.uploads(), 0);
             assert_eq!(store.get(&format!("some/prefix/{}", newest.name)).map(|bytes| bytes.len() as u64), Some(newest.bytes));
         }
@@ -136,6 +139,7 @@ async fn a_store_that_fails_costs_a_backup_and_no_more() {
         (Fault::Hang, "no answer within 1s"),
         (Fault::Cut(1000), "s3://bucket"),
         (Fault::Damage, "is damaged"),
+        (Fault::Denied, "s3://bucket"),
     ] {
         let backups = if fault == Fault::Hang { &hasty } else { &patient };
         store.set(fault);
@@ -148,14 +152,28 @@ async fn a_store_that_fails_costs_a_backup_and_no_more() {
         until("nothing is left", async || store.objects() == before && store.uploads() == 0).await;
         assert_eq!(backups.status().await.unwrap().last_try.unwrap().outcome, Err(why.to_string()));
     }
-    assert_eq!((server.metrics().counters.backups.made.get(), server.metrics().counters.backups.failed.get()), (1, 4));
+    assert_eq!((server.metrics().counters.backups.made.get(), server.metrics().counters.backups.failed.get()), (1, 5));
     // A connection that is lost now and then is made up for, on the way there and back.
     store.set(Fault::Cut(2));
     let second = patient.back_up().await.unwrap();
     // Who has not read how it begins does so now.
     store.set(Fault::Cut(1));
     assert_eq!(hasty.status().await.unwrap().backups, [first.clone(), second.clone()]);
-    assert_eq!(patient.status().await.unwrap().backups, [first, second]);
+    assert_eq!(patient.status().await.unwrap().backups, [first.clone(), second.clone()]);
+    // What cannot be read is listed, and of nobody; who is refused altogether says so, and nothing of what was sent.
+    store.set(Fault::Denied);
+    let late = Backups::start(&server, told(&store, &[])).unwrap();
+    let why = late.status().await.unwrap_err().to_string();
+    assert!(why.contains("SignatureDoesNotMatch") && !why.contains(SECRET), "{why}");
+    store.set(Fault::Frozen);
+    let there = late.status().await.unwrap().backups;
+    assert_eq!(
+        there.iter().map(|backup| (backup.name.as_str(), backup.cluster_id)).collect::<Vec<_>>(),
+        [(first.name.as_str(), None), (&second.name, None)]
+    );
+    store.set(Fault::None);
+    assert_eq!(late.status().await.unwrap().backups, [first, second]);
+    late.shutdown().await;
     patient.shutdown().await;
     hasty.shutdown().await;
     server.shutdown().await.unwrap();
@@ -268,6 +286,8 @@ async fn the_binary_saves_lists_and_restores_at_a_store() {
         let (code, _, why) = quorate(&store, &["backup", "list", "s3://key:hunter2@bucket"]);
         (code, why)
     };
+    let (code, _, why) = quorate(&store, &["restore", "s3://bucket", "--data-dir", another.to_str().unwrap()]);
+    assert!(code == 1 && why.contains("s3://bucket is where backups may be, and none of them"), "{why}");
     assert!(listing.0 == 1 && listing.1.contains("without a user") && !listing.1.contains("hunter2"), "{listing:?}");
     store.set(Fault::Away);
     let (code, _, why) = quorate(&store, &["backup", "save", &url, "--endpoints", &at]);

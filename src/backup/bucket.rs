@@ -19,18 +19,20 @@
 //! - Memory holds one part, and as much of what comes next as is handed on in one go.
 //! - All of it has a thread of its own, and a time: [`OPERATION`] for each request with its repetitions. Who waits for it is a thread for
 //!   things that block, and waits no longer when the backups are to stop.
+//! - Of what a store answers to a mistake only the code and the message are told: the rest may repeat what it was sent, tokens and all.
 //!
 //! # Caveats
 //! - Nobody holds the store. Two that make a backup at the same time make two, and each removes what is surplus; the newest stays. Only the
 //!   name could be the same, if both begin in the same millisecond at the same revision, after each has seen that nobody has it: then the
 //!   later one counts.
-//! - Who dies between the last part and the reading back leaves a backup that nobody has read; `quorate backup list` reads it. Who dies
-//!   before leaves parts that no listing shows: have the store remove uploads that were not finished after a day, by a rule of the bucket.
+//! - Who looks between the last part and the reading back sees a backup that nobody has read yet, and who dies then leaves it; `quorate
+//!   backup list` reads it. Who dies before, or is stopped while the store does not answer, leaves parts that no listing shows: have the
+//!   store remove uploads that were not finished after a day, by a rule of the bucket.
 
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, SystemTime};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -63,6 +65,9 @@ const OBJECTS_MAX: usize = 100_000;
 
 /// How long one request may take with all its repetitions, and a listing with all its pages. Beyond it the backup has failed.
 const OPERATION: Duration = Duration::from_secs(180);
+
+/// How much longer is waited for the thread to say so. Beyond it something else holds it up, such as a disk that hangs with the CAs on it.
+const WORD: Duration = Duration::from_secs(10);
 
 /// How often a request is repeated, and for how long. Beyond it, it has failed.
 const RETRIES: RetryConfig = RetryConfig {
@@ -156,11 +161,13 @@ impl Line {
             // Whoever waits does so until this is said.
             let _ = tell.send(done);
         });
-        let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("the store has not answered within {OPERATION:?}"));
-        match told.recv() {
-            Ok(Some(done)) => done.map_err(late).and_then(|done| done.map_err(fault)).map_err(|err| Error::io(what, self.path(name), err)),
-            Ok(None) | Err(_) => Err(Error::Stopped),
-        }
+        let late = || io::Error::new(io::ErrorKind::TimedOut, format!("the store has not answered within {OPERATION:?}"));
+        let done = match told.recv_timeout(OPERATION + WORD) {
+            Ok(Some(done)) => done.map_err(|_| late()).and_then(|done| done.map_err(fault)),
+            Err(RecvTimeoutError::Timeout) => Err(late()),
+            Ok(None) | Err(RecvTimeoutError::Disconnected) => return Err(Error::Stopped),
+        };
+        done.map_err(|err| Error::io(what, self.path(name), err))
     }
 
     /// Does what is still to be done when something has failed, and waits a moment for that if it `is_awaited`.
@@ -170,7 +177,7 @@ impl Line {
         runtime.spawn(async move {
             let _ = tell.send(tokio::time::timeout(GIVE_UP, work).await.is_ok());
         });
-        if is_awaited && told.recv() != Ok(true) {
+        if is_awaited && told.recv_timeout(GIVE_UP * 2) != Ok(true) {
             tracing::warn!(
                 store = self.url,
                 "what was sent of a backup could not be given up: the store has parts of it that no listing shows"
@@ -208,13 +215,21 @@ fn fault(err: object_store::Error) -> io::Error {
         Fault::AlreadyExists { .. } => io::ErrorKind::AlreadyExists,
         _ => io::ErrorKind::Other,
     };
-    // What a store answers may be a page of XML.
-    let text = err.to_string();
-    io::Error::new(kind, text.get(..text.floor_char_boundary(TEXT_BYTES)).unwrap_or_default().to_owned())
+    io::Error::new(kind, said(&err.to_string()))
 }
 
 /// Bytes of an error that are kept.
 const TEXT_BYTES: usize = 1000;
+
+/// An error's text, without the page that a store has answered: of that the code and the message, if it has them.
+fn said(text: &str) -> String {
+    let (before, page) = text.split_at(text.find('<').unwrap_or(text.len()));
+    let element = |name: &str| Some(page.split_once(&format!("<{name}>"))?.1.split_once('<')?.0);
+    let found: Vec<&str> = ["Code", "Message"].into_iter().filter_map(element).collect();
+    let mut said = format!("{before}{}", found.join(": "));
+    said.truncate(said.floor_char_boundary(TEXT_BYTES));
+    said
+}
 
 impl Place for Bucket {
     fn list(&self) -> Result<Vec<BackupInfo>> {
@@ -245,11 +260,17 @@ impl Place for Bucket {
         let mut backups: Vec<BackupInfo> = backups.collect();
         backups.sort_by_key(|backup| (backup.created, backup.revision));
         self.clusters.fill(&mut backups, |backup| {
+            if backup.bytes == 0 {
+                return Ok(None);
+            }
             let begins = self.open(&backup.name).and_then(|source| format::beginning(source, &backup.path));
             match begins {
                 Ok((cluster_id, _)) => Ok(Some(cluster_id)),
-                // Removed meanwhile, or damaged. A store that is away is not asked for all the others.
-                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+                // Removed meanwhile, put away where it cannot be read at once, or damaged. A store that is away is not asked for all the
+                // others.
+                Err(Error::Io { source, .. }) if [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied].contains(&source.kind()) => {
+                    Ok(None)
+                }
                 Err(err @ (Error::Io { .. } | Error::Stopped)) => Err(err),
                 Err(_) => Ok(None),
             }
@@ -463,6 +484,15 @@ mod tests {
 
     fn bucket(url: &str, options: &[(&str, &str)]) -> Result<Bucket> {
         Bucket::open(url, &StoreOptions::new(options.iter().copied()), &CancellationToken::new())
+    }
+
+    #[test]
+    fn a_store_is_not_quoted_at_length() {
+        let page =
+            "<?xml version=\"1.0\"?><Error><Code>SignatureDoesNotMatch</Code><Message>It does not match</Message><Token>hunter2</Token>";
+        assert_eq!(said(&format!("403 Forbidden: {page}")), "403 Forbidden: SignatureDoesNotMatch: It does not match");
+        assert_eq!((said("no answer within 1s").as_str(), said("502: <html>hunter2").as_str()), ("no answer within 1s", "502: "));
+        assert_eq!(said(&"\u{fc}".repeat(TEXT_BYTES)).len(), TEXT_BYTES);
     }
 
     /// Opening asks the network for nothing, and says what is wrong without what is secret.

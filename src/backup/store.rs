@@ -136,8 +136,11 @@ pub(super) fn open(file: &Path, options: &StoreOptions) -> Result<Source> {
     match look(file)? {
         Where::Directory(path) => open_file(&path),
         Where::Store(url) => {
-            let (url, name) = url.rsplit_once('/').unwrap_or((url.as_str(), ""));
-            bucket(url, options, &CancellationToken::new())?.open(name)
+            let is_store = |url: &str| matches!(Where::read(Path::new(url)), Ok(Where::Store(_)));
+            let Some((place, name)) = url.rsplit_once('/').filter(|(place, _)| is_store(place)) else {
+                return Err(Error::Config(format!("{url} is where backups may be, and none of them; write {url}/{PREFIX}...{ENDING}")));
+            };
+            bucket(place, options, &CancellationToken::new())?.open(name)
         }
     }
 }
@@ -186,7 +189,8 @@ pub struct BackupInfo {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Soundness {
-    /// It was read back and found sound before it got its name, and has not been read since.
+    /// It was read back and found sound before it got its name, and has not been read since. In an object store it has its name a moment
+    /// before it is read back, and loses it again if it is not sound.
     WhenWritten,
     /// It was read just now, and is sound.
     Verified,
@@ -215,22 +219,26 @@ impl LastTry {
 pub(super) struct Clusters(Mutex<BTreeMap<String, u64>>);
 
 impl Clusters {
-    /// Fills it in. What is listed no more is forgotten.
+    /// Fills it in. What is listed no more is forgotten; what was found before an error is not looked at again.
     ///
     /// # Errors
-    /// Those of `look`.
+    /// The first of `look`. It is not called again then.
     pub fn fill(&self, backups: &mut [BackupInfo], look: impl Fn(&BackupInfo) -> Result<Option<u64>>) -> Result<()> {
         let known = lock(&self.0).clone();
-        let mut found = BTreeMap::new();
+        let (mut found, mut looked) = (BTreeMap::new(), Ok(()));
         for backup in backups {
             backup.cluster_id = match known.get(&backup.name) {
                 Some(id) => Some(*id),
-                None => look(backup)?,
+                None if looked.is_err() => None,
+                None => look(backup).unwrap_or_else(|err| {
+                    looked = Err(err);
+                    None
+                }),
             };
             found.extend(backup.cluster_id.map(|id| (backup.name.clone(), id)));
         }
         *lock(&self.0) = found;
-        Ok(())
+        looked
     }
 }
 

@@ -38,7 +38,7 @@ pub const BUMP_REVISION: u64 = 1_000_000_000;
 /// assert!(config.validate().unwrap_err().to_string().contains("\"noon\""));
 /// # Ok::<(), quorate::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BackupConfig {
     /// The directory; it is made if it is missing. It is for one member, and one process at a time: whoever comes second is refused.
@@ -58,6 +58,16 @@ pub struct BackupConfig {
     pub keep: usize,
     /// How old a backup may get; older ones go as above. The newest stays however old it is. `None`: no limit. Default: `None`.
     pub keep_for: Option<Duration>,
+}
+
+impl fmt::Debug for BackupConfig {
+    /// The place as error texts show it: somebody may have written credentials into its URL.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BackupConfig { dir, store_options, schedule, jitter, keep, keep_for } = self;
+        let mut fields = f.debug_struct("BackupConfig");
+        fields.field("dir", &shown(dir)).field("store_options", store_options).field("schedule", schedule);
+        fields.field("jitter", jitter).field("keep", keep).field("keep_for", keep_for).finish()
+    }
 }
 
 impl BackupConfig {
@@ -326,7 +336,8 @@ mod tests {
             config.store_options = StoreOptions::new([("AWS_SECRET_ACCESS_KEY", "hunter2")]);
             let why = config.validate().unwrap_err().to_string();
             assert!(why.contains(right) && !why.contains("hunter2") && !why.contains("key@"), "{why}");
-            assert!(!format!("{:?}", config.store_options).contains("hunter2"));
+            let debug = format!("{config:?}");
+            assert!(debug.contains("aws_secret_access_key") && !debug.contains("hunter2") && !debug.contains("key@"), "{debug}");
         }
     }
 

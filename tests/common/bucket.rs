@@ -34,6 +34,10 @@ pub enum Fault {
     Cut(usize),
     /// Objects are kept with one bit changed.
     Damage,
+    /// Everything is refused, with all that was sent in the answer.
+    Denied,
+    /// No object can be read.
+    Frozen,
 }
 
 #[derive(Default)]
@@ -208,6 +212,10 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
+    if fault == Fault::Denied {
+        let quoted = format!("<Error><Code>SignatureDoesNotMatch</Code><Sent>{SECRET}</Sent></Error>");
+        return reply(&stream, "403 Forbidden", &[], quoted.as_bytes(), method != "HEAD");
+    }
     let whom = format!("AWS4-HMAC-SHA256 Credential={KEY}/");
     if !headers.get("authorization").is_some_and(|text| text.starts_with(&whom)) {
         return reply(&stream, "403 Forbidden", &[], b"<Error><Code>AccessDenied</Code></Error>", true);
@@ -297,7 +305,13 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             let mut known = vec![etag, ("Last-Modified", "Mon, 23 Nov 2026 12:00:00 GMT".to_owned())];
             let range = headers.get("range").and_then(|text| text.strip_prefix("bytes=")?.split_once('-'));
             let Some((from, to)) = range else { return reply(&stream, "200 OK", &known, &bytes, method != "HEAD") };
+            if fault == Fault::Frozen {
+                return reply(&stream, "403 Forbidden", &[], b"<Error><Code>InvalidObjectState</Code></Error>", true);
+            }
             let (from, size): (usize, usize) = (from.parse().unwrap(), bytes.len());
+            if from >= size {
+                return reply(&stream, "416 Range Not Satisfiable", &[], b"<Error><Code>InvalidRange</Code></Error>", true);
+            }
             let to = to.parse::<usize>().unwrap().min(size.saturating_sub(1));
             known.push(("Content-Range", format!("bytes {from}-{to}/{size}")));
             if to - from > 4096 && is_cut() {
