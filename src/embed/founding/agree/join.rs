@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 
 use super::{Agreement, Effect, FRESH_TICKS, Known, State};
 
-/// Ticks that the others are given to answer, once one has said that it belongs to a cluster: more than a question and its answer may take.
+/// Ticks that the others are given to answer, once one has said that it belongs to a cluster: more than a question and its answer may take
+/// over a connection that is there. Who cannot be connected to in that time is not waited for.
 pub const JOIN_TICKS: u64 = 2 * FRESH_TICKS;
 
 /// What was heard of clusters, by places of the list.
