@@ -319,7 +319,7 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
                 write!(stream, "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\n", to + 1 - from)?;
                 known.iter().try_for_each(|(name, value)| write!(stream, "{name}: {value}\r\n"))?;
                 write!(stream, "\r\n")?;
-                stream.write_all(&bytes[from..to / 2])?;
+                stream.write_all(&bytes[from..from + (to - from) / 2])?;
                 return stream.shutdown(Shutdown::Both);
             }
             reply(&stream, "206 Partial Content", &known, &bytes[from..=to], true)
