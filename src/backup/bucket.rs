@@ -76,8 +76,9 @@ const RETRIES: RetryConfig = RetryConfig {
     retry_timeout: Duration::from_secs(60),
 };
 
-/// How long giving up what was begun may take. Beyond it the parts stay, until the store removes them.
-const GIVE_UP: Duration = Duration::from_secs(1);
+/// How long giving up what was begun may take, and once the backups are to stop. Beyond it the parts stay, until the store removes them.
+const GIVE_UP: Duration = Duration::from_secs(30);
+const GIVE_UP_STOPPING: Duration = Duration::from_secs(1);
 
 /// See the module's head.
 pub(super) struct Bucket {
@@ -170,17 +171,24 @@ impl Line {
         done.map_err(|err| Error::io(what, self.path(name), err))
     }
 
-    /// Does what is still to be done when something has failed, and waits a moment for that if it `is_awaited`.
-    fn give_up(&self, work: impl Future<Output = ()> + Send + 'static, is_awaited: bool) {
+    /// Does what is still to be done when something has failed, and waits for that if it `is_awaited`. The work says whether it was done.
+    fn give_up(&self, name: &str, work: impl Future<Output = bool> + Send + 'static, is_awaited: bool) {
         let Some(runtime) = &self.runtime else { return };
         let (tell, told) = mpsc::sync_channel(1);
+        let stop = self.stop.clone();
         runtime.spawn(async move {
-            let _ = tell.send(tokio::time::timeout(GIVE_UP, work).await.is_ok());
+            let mut work = std::pin::pin!(tokio::time::timeout(GIVE_UP, work));
+            let done = match stop.run_until_cancelled(&mut work).await {
+                Some(done) => done,
+                None => tokio::time::timeout(GIVE_UP_STOPPING, work).await.and_then(|done| done),
+            };
+            let _ = tell.send(done.unwrap_or(false));
         });
-        if is_awaited && told.recv_timeout(GIVE_UP * 2) != Ok(true) {
+        if is_awaited && told.recv_timeout(GIVE_UP + WORD) != Ok(true) {
             tracing::warn!(
                 store = self.url,
-                "what was sent of a backup could not be given up: the store has parts of it that no listing shows"
+                name,
+                "what was sent of a backup could not be given up: the store may keep parts of it that no listing shows, or all of it, unread"
             );
         }
     }
@@ -431,6 +439,8 @@ impl Unfinished {
         match self.upload.clone() {
             Some(upload) => {
                 self.line.wait("completing", &name, move |_| async move { upload.lock().await.complete().await.map(drop) })?;
+                // It has no parts any more.
+                self.upload = None;
             }
             None => {
                 let (key, bytes) = (self.line.key(&name), std::mem::take(&mut self.waiting).freeze());
@@ -444,7 +454,7 @@ impl Unfinished {
         if (facts.cluster_id, facts.revision, facts.bytes) != (cluster_id, revision, self.sent) {
             return Err(Error::Corrupt { path, offset: None, what: "what the store gives is another backup than was sent".into() });
         }
-        (self.may_be_there, self.upload) = (false, None);
+        self.may_be_there = false;
         let bytes = facts.bytes;
         Ok(BackupInfo { name, path, created, cluster_id: Some(cluster_id), revision, bytes, soundness: Soundness::WhenWritten })
     }
@@ -452,22 +462,26 @@ impl Unfinished {
     /// Sees to it that nothing is left of it.
     fn undo(&mut self, is_awaited: bool) {
         let upload = self.upload.take();
-        let made = self.named.as_ref().filter(|_| self.may_be_there).map(|(name, ..)| self.line.key(name));
+        let name = self.named.as_ref().map_or(String::new(), |(name, ..)| name.clone());
+        let made = self.may_be_there.then(|| self.line.key(&name));
         self.may_be_there = false;
         if upload.is_none() && made.is_none() {
             return;
         }
         let store = self.line.store.clone();
         let undo = async move {
+            let is_gone = |done| matches!(done, Ok(()) | Err(object_store::Error::NotFound { .. }));
+            let mut all = true;
             if let Some(upload) = upload {
                 // Whoever had it was given up before.
-                let _ = upload.lock().await.abort().await;
+                all &= is_gone(upload.lock().await.abort().await);
             }
             if let Some(key) = made {
-                let _ = store.delete(&key).await;
+                all &= is_gone(store.delete(&key).await);
             }
+            all
         };
-        self.line.give_up(undo, is_awaited);
+        self.line.give_up(&name, undo, is_awaited);
     }
 }
 
