@@ -64,7 +64,8 @@ pub(super) async fn watch(driver: Option<&Driver>, join: &[String], report: &Arc
         for Stranger { address, cluster } in told.due(&strangers, Instant::now()) {
             tracing::warn!(
                 %address, ours = %format_args!("{ours:032x}"), theirs = %format_args!("{cluster:032x}"),
-                "a node of another cluster is at an entry of JOIN; nothing is changed: take it out of the list, or have it join without its directory"
+                "a node of another cluster is at an entry of JOIN; nothing is changed: take it out of the list, or have it join without its \
+                 directory"
             );
         }
         report.set(|facts| facts.strangers = strangers);
