@@ -30,6 +30,18 @@ async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// Does what takes hold of a directory that was let go of just now: a process that another test begins has, for a moment, a share in all locks
+/// of this one.
+async fn unlocked<T>(mut act: impl AsyncFnMut() -> Result<T, Error>) -> T {
+    let began = Instant::now();
+    loop {
+        match act().await {
+            Err(Error::Locked { .. }) if began.elapsed() < PATIENCE => tokio::time::sleep(Duration::from_millis(20)).await,
+            done => return done.unwrap_or_else(|err| panic!("{err}")),
+        }
+    }
+}
+
 /// A member that is alone, in this process; with more in it than one part of an upload holds, if it `is_large`.
 async fn member(dir: &Path, is_large: bool) -> Server {
     let mut config = Config::default();
@@ -98,14 +110,14 @@ async fn a_store_keeps_backups_as_a_directory_does() {
         assert!(server.metrics().counters.backups.newest() > 0);
         backups.shutdown().await;
         // Who comes next knows.
-        let again = Backups::start(&server, config.clone()).unwrap();
+        let again = unlocked(async || Backups::start(&server, config.clone())).await;
         assert_eq!(again.status().await.unwrap().last_try.unwrap().outcome, Ok(newest.name.clone()));
         again.shutdown().await;
 
         let at = home.path().join("restored");
         let mut options = RestoreOptions::new(&at);
         options.store_options = config.store_options.clone();
-        let restored = restore(&newest.path, &options).unwrap();
+        let restored = unlocked(async || restore(&newest.path, &options)).await;
         assert_eq!((restored.from_cluster_id, restored.backup_revision), (server.cluster_id(), 22));
         let there = member_of(&at).await;
         assert!(content(there.client().range(all()).await.unwrap()) == expected);
@@ -121,7 +133,7 @@ async fn member_of(dir: &Path) -> Server {
     config.data_dir = Some(dir.to_owned());
     config.listen_client_urls.clear();
     config.listen_peer_urls.clear();
-    Server::start(config).await.unwrap()
+    unlocked(async || Server::start(config.clone()).await).await
 }
 
 /// Whatever the store does, the try fails with a word of it, leaves nothing, hinders nobody, and the next one succeeds.
@@ -210,7 +222,7 @@ async fn a_stop_does_not_wait_for_a_store() {
 
     // The same node with the store back; and from there into another cluster.
     store.set(Fault::None);
-    let node = Node::start(config.clone()).await.unwrap();
+    let node = unlocked(async || Node::start(config.clone()).await).await;
     let mut made = None;
     until("a backup", async || {
         made = node.back_up().await.ok();
@@ -221,9 +233,9 @@ async fn a_stop_does_not_wait_for_a_store() {
     assert!(node.backups().await.unwrap().backups.contains(&made) && node.health_json()["backups"]["newestAt"].is_u64());
     let before = node.cluster_id();
     node.shutdown().await.unwrap();
-    let restored = quorate::embed::restore(&made.path, &config, backup::BUMP_REVISION).unwrap();
+    let restored = unlocked(async || quorate::embed::restore(&made.path, &config, backup::BUMP_REVISION)).await;
     assert_eq!(Some(restored.server.from_cluster_id), made.cluster_id);
-    let node = Node::start(config).await.unwrap();
+    let node = unlocked(async || Node::start(config.clone()).await).await;
     assert_ne!(node.cluster_id(), before);
     until("what was there", async || node.client().get("volumes/a").await.is_ok_and(|found| found.is_some())).await;
     // It sees what the lost one has left, and has none of its own.
