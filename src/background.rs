@@ -45,7 +45,7 @@ use crate::lock::lock;
 use crate::metrics::Counters;
 use crate::mvcc::{Current, Store};
 use crate::raft::apply::Clock;
-use crate::storage::{Backend, give_way};
+use crate::storage::Backend;
 
 /// How often the thread looks whether there is something to do.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -279,7 +279,6 @@ struct Worker {
 
 impl Worker {
     fn run(mut self) {
-        give_way();
         let turns = std::panic::AssertUnwindSafe(|| {
             let mut rest = Some(LOOK_INTERVAL);
             while let Some(wait) = rest {

@@ -63,7 +63,7 @@ use rustix::io::Errno;
 use super::dir::sync_dir;
 use super::inspect::{Findings, inspect};
 use super::keep::Kept;
-use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX, give_way};
+use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use crate::error::{Error, Result};
 
 /// Size of sled's log segments. A page beyond a quarter of it goes to a blob file; see the module head.
@@ -242,22 +242,7 @@ impl Generation {
                 .cache_capacity(CACHE_CAPACITY)
                 .flush_every_ms(None)
                 .use_compression(false);
-            // sled's threads are started by who opens first.
-            let opened = thread::scope(|scope| {
-                let open = || {
-                    give_way();
-                    guarded(path, "open", || {
-                        let db = config.open()?;
-                        // Something to write, so that there is a thread to do it.
-                        db.open_tree("trim")?.flush()?;
-                        Ok(db)
-                    })
-                };
-                let thread = thread::Builder::new().name("state-open".to_owned()).spawn_scoped(scope, open);
-                let thread = thread.map_err(|e| Error::io("start a thread to open", path, e))?;
-                thread.join().unwrap_or_else(|panic| Err(panicked(path, &*panic)))
-            });
-            match opened {
+            match guarded(path, "open", || config.open()) {
                 Ok(db) => break db,
                 Err(Error::Io { source, .. }) if is_lock_held(&source) => {
                     tries += 1;

@@ -125,21 +125,6 @@ impl Batch {
     }
 }
 
-/// Has the calling thread, and those that it starts, give way to those that requests wait for: to be called by threads of our own in the
-/// background. They still get about a third of what others of the same want. Where the system has no such thing, nothing changes.
-pub(crate) fn give_way() {
-    // Elsewhere than on Linux it would be the whole process, and the host's.
-    #[cfg(target_os = "linux")]
-    if let Ok(nice) = rustix::process::getpriority_process(None) {
-        // To be nicer takes no privilege.
-        let _ = rustix::process::setpriority_process(None, (nice + NICER).min(19));
-    }
-}
-
-/// How much nicer the background is than the thread that has started it.
-#[cfg(target_os = "linux")]
-const NICER: i32 = 5;
-
 /// What a scan calls with each key and value; false ends the scan.
 pub type Visit<'a> = dyn FnMut(&[u8], &[u8]) -> Result<bool> + 'a;
 
