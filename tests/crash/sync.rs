@@ -19,11 +19,14 @@ struct Fault {
     strace: Child,
     trace: PathBuf,
     complaints: PathBuf,
+    /// The thread whose calls are meant; none: any.
+    thread: Option<String>,
 }
 
 impl Fault {
-    /// Makes these calls fail with EIO, in all threads.
-    fn inject(member: &Member, home: &Home, inject: &str) -> Result<Fault, String> {
+    /// Makes these calls fail with EIO, in all threads, each counted by itself. It has struck when one of `thread` has failed, if there is one
+    /// of that name.
+    fn inject(member: &Member, home: &Home, inject: &str, thread: Option<&str>) -> Result<Fault, String> {
         let (trace, complaints) = (home.path().join("trace"), home.path().join("strace"));
         let _ = std::fs::remove_file(&trace);
         let log = File::create(&complaints).map_err(|err| err.to_string())?;
@@ -32,11 +35,18 @@ impl Fault {
         let calls = inject.split(':').next().unwrap_or(inject);
         command.args(["-e", &format!("trace={calls}"), "-e", &format!("inject={inject}")]);
         let strace = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map_err(|err| format!("strace: {err}"))?;
-        Ok(Fault { strace, trace, complaints })
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", member.pid().as_raw_nonzero())).map_err(|err| err.to_string())?;
+        let is_meant = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| thread.is_some_and(|thread| name.trim_end() == thread))
+        };
+        let thread = tasks.flatten().find(is_meant).map(|task| task.file_name().to_string_lossy().into_owned());
+        Ok(Fault { strace, trace, complaints, thread })
     }
 
     fn has_struck(&self) -> bool {
-        String::from_utf8_lossy(&std::fs::read(&self.trace).unwrap_or_default()).contains("(INJECTED)")
+        let trace = std::fs::read(&self.trace).unwrap_or_default();
+        let is_meant = |line: &str| self.thread.as_ref().is_none_or(|thread| line.split_whitespace().next() == Some(thread));
+        String::from_utf8_lossy(&trace).lines().any(|line| line.contains("(INJECTED)") && is_meant(line))
     }
 
     /// Waits until a call has failed. It says what went wrong if strace cannot do its work here.
@@ -115,7 +125,8 @@ fn after_a_failed_sync_nothing_is_acknowledged_or_lost() {
                 while load.acknowledged() < 100 {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                let mut fault = match Fault::inject(&member, &home, kind.inject) {
+                // Others write, too, and may be struck first: the state's thread, and the one that makes the log's files.
+                let mut fault = match Fault::inject(&member, &home, kind.inject, kind.log.then_some("quorate-log")) {
                     Ok(fault) => fault,
                     Err(why) => return unavailable(&why),
                 };
