@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     fn unbound() -> State {
-        State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None })
+        State::Unbound(Unbound::default())
     }
 
     /// No name, so that nobody is asked.

@@ -238,7 +238,7 @@ fn show(what: &What) -> String {
 }
 
 fn new_disk() -> State {
-    State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None })
+    State::Unbound(Unbound::default())
 }
 
 fn begin(bounds: &Bounds, at: usize, id: NodeId, state: State) -> Agreement {

@@ -144,7 +144,7 @@ impl Sim {
     }
 
     fn start(&mut self, at: usize) {
-        let empty = || State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None });
+        let empty = || State::Unbound(Unbound::default());
         let state = self.machines[at].disk.clone().unwrap_or_else(empty);
         self.say(format_args!("{at} starts"));
         self.machines[at].running = Some(Agreement::new(self.candidate(at), self.list.clone(), state));

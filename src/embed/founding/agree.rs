@@ -144,8 +144,8 @@ pub enum State {
     },
 }
 
-/// The memory of an acceptor.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// The memory of an acceptor. That of a new node is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Unbound {
     /// The id of the JOIN list that `accepted` belongs to, and its entries.
     pub list: u128,
@@ -153,6 +153,15 @@ pub struct Unbound {
     /// The highest ballot that it takes part in; none lower.
     pub promised: Option<Ballot>,
     pub accepted: Option<(Ballot, Decision)>,
+    /// The clusters that entries of the list have said they belong to, if they are two or more: none of them is joined.
+    pub met: BTreeMap<String, u128>,
+}
+
+impl Unbound {
+    /// Whether this node has agreed to that decision itself.
+    pub fn has_accepted(&self, decision: &Decision) -> bool {
+        self.accepted.as_ref().is_some_and(|(_, accepted)| accepted.cluster == decision.cluster)
+    }
 }
 
 /// A JOIN list, as far as the agreement has to know it. The addresses themselves are the business of whoever sends.
@@ -273,6 +282,7 @@ impl Agreement {
     /// A node that has accepted a decision under another list keeps that list until it is bound: what it has agreed to may have been
     /// decided. [`list`](Self::list) tells which one counts.
     pub fn new(me: Candidate, list: List, state: State) -> Agreement {
+        let join = list.entries.clone();
         let mut list = list;
         let mut state = state;
         let serves = matches!(state, State::Enlisted { .. });
@@ -286,7 +296,7 @@ impl Agreement {
                 unbound.entries = list.entries.clone();
             }
         }
-        Agreement {
+        let mut agreement = Agreement {
             me,
             list,
             state,
@@ -301,7 +311,9 @@ impl Agreement {
             ready_since: None,
             quiet_until: 0,
             serves,
-        }
+        };
+        agreement.recall(&join);
+        agreement
     }
 
     /// This node.
@@ -455,10 +467,17 @@ impl Agreement {
 
     /// The node at a place of the list has answered.
     pub fn answered(&mut self, at: usize, answer: Answer) -> Vec<Effect> {
+        let mut effects = self.take(at, answer);
+        effects.extend(self.remember());
+        effects
+    }
+
+    fn take(&mut self, at: usize, answer: Answer) -> Vec<Effect> {
         if answer.who() == self.me.node {
             self.own_twice |= self.own.is_some_and(|own| own != at);
             self.own = Some(at);
             self.seen.remove(&at);
+            self.claims.hear(at, self.now, false);
             return Vec::new();
         }
         self.claims.hear(at, self.now, !matches!(answer, Answer::Unbound { .. } | Answer::Removed { .. }));

@@ -477,7 +477,7 @@ impl Core {
         let at = |places: &[usize]| places.iter().filter_map(|at| entries.get(*at)).map(String::as_str).collect::<Vec<_>>().join(", ");
         let each: Vec<_> = clusters.iter().map(|(cluster, places)| format!("{cluster:032x} at {}", at(places))).collect();
         Some(format!(
-            "nodes of different clusters answer at the entries of JOIN: {}. This node joins none of them: leave the entries of one cluster alone \
+            "nodes of different clusters have answered at the entries of JOIN: {}. This node joins none of them: leave the entries of one cluster alone \
              in JOIN, or have the nodes of the others join it without their directories, and start this node again",
             each.join("; ")
         ))

@@ -27,7 +27,7 @@
 //!
 //! *It comes to an end* once so many of the listed nodes can talk to each other and have the time to: a few seconds. And *who belongs to a
 //! cluster says so* to everyone who asks: one node of the cluster that is up is enough for any other to join it, with whatever list. Where
-//! nodes of two clusters answer, none is joined, and both are named with their entries. A
+//! nodes of two clusters answer, none is joined, and both are named with their entries, also after a restart while one of them is silent. A
 //! node that has learned it is no longer one that could forget; the table counts only until then.
 //!
 //! A node's role never changes while it runs, and is remembered with the cluster. A client may be [enlisted](agree::Grant): then it is a server from

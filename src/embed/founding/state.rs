@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A node that is enlisted has `"format": 2`, and `"enlisted": { "member": "...", "of": "...", "since": 9, "cluster": ... }` in place of `bound`.
-//! What a release before it would understand has still format 1, and is so read by it.
+//! What a release before it would understand has still format 1, and is so read by it. A node that has met two clusters has `"met"` in its
+//! `unbound`, each entry with its cluster; a release before it takes no notice of that.
 //!
 //! The checksum is over the same without it, as it would be written: a person can read the file, and no byte of it can change unseen.
 //!
@@ -19,6 +20,7 @@
 //! - Each change that a message counts on is on disk before the message is sent; see [`agree`](super::agree).
 //! - A file that is damaged, or of a newer format, is refused and left as it is; so is a server's data without it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -82,7 +84,7 @@ impl NodeDir {
                     }
                 }
                 let dir = NodeDir { path: path.to_owned(), node: NodeId(rand::random()), _hold: hold };
-                let state = State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None });
+                let state = State::Unbound(Unbound::default());
                 dir.save(&state)?;
                 Ok((dir, state))
             }
@@ -189,16 +191,23 @@ fn from_hex(value: &Value) -> Option<u128> {
 
 fn state_to_json(state: &State) -> Value {
     match state {
-        State::Unbound(Unbound { list, entries, promised, accepted }) => json!({ "unbound": {
-            "list": hex(*list),
-            "join": entries,
-            "promised": promised.as_ref().map(ballot_to_json),
-            "accepted": accepted.as_ref().map(|(ballot, decision)| json!({
-                "ballot": ballot_to_json(ballot),
-                "cluster": hex(decision.cluster),
-                "founders": candidates_to_json(&decision.founders),
-            })),
-        }}),
+        State::Unbound(Unbound { list, entries, promised, accepted, met }) => {
+            let mut unbound = json!({
+                "list": hex(*list),
+                "join": entries,
+                "promised": promised.as_ref().map(ballot_to_json),
+                "accepted": accepted.as_ref().map(|(ballot, decision)| json!({
+                    "ballot": ballot_to_json(ballot),
+                    "cluster": hex(decision.cluster),
+                    "founders": candidates_to_json(&decision.founders),
+                })),
+            });
+            // Not but where there is something to be said: it is rare.
+            if let Some(unbound) = unbound.as_object_mut().filter(|_| !met.is_empty()) {
+                unbound.insert("met".into(), met.iter().map(|(entry, cluster)| (entry.clone(), hex(*cluster))).collect());
+            }
+            json!({ "unbound": unbound })
+        }
         State::Bound { role, known } => json!({ "bound": known_to_json(known, [("role", role.to_string().into())]) }),
         State::Enlisted { known, grant } => {
             // As text: a number in JSON may not have all of its bits.
@@ -239,7 +248,11 @@ fn state_from_json(value: &Value) -> Option<State> {
                 Value::Null => None,
                 accepted => Some((ballot_from_json(accepted.get("ballot")?)?, decision(accepted)?)),
             };
-            Some(State::Unbound(Unbound { list: from_hex(of.get("list")?)?, entries, promised, accepted }))
+            let met = match of.get("met") {
+                None => BTreeMap::new(),
+                Some(met) => met.as_object()?.iter().map(|(entry, of)| Some((entry.clone(), from_hex(of)?))).collect::<Option<_>>()?,
+            };
+            Some(State::Unbound(Unbound { list: from_hex(of.get("list")?)?, entries, promised, accepted, met }))
         }
         "bound" => {
             let role = match of.get("role")?.as_str()? {
@@ -292,11 +305,13 @@ mod tests {
         let candidate = |id: u128| Candidate { name: format!("node \"{id}\""), ..candidate(id) };
         let decision = Decision { cluster: u128::MAX, founders: vec![candidate(1), candidate(2), candidate(3)] };
         let ballot = Ballot { round: u64::MAX, by: NodeId(1) };
-        let unbound = Unbound { list: 5, entries: vec!["a:1".into(), "b:2".into()], promised: None, accepted: None };
+        let unbound = Unbound { list: 5, entries: vec!["a:1".into(), "b:2".into()], ..Unbound::default() };
+        let met = BTreeMap::from([("a:1".to_owned(), 7), ("b:2".to_owned(), u128::MAX)]);
         let known = Known { decision: decision.clone(), servers: vec![candidate(4)], as_of: u64::MAX };
         vec![
             State::Unbound(unbound.clone()),
             State::Unbound(Unbound { promised: Some(ballot), ..unbound.clone() }),
+            State::Unbound(Unbound { met, ..unbound.clone() }),
             State::Unbound(Unbound { promised: Some(ballot), accepted: Some((ballot, decision)), ..unbound }),
             State::Bound { role: Role::Server, known: known.clone() },
             State::Bound { role: Role::Client, known: known.clone() },

@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn nobody_else_is_enlisted() {
-        let unbound = State::Unbound(Unbound { list: 0, entries: Vec::new(), promised: None, accepted: None });
+        let unbound = State::Unbound(Unbound::default());
         let server = State::Bound { role: Role::Server, known: known(7, 1) };
         let enlisted = State::Enlisted { known: known(7, 6), grant: Grant { member: 70, cluster: 9, since: 6 } };
         for (state, ask) in [
