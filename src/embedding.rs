@@ -3,10 +3,14 @@
 //!
 //! It is told everything by variables (see [`quorate::embed::config`]; of the log, `LOG_LEVEL`, `LOG_FORMAT` and `KV_LOG_FILTER`), and does what a host
 //! program does: it starts the node, tries again for as long as there is no cluster, and says in its log what role it has and whether the
-//! store can be written, and since when. It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
+//! store can be written, and since when. When the node is enlisted it is stopped and started again, in the same process: then it is a
+//! server. Should it have come too late, it is started once more, as the client that it is then.
+//!
+//! It ends when it is asked to, and when its server has stopped by itself. Exit codes are those of the server.
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
 use quorate::Error;
@@ -35,7 +39,7 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
   KV_BACKUP_STORE  a directory for backups, which the nodes may share, or a URL such as s3://bucket/prefix. Default: none\n\
   KV_BACKUP_SCHEDULE   when the leader makes one: cron, in UTC, such as 0 */12 * * *\n\
   KV_BACKUP_KEEP, KV_BACKUP_JITTER   how many are kept, and the delay by chance. Default: 5, 5s\n\
-  KV_ENLIST_TIMEOUT   how long a node that is to become a server may make no progress. Default: 5m\n\
+  KV_ENLIST_TIMEOUT   how long a node that is to be a server, for which it starts again by itself, may make no progress. Default: 5m\n\
   KV_REPLACE_AFTER   seconds, or a time, after which a client takes the place of a server that is not heard of. Default: never\n\
   KV_BACKEND       embedded, or etcd with KV_ADDR=host[:port],... Default: embedded\n\
   TLS_ETCD_CA, TLS_ETCD_CLIENT_CERT, TLS_ETCD_CLIENT_KEY   for an etcd at https:// URLs\n\
@@ -50,7 +54,8 @@ pub const HELP: &str = "Usage:\n\n  quorate embed\n    Run a node of the embedde
 pub const NODE_HELP: &str = "Usage:\n\n  quorate node grow NODE...\n    Make servers of clients, so that there are three.\n\
   \n  quorate node replace SERVER NODE [--even-alive]\n    Make a server of a client, in the place of one that is dead, or of any one.\n\
   \n  quorate node remove SERVER\n    Remove a server. Of three that leaves two, and neither of them may fail: to replace one is better.\n\n\
-  A NODE is host[:port] of its peer port, a SERVER the same, or its name or its id. Each node that is to be a server has to be started again.\n\
+  A NODE is host[:port] of its peer port, a SERVER the same, or its name or its id. A node that is to be a server is one when it is started\n\
+  again, which `quorate embed` does by itself.\n\
   The cluster is looked for at JOIN, with KV_TOKEN or KV_TOKEN_FILE, as by `quorate embed`.\n";
 
 /// What the arguments of `quorate node` ask for.
@@ -127,13 +132,17 @@ async fn tell_health(node: &Node) -> Infallible {
     }
 }
 
-/// Runs until asked to stop.
-///
-/// # Errors
-/// Why it could not start, other than that others are missing; why its server has stopped by itself; or what went wrong when it stopped.
-pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>) -> Result<(), Error> {
-    let mut asked = std::pin::pin!(asked);
-    let node = loop {
+/// Returns when the node is enlisted, and is to be started again.
+async fn enlisted(node: &Node) {
+    if node.enlisted().wait_for(|enlisted| *enlisted).await.is_err() {
+        // The node has stopped, which is heard elsewhere.
+        std::future::pending().await
+    }
+}
+
+/// Starts the node, as often as it takes. None when it was asked to stop meanwhile.
+async fn start(config: &EmbedConfig, mut asked: Pin<&mut impl Future<Output = &'static str>>) -> Result<Option<Node>, Error> {
+    loop {
         let tried = async {
             let started = Node::start(config.clone()).await;
             match &started {
@@ -148,30 +157,61 @@ pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>)
             biased;
             signal = &mut asked => {
                 tracing::info!(signal, "received signal before the node ran");
-                return Ok(());
+                return Ok(None);
             }
             started = tried => match started {
-                Some(started) => break started?,
+                Some(started) => return started.map(Some),
                 None => continue,
             },
         }
-    };
-    tracing::info!(
-        role = %node.role(),
-        cluster = node.cluster_id().unwrap_or_default(),
-        servers = ?*node.endpoints().borrow(),
-        "the node runs"
-    );
-    tokio::select! {
-        biased;
-        stopped = node.stopped() => {
-            let closed = node.shutdown().await;
-            return stopped.and(closed);
-        }
-        signal = asked => tracing::info!(signal, "received signal, shutting down"),
-        never = tell_health(&node) => match never {},
     }
-    node.shutdown().await?;
-    tracing::info!("node stopped");
-    Ok(())
+}
+
+/// Runs until asked to stop.
+///
+/// # Errors
+/// Why it could not start, other than that others are missing; why its server has stopped by itself; or what went wrong when it stopped.
+pub async fn run(config: EmbedConfig, asked: impl Future<Output = &'static str>) -> Result<(), Error> {
+    let mut asked = std::pin::pin!(asked);
+    // Whether the node was started again because it was enlisted.
+    let mut again = false;
+    loop {
+        let Some(node) = start(&config, asked.as_mut()).await? else { return Ok(()) };
+        tracing::info!(
+            role = %node.role(),
+            cluster = node.cluster_id().unwrap_or_default(),
+            servers = ?*node.endpoints().borrow(),
+            "the node runs"
+        );
+        let is_enlisted = tokio::select! {
+            biased;
+            stopped = node.stopped() => {
+                let closed = node.shutdown().await;
+                // It may have been put out before it has voted: then it is a client, and if not, its next start says so.
+                if again && matches!(stopped, Err(Error::Removed)) {
+                    again = false;
+                    tracing::warn!("the server was removed: starting again as what the node is now");
+                    continue;
+                }
+                return stopped.and(closed);
+            }
+            signal = asked.as_mut() => {
+                tracing::info!(signal, "received signal, shutting down");
+                false
+            }
+            () = enlisted(&node) => true,
+            never = tell_health(&node) => match never {},
+        };
+        let closed = node.shutdown().await;
+        if !is_enlisted {
+            closed?;
+            tracing::info!("node stopped");
+            return Ok(());
+        }
+        if let Err(error) = closed {
+            tracing::warn!(%error, "stopping the client");
+        }
+        tracing::info!("the node is enlisted: starting again, as a server");
+        again = true;
+    }
 }

@@ -58,6 +58,9 @@ fn main() -> ExitCode {
     }
 }
 
+/// What has to be done for a node to be a server, once that is ordered.
+const AGAIN: &str = "it takes a new start, which `quorate embed` makes by itself, and other hosts when they are told";
+
 /// Changes who the servers of a cluster of nodes are.
 fn node(args: &[String]) -> ExitCode {
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
@@ -72,8 +75,8 @@ fn node(args: &[String]) -> ExitCode {
     match given {
         Ok(()) => {
             let done = match &order {
-                Order::Grow { nodes } => format!("{} are to be servers: start them again", nodes.join(" and ")),
-                Order::Replace { by, .. } => format!("{by} is to be a server: start it again"),
+                Order::Grow { nodes } => format!("{} are to be servers: {AGAIN}", nodes.join(" and ")),
+                Order::Replace { by, .. } => format!("{by} is to be a server: {AGAIN}"),
                 Order::Remove { server } => format!("{server} is a server no more"),
             };
             let _ = writeln!(std::io::stdout(), "{done}");

@@ -385,6 +385,40 @@ async fn who_is_enlisted_and_does_not_come_is_put_out() {
     shut_down(nodes).await;
 }
 
+/// `quorate embed` is a host that heeds what its node tells it: an order is enough. And it still ends when it is asked to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_is_enlisted_becomes_a_server_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let configs = configs(dir.path(), 1, 2);
+    let first = start(&configs[0]).await.unwrap();
+    put(first.client(), "before", "1").await;
+    let mut others = [Process::start(&configs[1]), Process::start(&configs[2])];
+    let (b, c) = (at(&configs[1]), at(&configs[2]));
+    // They may not have come yet.
+    until("they are to be servers", async || {
+        if let Err(err) = first.grow(&[&b, &c]).await {
+            println!("{err}");
+        }
+        first.local().unwrap().last_members().len() == 3
+    })
+    .await;
+    until_voters(&first, &["n0", "n1", "n2"]).await;
+    until_endpoints(&first, &[&configs[0], &configs[1], &configs[2]]).await;
+    put(first.client(), "before", "2").await;
+    for process in &mut others[..1] {
+        assert!(Command::new("kill").args(["-TERM", &process.0.id().to_string()]).status().unwrap().success());
+        let mut code = None;
+        until("it has ended", async || {
+            code = process.0.try_wait().unwrap();
+            code.is_some()
+        })
+        .await;
+        assert_eq!(code.unwrap().code(), Some(0));
+    }
+    put(first.client(), "after", "n1 has gone").await;
+    first.shutdown().await.unwrap();
+}
+
 /// What a node says of servers that are replaced by themselves.
 fn replacement(node: &Node) -> serde_json::Value {
     node.health_json()["replacement"].clone()
