@@ -398,12 +398,17 @@ impl Agreement {
                 effects
             }
             State::Removed { .. } => vec![Effect::Answer(Answer::Removed { who })],
-            State::Unbound(_) => match ask {
+            State::Unbound(unbound) => match ask {
                 // Who belongs to no cluster is no server of one either, whoever says so.
                 Ask::Hello | Ask::Present { .. } | Ask::Enlist { .. } | Ask::Order { .. } => vec![self.present()],
                 Ask::Prepare { list, .. } | Ask::Accept { list, .. } if *list != self.list.id => vec![self.present()],
                 Ask::Prepare { .. } | Ask::Accept { .. } if !self.claims.is_empty() => vec![self.present()],
-                Ask::Decided { decision } if self.clusters().keys().any(|heard| *heard != decision.cluster) => vec![self.present()],
+                // What it has agreed to itself it is a part of, whatever else it has heard.
+                Ask::Decided { decision }
+                    if !unbound.has_accepted(decision) && self.clusters().keys().any(|heard| *heard != decision.cluster) =>
+                {
+                    vec![self.present()]
+                }
                 Ask::Prepare { ballot, .. } => self.prepare(*ballot),
                 Ask::Accept { ballot, decision, .. } => self.accept(*ballot, decision),
                 Ask::Decided { decision } => {

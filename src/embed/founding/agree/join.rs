@@ -295,6 +295,16 @@ mod tests {
         let effects = node.answered(1, Answer::Bound { who: NodeId(1), known });
         assert!(matches!(effects[..], [Effect::Save(_), Effect::Bound]), "{effects:?}");
         assert_eq!(cluster(&node), Some((Role::Server, 7, 0)));
+        // The same by whoever has decided it; what others have decided is not its business.
+        let mut node = wiped();
+        let decision = Decision { cluster: 7, founders: vec![candidate(3)] };
+        node.asked(&Ask::Accept { list: list().id, ballot, decision: decision.clone() });
+        node.answered(0, of(0, 8, 1));
+        let other = Decision { cluster: 6, ..decision.clone() };
+        assert!(matches!(node.asked(&Ask::Decided { decision: other })[..], [Effect::Answer(Answer::Unbound { .. })]));
+        let effects = node.asked(&Ask::Decided { decision });
+        assert!(matches!(effects[..], [Effect::Save(_), Effect::Bound, Effect::Answer(Answer::Bound { .. })]), "{effects:?}");
+        assert_eq!(cluster(&node), Some((Role::Server, 7, 0)));
     }
 
     #[test]
