@@ -247,6 +247,34 @@ async fn a_stop_does_not_wait_for_a_store() {
     node.shutdown().await.unwrap();
 }
 
+/// Whoever stops in the midst of an upload, or drops all that has to do with it, leaves no parts at a store that answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_in_the_midst_of_an_upload_leaves_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let (server, store) = (member(&home.path().join("data"), true).await, Store::start());
+    store.set(Fault::HangParts);
+    for is_dropped in [false, true] {
+        let backups = Backups::start(&server, told(&store, &[("aws_timeout", NEVER)])).unwrap();
+        {
+            let mut made = std::pin::pin!(backups.back_up());
+            tokio::select! {
+                made = &mut made => panic!("{made:?}"),
+                () = until("a part is sent", async || store.uploads() == 1 && store.hanging() > 0) => {}
+            }
+        }
+        if is_dropped {
+            drop(backups);
+            until("it is given up", async || store.uploads() == 0).await;
+        } else {
+            backups.shutdown().await;
+            assert_eq!(store.uploads(), 0);
+        }
+        store.set(Fault::HangParts);
+        assert!(!store.objects().iter().any(|name| name.ends_with(".backup")));
+    }
+    server.shutdown().await.unwrap();
+}
+
 fn quorate(store: &Store, args: &[&str]) -> (i32, String, String) {
     let mut binary = Command::new(env!("CARGO_BIN_EXE_quorate"));
     binary.args(args).env_clear().stdin(Stdio::null());

@@ -19,7 +19,9 @@
 //! - Memory holds one part, and as much of what comes next as is handed on in one go.
 //! - All of it has a thread of its own, and a time: [`OPERATION`] for each request with its repetitions. Who waits for it is a thread for
 //!   things that block, and waits no longer when the backups are to stop.
-//! - Of what a store answers to a mistake only the code and the message are told: the rest may repeat what it was sent, tokens and all.
+//! - Of what a store answers to a mistake only the code and the message are told: the rest may repeat what it was sent, tokens and all. An
+//!   answer that has neither is told as one short line, and not at all if it speaks of anything secret.
+//! - What was begun is given up before the backups have ended, if the store answers within [`GIVE_UP_STOPPING`].
 //!
 //! # Caveats
 //! - Nobody holds the store. Two that make a backup at the same time make two, and each removes what is surplus; the newest stays. Only the
@@ -37,6 +39,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::TryStreamExt;
+use futures_util::future::BoxFuture;
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
@@ -44,6 +47,8 @@ use object_store::path::Path as Key;
 use object_store::{GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, ObjectStoreScheme, RetryConfig};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::dial::Dialer;
 use super::format::{self, Source};
@@ -80,6 +85,9 @@ const RETRIES: RetryConfig = RetryConfig {
 const GIVE_UP: Duration = Duration::from_secs(30);
 const GIVE_UP_STOPPING: Duration = Duration::from_secs(1);
 
+/// How much longer the end of the backups waits for that. Beyond it something else has the processors.
+const SAYING_SO: Duration = Duration::from_millis(500);
+
 /// See the module's head.
 pub(super) struct Bucket {
     line: Arc<Line>,
@@ -94,6 +102,8 @@ struct Line {
     store: Arc<dyn ObjectStore>,
     /// One thread. It is there until this is dropped.
     runtime: Option<Runtime>,
+    /// Backups that were begun, and are neither made nor given up.
+    unfinished: TaskTracker,
     stop: CancellationToken,
 }
 
@@ -107,7 +117,8 @@ impl Bucket {
         let runtime =
             Builder::new_multi_thread().worker_threads(1).max_blocking_threads(1).thread_name("quorate-backup").enable_all().build();
         let runtime = runtime.map_err(|err| Error::io("starting the thread for", url, err))?;
-        let line = Line { url: url.to_owned(), prefix, store, runtime: Some(runtime), stop: stop.clone() };
+        let (runtime, unfinished) = (Some(runtime), TaskTracker::new());
+        let line = Line { url: url.to_owned(), prefix, store, runtime, unfinished, stop: stop.clone() };
         Ok(Bucket { line: Arc::new(line), clusters: Clusters::default() })
     }
 }
@@ -172,10 +183,11 @@ impl Line {
     }
 
     /// Does what is still to be done when something has failed, and waits for that if it `is_awaited`. The work says whether it was done.
-    fn give_up(&self, name: &str, work: impl Future<Output = bool> + Send + 'static, is_awaited: bool) {
+    /// The thread is there until then, whoever else has let go of it.
+    fn give_up(self: &Arc<Self>, name: &str, work: impl Future<Output = bool> + Send + 'static, is_awaited: bool) {
         let Some(runtime) = &self.runtime else { return };
         let (tell, told) = mpsc::sync_channel(1);
-        let stop = self.stop.clone();
+        let (stop, held) = (self.stop.clone(), (self.unfinished.token(), self.clone()));
         runtime.spawn(async move {
             let mut work = std::pin::pin!(tokio::time::timeout(GIVE_UP, work));
             let done = match stop.run_until_cancelled(&mut work).await {
@@ -183,6 +195,7 @@ impl Line {
                 None => tokio::time::timeout(GIVE_UP_STOPPING, work).await.and_then(|done| done),
             };
             let _ = tell.send(done.unwrap_or(false));
+            drop(held);
         });
         if is_awaited && told.recv_timeout(GIVE_UP + WORD) != Ok(true) {
             tracing::warn!(
@@ -226,17 +239,42 @@ fn fault(err: object_store::Error) -> io::Error {
     io::Error::new(kind, said(&err.to_string()))
 }
 
-/// Bytes of an error that are kept.
+/// Bytes of an error that are kept, and of what a store has answered that is no page.
 const TEXT_BYTES: usize = 1000;
+const ANSWER_BYTES: usize = 200;
 
-/// An error's text, without the page that a store has answered: of that the code and the message, if it has them.
+/// What stands before a store's answer in an error's text. Behind the first of them comes the status.
+const STATUS: &str = "Server returned non-2xx status code: ";
+const ANSWER: &str = "Server returned error response: ";
+
+/// In an answer with one of these there may be something secret.
+const SECRETS: [&str; 9] = ["token", "secret", "password", "signature", "credential", "authorization", "assertion", "bearer", "key\""];
+
+/// An error's text, without the page that a store has answered: of that the code and the message, if it has them; and of an answer that is
+/// no page one short line.
 fn said(text: &str) -> String {
     let (before, page) = text.split_at(text.find('<').unwrap_or(text.len()));
     let element = |name: &str| Some(page.split_once(&format!("<{name}>"))?.1.split_once('<')?.0);
     let found: Vec<&str> = ["Code", "Message"].into_iter().filter_map(element).collect();
-    let mut said = format!("{before}{}", found.join(": "));
+    // Where the answer begins.
+    let status = before.find(STATUS).map(|at| at + STATUS.len());
+    let status = status.and_then(|at| Some(at + before[at..].find(": ")? + 2));
+    let answer = status.or_else(|| before.find(ANSWER).map(|at| at + ANSWER.len())).unwrap_or(before.len());
+    let (before, answer) = before.split_at(answer);
+    let mut said = format!("{before}{}{}", one_line(answer), found.join(": ")).replace(char::is_control, " ");
     said.truncate(said.floor_char_boundary(TEXT_BYTES));
     said
+}
+
+/// An answer that is no page, unless it may have something secret in it.
+fn one_line(answer: &str) -> String {
+    let lower = answer.to_ascii_lowercase();
+    if SECRETS.iter().any(|secret| lower.contains(secret)) {
+        return "(its answer may hold a secret, and is not shown)".into();
+    }
+    let mut line = answer.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.truncate(line.floor_char_boundary(ANSWER_BYTES));
+    line
 }
 
 impl Place for Bucket {
@@ -294,7 +332,8 @@ impl Place for Bucket {
             looked => drop(looked?),
         }
         let (line, begun, waiting) = (self.line.clone(), now, BytesMut::new());
-        Ok(Box::new(Unfinished { line, begun, waiting, sent: 0, named: None, upload: None, may_be_there: false }))
+        let _counted = line.unfinished.token();
+        Ok(Box::new(Unfinished { line, _counted, begun, waiting, sent: 0, named: None, upload: None, may_be_there: false }))
     }
 
     fn open(&self, name: &str) -> Result<Source> {
@@ -319,6 +358,15 @@ impl Place for Bucket {
     fn noted(&self) -> Option<LastTry> {
         let (bytes, _) = self.line.get(LAST_TRY, 0, LAST_TRY_BYTES as u64).ok()?;
         read_try(std::str::from_utf8(&bytes).ok()?)
+    }
+
+    fn ended(&self) -> BoxFuture<'_, ()> {
+        let unfinished = &self.line.unfinished;
+        unfinished.close();
+        Box::pin(async move {
+            // Beyond it, it is given up on.
+            let _ = tokio::time::timeout(GIVE_UP_STOPPING + SAYING_SO, unfinished.wait()).await;
+        })
     }
 }
 
@@ -357,6 +405,8 @@ type Upload = Arc<tokio::sync::Mutex<Box<dyn MultipartUpload>>>;
 /// An object being sent.
 struct Unfinished {
     line: Arc<Line>,
+    /// Until nothing is left of it, or it is made.
+    _counted: TaskTrackerToken,
     begun: SystemTime,
     /// What has not been sent yet.
     waiting: BytesMut,
@@ -494,6 +544,8 @@ impl Drop for Unfinished {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn bucket(url: &str, options: &[(&str, &str)]) -> Result<Bucket> {
@@ -507,6 +559,91 @@ mod tests {
         assert_eq!(said(&format!("403 Forbidden: {page}")), "403 Forbidden: SignatureDoesNotMatch: It does not match");
         assert_eq!((said("no answer within 1s").as_str(), said("502: <html>hunter2").as_str()), ("no answer within 1s", "502: "));
         assert_eq!(said(&"\u{fc}".repeat(TEXT_BYTES)).len(), TEXT_BYTES);
+        // What is no page.
+        let begins = "Error performing POST https://example.com/token in 1s - Server returned non-2xx status code: 403 Forbidden: ";
+        let told = |answer: &str| said(&format!("{begins}{answer}")).strip_prefix(begins).unwrap().to_owned();
+        assert_eq!(told("{\n  \"error\": {\n    \"code\": 403\n  }\n}"), "{ \"error\": { \"code\": 403 } }");
+        assert_eq!(
+            (told(&"a ".repeat(300)).len(), told("").as_str(), told(page).as_str()),
+            (ANSWER_BYTES, "", "SignatureDoesNotMatch: It does not match")
+        );
+        for secret in ["{\"access_Token\": \"hunter2\"}", "Authorization: hunter2", "{\"Key\": \"hunter2\"}"] {
+            assert!(told(secret).starts_with("(its answer") && !told(secret).contains("hunter2"));
+        }
+        assert!(!said("Server returned error response: password=hunter2").contains("hunter2"));
+    }
+
+    /// Parts that were sent, and are given up once that is allowed.
+    #[derive(Debug)]
+    struct Sent {
+        allowed: Arc<tokio::sync::Semaphore>,
+        given_up: CancellationToken,
+    }
+
+    type Done<'a, T> = std::pin::Pin<Box<dyn Future<Output = object_store::Result<T>> + Send + 'a>>;
+
+    impl MultipartUpload for Sent {
+        fn put_part(&mut self, _: object_store::PutPayload) -> object_store::UploadPart {
+            Box::pin(std::future::pending())
+        }
+
+        fn complete<'a: 'b, 'b>(&'a mut self) -> Done<'b, object_store::PutResult>
+        where
+            Self: 'b,
+        {
+            Box::pin(std::future::pending())
+        }
+
+        fn abort<'a: 'b, 'b>(&'a mut self) -> Done<'b, ()>
+        where
+            Self: 'b,
+        {
+            Box::pin(async {
+                let _ = self.allowed.acquire().await;
+                self.given_up.cancel();
+                Ok(())
+            })
+        }
+    }
+
+    /// Whoever lets go of an upload gives it up: the thread is there until then, and the end of the backups waits for it.
+    #[test]
+    fn who_lets_go_of_an_upload_gives_it_up() {
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        for is_awaited in [false, true] {
+            let stop = CancellationToken::new();
+            let options = [("aws_access_key_id", "a"), ("aws_secret_access_key", "hunter2"), ("aws_region", "r")];
+            let bucket = Bucket::open("s3://bucket", &StoreOptions::new(options), &stop).unwrap();
+            let (allowed, given_up) = (Arc::new(tokio::sync::Semaphore::new(0)), CancellationToken::new());
+            let upload: Box<dyn MultipartUpload> = Box::new(Sent { allowed: allowed.clone(), given_up: given_up.clone() });
+            let line = bucket.line.clone();
+            let part = Unfinished {
+                _counted: line.unfinished.token(),
+                line,
+                begun: SystemTime::UNIX_EPOCH,
+                waiting: BytesMut::new(),
+                sent: 0,
+                named: None,
+                upload: Some(Arc::new(tokio::sync::Mutex::new(upload))),
+                may_be_there: false,
+            };
+            runtime.block_on(async {
+                if is_awaited {
+                    stop.cancel();
+                    let mut ended = bucket.ended();
+                    assert!((&mut ended).now_or_never().is_none());
+                    drop(part);
+                    assert!((&mut ended).now_or_never().is_none());
+                    allowed.add_permits(1);
+                    ended.await;
+                    assert!(given_up.is_cancelled());
+                } else {
+                    drop((part, bucket));
+                    allowed.add_permits(1);
+                    tokio::time::timeout(GIVE_UP, given_up.cancelled()).await.unwrap();
+                }
+            });
+        }
     }
 
     /// Opening asks the network for nothing, and says what is wrong without what is secret.

@@ -332,6 +332,7 @@ impl Backups {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        self.shared.place.ended().await;
     }
 }
 

@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
+use futures_util::future::BoxFuture;
 use rustix::fs::{Advice, fadvise};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -89,6 +90,12 @@ pub(super) trait Place: Send + Sync + 'static {
 
     /// What was remembered; none also when it cannot be read.
     fn noted(&self) -> Option<LastTry>;
+
+    /// Returns, once the backups are to stop, when nothing is left of what was begun, or after a short time. A directory has nothing to wait
+    /// for: there it is removed by whoever drops it.
+    fn ended(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// A backup being written. Dropped before its end, it is removed.

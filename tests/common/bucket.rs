@@ -30,6 +30,8 @@ pub enum Fault {
     Away,
     /// Nothing is ever answered.
     Hang,
+    /// Parts of an upload are not answered; all else is.
+    HangParts,
     /// Of so many parts that come, and of as many objects that are asked for, the connection is lost in the middle.
     Cut(usize),
     /// Objects are kept with one bit changed.
@@ -191,7 +193,7 @@ fn answer(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         .collect();
     let key = decoded(path.strip_prefix("/bucket").unwrap_or_default().trim_start_matches('/'));
     locked(state).requests.push(format!("{method} {key}"));
-    if fault == Fault::Hang {
+    if fault == Fault::Hang || fault == Fault::HangParts && query.contains_key("partNumber") {
         locked(state).hanging.push(stream);
         return Ok(());
     }
