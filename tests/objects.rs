@@ -97,6 +97,11 @@ async fn a_store_keeps_backups_as_a_directory_does() {
         let newest = made[2].clone();
         assert_eq!((newest.revision, newest.cluster_id), (22, Some(server.cluster_id())));
         let mut listed = backups.status().await.unwrap().backups;
+        // Who makes none sees the same, by the same options.
+        assert_eq!(backup::list_with(&config.dir, &config.store_options).unwrap().backups, listed);
+        let read = backup::list_verified_with(&config.dir, &config.store_options).unwrap().backups;
+        let sound = read.iter().filter(|backup| backup.soundness == Soundness::Verified).map(|backup| &backup.name);
+        assert_eq!(sound.collect::<Vec<_>>(), [&made[1].name, &made[2].name]);
         if is_store {
             for revision in [8, 9] {
                 let damaged = listed.remove(0);

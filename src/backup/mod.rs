@@ -113,7 +113,16 @@ pub struct Listing {
 /// # Errors
 /// `Io`; `Config` for a URL that is none.
 pub fn list(dir: impl AsRef<Path>) -> Result<Listing> {
-    let place = store::place_to_read(dir.as_ref())?;
+    list_with(dir, &StoreOptions::default())
+}
+
+/// As [`list`], with what an object store is told besides its variables: the [options](BackupConfig::store_options) by which backups are
+/// made there. For a directory they mean nothing.
+///
+/// # Errors
+/// As [`list`]; `Config` for an option that the store has not.
+pub fn list_with(dir: impl AsRef<Path>, options: &StoreOptions) -> Result<Listing> {
+    let place = store::place_to_read(dir.as_ref(), options)?;
     Ok(Listing { backups: place.list()?, last_try: place.noted() })
 }
 
@@ -122,7 +131,15 @@ pub fn list(dir: impl AsRef<Path>) -> Result<Listing> {
 /// # Errors
 /// `Io` for the directory. One that is damaged, or cannot be read, says so [itself](BackupInfo::soundness).
 pub fn list_verified(dir: impl AsRef<Path>) -> Result<Listing> {
-    let place = store::place_to_read(dir.as_ref())?;
+    list_verified_with(dir, &StoreOptions::default())
+}
+
+/// As [`list_verified`], with what an object store is told, as [`list_with`] has it.
+///
+/// # Errors
+/// As [`list_verified`]; `Config` for an option that the store has not.
+pub fn list_verified_with(dir: impl AsRef<Path>, options: &StoreOptions) -> Result<Listing> {
+    let place = store::place_to_read(dir.as_ref(), options)?;
     let mut listing = Listing { backups: place.list()?, last_try: place.noted() };
     for backup in &mut listing.backups {
         let read = place.open(&backup.name).and_then(|source| format::verify(source, &backup.path));

@@ -128,10 +128,10 @@ pub(super) fn place(config: &BackupConfig, is_shared: bool, stop: &CancellationT
 ///
 /// # Errors
 /// `Config`.
-pub(super) fn place_to_read(dir: &Path) -> Result<Arc<dyn Place>> {
+pub(super) fn place_to_read(dir: &Path, options: &StoreOptions) -> Result<Arc<dyn Place>> {
     Ok(match look(dir)? {
         Where::Directory(path) => Arc::new(Visited { must_be_there: true, ..Visited::new(&path) }),
-        Where::Store(url) => bucket(&url, &StoreOptions::default(), &CancellationToken::new())?,
+        Where::Store(url) => bucket(&url, options, &CancellationToken::new())?,
     })
 }
 
