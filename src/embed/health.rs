@@ -8,8 +8,9 @@
 //! | `/v1/health` | all of it, as JSON: [`Node::health_json`](super::Node::health_json). Always 200 |
 //! | `/metrics`, `/version` | the server's metrics, or those of a client |
 //!
-//! A server answers there by the very code that answers on its client port. The port is open from the start on, while the node still
-//! waits for others: it lives, and is not ready, and `/readyz` and `founding` in `/v1/health` say who is missing, and why.
+//! A server answers there by the very code that answers on its client port. The port is open as soon as the node has its directory and
+//! knows its own address, while it still waits for others: it lives, and is not ready, and `/readyz` and `founding` in `/v1/health` say who is
+//! missing, and why. It is closed while the node stops, and between a try to start that has failed and the next one.
 //!
 //! # Caveats
 //! - It is plain HTTP without a login, also where all else is in TLS: it tells addresses, and no keys. By default there is no such port.
