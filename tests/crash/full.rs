@@ -59,7 +59,7 @@ async fn load_until(
         if said > progress.1 {
             progress = (Instant::now(), said);
         }
-        assert!(progress.0.elapsed() < NOTICE, "{what}: silent after {said} answers:\n{}", tail(&member.log()));
+        assert!(progress.0.elapsed() < NOTICE, "{what}: silent after {said} answers, {:#?}:\n{}", load.unknown(), tail(&member.log()));
         assert!(begun.elapsed() < 4 * NOTICE, "{what}: not within {:?}, after {said} answers:\n{}", 4 * NOTICE, tail(&member.log()));
         assert!(member.exited().is_none(), "{what}: it has ended:\n{}", tail(&member.log()));
         tokio::time::sleep(Duration::from_millis(5)).await;

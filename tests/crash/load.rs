@@ -35,6 +35,9 @@ const SIGHTINGS: usize = 300;
 /// How many of the newest revisions the janitor leaves alone.
 const KEEP: i64 = 100;
 
+/// Bytes of the largest value: three of them, which is what a transaction may hold, still fit into one request of 1.5 MiB.
+const LARGEST: usize = 500_000;
+
 /// What a member says, with ResourceExhausted, when there is no space.
 const NO_SPACE: &str = "etcdserver: mvcc: database space exceeded";
 
@@ -99,6 +102,8 @@ struct Shared {
     acknowledged: AtomicU64,
     puts: AtomicU64,
     no_space: AtomicU64,
+    /// What was said instead of answers. A writer ends with it.
+    unknown: Mutex<Vec<String>>,
     serial: Arc<AtomicU64>,
     witnessed: Mutex<BTreeMap<i64, Vec<Event>>>,
     sightings: Mutex<Vec<Sighting>>,
@@ -139,6 +144,7 @@ impl Load {
             acknowledged: AtomicU64::new(0),
             puts: AtomicU64::new(0),
             no_space: AtomicU64::new(0),
+            unknown: Mutex::default(),
             serial: ledger.serial.clone(),
             witnessed: Mutex::default(),
             sightings: Mutex::default(),
@@ -171,6 +177,11 @@ impl Load {
     /// How many requests were refused because there was no space.
     pub fn no_space(&self) -> u64 {
         self.shared.no_space.load(SeqCst)
+    }
+
+    /// What was said instead of answers.
+    pub fn unknown(&self) -> Vec<String> {
+        locked(&self.shared.unknown).clone()
     }
 
     /// Ends the load, if the end of the member has not done so already, and returns what was said.
@@ -209,6 +220,10 @@ impl Shared {
     async fn send(&self, client: &mut Client, op: Op) -> Entry {
         let floor = self.newest.load(SeqCst);
         let sent = Instant::now();
+        let unknown = |what: String| {
+            locked(&self.unknown).push(format!("{op:.60?} after {:?}: {what}", sent.elapsed()));
+            Outcome::Unknown(what)
+        };
         let outcome = match tokio::time::timeout(REQUEST_LIMIT, client.send(&op)).await {
             Ok(Ok(answer)) => {
                 self.newest.fetch_max(answer.revision, SeqCst);
@@ -222,8 +237,8 @@ impl Shared {
                 }
                 Outcome::Refused
             }
-            Ok(Err(status)) => Outcome::Unknown(status.to_string()),
-            Err(_) => Outcome::Unknown(format!("no answer within {REQUEST_LIMIT:?}")),
+            Ok(Err(status)) => unknown(status.to_string()),
+            Err(_) => unknown(format!("no answer within {REQUEST_LIMIT:?}")),
         };
         Entry { op, floor, sent, outcome }
     }
@@ -272,9 +287,8 @@ impl Writer {
 
     fn put(&mut self, number: usize) -> Op {
         let size = match self.rng.random_range(0..1000) {
-            // Two of the largest still fit into one request.
-            _ if self.shape.heavy => self.rng.random_range(1_000..700_000),
-            0 => self.rng.random_range(100_000..700_000),
+            _ if self.shape.heavy => self.rng.random_range(1_000..LARGEST),
+            0 => self.rng.random_range(100_000..LARGEST),
             1..20 => self.rng.random_range(10_000..100_000),
             20..150 => self.rng.random_range(500..10_000),
             _ => self.rng.random_range(0..500),
