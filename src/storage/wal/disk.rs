@@ -164,19 +164,20 @@ impl Direct {
         None
     }
 
-    /// Writes `buf`, durably; `false` if that cannot be done this way: it is not yet written then, or only in part.
+    /// Whether so many bytes can be written there this way: not too many, and no block of them beyond the file's end.
+    fn takes(&mut self, bytes: usize, offset: u64) -> io::Result<bool> {
+        let to = (offset + bytes as u64).next_multiple_of(BLOCK as u64);
+        if to > self.len {
+            self.len = self.file.metadata()?.len();
+        }
+        Ok(bytes <= DIRECT_BYTES_MAX && to <= self.len)
+    }
+
+    /// Writes `buf`, durably, where it [takes](Self::takes) it; `false` if the file system does not have it this way: it is not yet written
+    /// then, or only in part.
     fn append_at(&mut self, cached: &File, buf: &[u8], offset: u64) -> io::Result<bool> {
         let end = offset + buf.len() as u64;
         let (from, to) = (offset - offset % BLOCK as u64, end.next_multiple_of(BLOCK as u64));
-        if buf.len() > DIRECT_BYTES_MAX {
-            return Ok(false);
-        }
-        if to > self.len {
-            self.len = self.file.metadata()?.len();
-            if to > self.len {
-                return Ok(false);
-            }
-        }
         let before = (offset - from) as usize;
         if self.end != offset {
             self.tail.resize(before, 0);
@@ -225,13 +226,13 @@ impl DiskFile for RealFile {
 
     fn append_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let mut direct = lock(&self.direct);
-        if let Some(way) = &mut *direct {
+        if let Some(way) = &mut *direct
+            && way.takes(buf.len(), offset)?
+        {
             if way.append_at(&self.file, buf, offset)? {
                 return Ok(());
             }
-            if buf.len() <= DIRECT_BYTES_MAX && offset + (buf.len() + BLOCK) as u64 <= way.len {
-                *direct = None;
-            }
+            *direct = None;
         }
         drop(direct);
         self.write_at(buf, offset)?;
