@@ -4,24 +4,19 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use quorate::Error;
-use quorate::embed::{EmbedConfig, Node, Role, Token};
+use quorate::embed::{EmbedConfig, Node, Role};
 
+#[path = "common/nodes.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod nodes;
 #[path = "common/ports.rs"]
 mod ports;
-use ports::free_port;
+use nodes::{PATIENCE, Place, join, places};
 
-/// What anything here may take. A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-fn config(dir: &Path, name: &str, (peer, client): (u16, u16), join: &[u16]) -> EmbedConfig {
-    let mut config = EmbedConfig::default();
-    config.advertise_ip = Some([127, 0, 0, 1].into());
-    (config.peer_port, config.client_port) = (peer, client);
-    config.join = join.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+fn config(dir: &Path, name: &str, place: Place, listed: &[Place]) -> EmbedConfig {
+    let mut config = nodes::config(dir, 0, place, join(listed));
     config.hostname = name.into();
     config.data_dir = dir.join(name);
-    config.token = Token::new("a secret");
-    config.start_timeout = PATIENCE;
     config
 }
 
@@ -42,19 +37,18 @@ async fn refused_until(config: &EmbedConfig, words: &[&str]) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_clusters_a_node_joins_neither() {
     let dir = tempfile::tempdir().unwrap();
-    let places = [(free_port(), free_port()), (free_port(), free_port()), (free_port(), free_port())];
-    let all = places.map(|(peer, _)| peer);
-    let [a, b, _] = all;
+    let places = places(3);
+    let (a, b) = (places[0].0, places[1].0);
     // Founded apart from each other; then all are told of all.
     let mut clusters = Vec::new();
     for (name, place) in [("a", places[0]), ("b", places[1])] {
-        let node = Node::start(config(dir.path(), name, place, &[place.0])).await.unwrap();
+        let node = Node::start(config(dir.path(), name, place, &[place])).await.unwrap();
         clusters.push(node.cluster_id().unwrap());
         node.shutdown().await.unwrap();
     }
     assert_ne!(clusters[0], clusters[1]);
-    let first = Node::start(config(dir.path(), "a", places[0], &all)).await.unwrap();
-    let second = Node::start(config(dir.path(), "b", places[1], &all)).await.unwrap();
+    let first = Node::start(config(dir.path(), "a", places[0], &places)).await.unwrap();
+    let second = Node::start(config(dir.path(), "b", places[1], &places)).await.unwrap();
     assert_eq!((first.role(), second.role()), (Role::Server, Role::Server));
     for (node, cluster, port) in [(&first, &clusters[1], b), (&second, &clusters[0], a)] {
         let began = Instant::now();
@@ -65,7 +59,7 @@ async fn of_two_clusters_a_node_joins_neither() {
         }
     }
 
-    let mut third = config(dir.path(), "c", places[2], &all);
+    let mut third = config(dir.path(), "c", places[2], &places);
     // No longer than others are waited for: so nobody who is slow to answer leaves it with one of them alone.
     third.start_timeout = Duration::from_secs(2);
     let at = |cluster: &str, port: u16| format!("{cluster} at 127.0.0.1:{port}");
@@ -82,7 +76,7 @@ async fn of_two_clusters_a_node_joins_neither() {
     // It comes back as a node of the other.
     std::fs::remove_dir_all(dir.path().join("b")).unwrap();
     third.start_timeout = PATIENCE;
-    let second = Node::start(config(dir.path(), "b", places[1], &all)).await.unwrap();
+    let second = Node::start(config(dir.path(), "b", places[1], &places)).await.unwrap();
     let third = Node::start(third).await.unwrap();
     for node in [&second, &third] {
         assert_eq!((node.role(), node.cluster_id().as_ref()), (Role::Client, Some(&clusters[0])));
@@ -101,17 +95,16 @@ async fn of_two_clusters_a_node_joins_neither() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_is_said_what_differs() {
     let dir = tempfile::tempdir().unwrap();
-    let places = [(free_port(), free_port()), (free_port(), free_port()), (free_port(), free_port())];
-    let all = places.map(|(peer, _)| peer);
-    let mut other = config(dir.path(), "b", places[1], &all);
+    let places = places(3);
+    let mut other = config(dir.path(), "b", places[1], &places);
     other.servers = quorate::embed::Servers::One;
-    let mut first = config(dir.path(), "a", places[0], &all);
+    let mut first = config(dir.path(), "a", places[0], &places);
     first.start_timeout = Duration::from_secs(4);
     tokio::select! {
         started = Node::start(other) => panic!("{started:?}"),
         () = refused_until(&first, &["another KV_SERVERS", "1 servers there, 3 here"]) => {}
     }
-    let mut unlisted = config(dir.path(), "c", places[2], &all[..2]);
+    let mut unlisted = config(dir.path(), "c", places[2], &places[..2]);
     unlisted.start_timeout = Duration::from_secs(4);
-    refused_until(&unlisted, &[&format!("http://127.0.0.1:{}, was reached at no entry of JOIN", all[2]), "is missing"]).await;
+    refused_until(&unlisted, &[&format!("http://127.0.0.1:{}, was reached at no entry of JOIN", places[2].0), "is missing"]).await;
 }
