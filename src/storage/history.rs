@@ -21,11 +21,11 @@
 //!   neighbours, by [`collect`](History::collect).
 //!
 //! # How full blocks are, and how often a record is written
-//! A batch of a few records makes a small block, and the last block is not rewritten ten times a second for it. Only when
+//! A batch of a few records makes a small block, and the last block is not rewritten each time for it. Only when
 //! the small blocks at the end together with the new records fill a block are they packed anew. As the old ones alone do not
 //! fill one, what is left over for the next time are new records only: **each record is written once or twice**, at 40,000
-//! puts/s (thousands of records a batch) practically once, at 10 puts/s twice, and at the end there are never more
-//! than 31 small blocks. Rewriting the last block in place would write each record up to 31 times at 10 puts/s.
+//! puts/s (thousands of records a batch) practically once, where they come a few at a time twice, and at the end there are never
+//! more than 31 small blocks. Rewriting the last block in place would write each record up to 31 times where they come one at a time.
 //!
 //! # Measured
 //! 1M records of 300 bytes; CPU time of the calling thread on a busy 2-core machine, `tests/measure.rs`, in memory and on sled:
@@ -42,7 +42,7 @@
 //! history.put_meta(b"lease/7", Some(ttl));
 //! history.commit(log_id);          // end of the log entry
 //! history.get(Revision { main: 2, sub: 0 })?;   // there at once
-//! history.write_out()?;            // ten times a second, on the background writer
+//! history.write_out()?;            // each second or sooner, on the background writer
 //! history.sync()?;                 // before the log is purged: returns the log id that is safe
 //! ```
 //!
@@ -104,7 +104,8 @@ pub const TAIL_BYTES_HIGH: usize = 32 * 1024 * 1024;
 /// one, then twice as many each time.
 const RUN_BLOCKS: usize = 32;
 
-/// Blocks that are read in one go while the cache is not full, when one is asked for. The backend's page holds about 12.
+/// Blocks that are read in one go while the cache is not full, when one is asked for. The backend's page holds 3, or about 12 of those that came
+/// a few at a time.
 const NEAR_BLOCKS: usize = 8;
 
 /// Records that a scan copies out of the tail under one lock. A longer scan comes back for more.

@@ -65,7 +65,7 @@ impl Draft {
 
 impl History {
     /// Writes everything committed so far, and the deaths that wait for no commit, in one atomic batch, or in several if there
-    /// is more than one may hold. Returns whether there was anything. To be called about ten times a second.
+    /// is more than one may hold. Returns whether there was anything. To be called when some MiB have gathered, or a second has passed.
     ///
     /// # Errors
     /// Whatever the backend returns. Nothing is lost by it: what could not be applied is tried again, before anything
