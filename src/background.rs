@@ -13,7 +13,7 @@
 //! let go of at the next turn, with all that was to be written: nothing of it is wanted any more.
 //!
 //! # Compaction
-//! It goes in rounds of about [`COMPACT_TIME`], and what a round has marked dead is written out before the next one, so that
+//! It goes in rounds of at most about [`COMPACT_TIME`], and what a round has marked dead is written out before the next one, so that
 //! neither the memory for it grows nor the batch. It needs no log entry to follow: also an idle store gets its space back. A
 //! compaction counts as [carried out](Background::compacted) when its deaths have been given to the storage.
 //!
@@ -44,6 +44,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::metrics::Counters;
 use crate::mvcc::{Current, Store};
+use crate::pace::{Activity, REST, breathe, gently, is_gentle};
 use crate::raft::apply::Clock;
 use crate::storage::Backend;
 
@@ -63,17 +64,19 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 const FULL_RETRY: Duration = Duration::from_millis(500);
 
 /// Steps of compaction between two writes, and the time after which no further one is begun: a step is bounded in keys and
-/// bytes, but a disk may be slow to read them. 16 steps mark at most 16,384 deaths: a batch that the log's sync hardly notices.
+/// bytes, but a disk may be slow to read them. 16 steps mark at most 16,384 deaths. While clients write it is two: sled takes the changes of
+/// a batch in one go, half a millisecond for each thousand deaths.
 const COMPACT_STEPS: usize = 16;
+const GENTLE_STEPS: usize = 2;
 const COMPACT_TIME: Duration = Duration::from_millis(10);
 
 /// Rest after each step of compaction. The lock that steps share with requests goes to whoever is awake when it is given up: without
 /// a rest that is the next step, not the request that is being woken.
 const STEP_REST: Duration = Duration::from_micros(100);
 
-/// While clients write, work that nobody waits for rests after each round for this many times as long as the round took, up to
-/// [`LOOK_INTERVAL`]: disk and processors are theirs first. A store to which nobody writes is tidied up at full speed.
-const REST_ROUNDS: u32 = 2;
+/// While clients write, the work is done [gently](crate::pace): disk and processors are theirs first, unless so many bytes wait to be written
+/// out that it would not keep up.
+const GENTLE_BYTES: u64 = 4 * WRITE_BYTES;
 
 /// Deaths that may wait in memory while the disk is full, some 64 MiB; beyond it compaction waits too.
 const DEATHS_HIGH: usize = 1 << 20;
@@ -81,8 +84,9 @@ const DEATHS_HIGH: usize = 1 << 20;
 /// How long after a rewrite that failed, or that had filled the disk, none is begun unless somebody asks for one.
 const REWRITE_REST: Duration = Duration::from_secs(10 * 60);
 
-/// Bytes that one step of tidying up may rewrite. A write to the log waits for the disk to have taken them.
+/// Bytes that one step of tidying up may rewrite, and while clients write: a write to the log waits for the disk to have taken them.
 const STEP_BYTES: usize = 256 << 10;
+const GENTLE_STEP_BYTES: usize = 64 << 10;
 
 /// The storage is rewritten into fresh files when it takes more than two and a half times its live bytes and this on disk,
 /// and has grown well beyond what the last rewrite left.
@@ -169,6 +173,7 @@ impl Background {
             rest_until: Duration::ZERO,
             unwritten: false,
             failed: false,
+            activity: Activity::default(),
             synced,
             tried: Duration::ZERO,
         };
@@ -272,6 +277,8 @@ struct Worker {
     /// Compaction has marked deaths that the storage has not got yet.
     unwritten: bool,
     failed: bool,
+    /// Of the store's revision.
+    activity: Activity,
     /// When the storage was last synced, and last given anything.
     synced: Duration,
     tried: Duration,
@@ -284,7 +291,8 @@ impl Worker {
             while let Some(wait) = rest {
                 let full = self.shared.full.load(Ordering::Relaxed);
                 let wants = self.wait(wait);
-                rest = self.turn(full, wants);
+                let gentle = !wants.stop && self.is_shared();
+                rest = gently(gentle, || self.turn(full, wants));
             }
         });
         if std::panic::catch_unwind(turns).is_err() {
@@ -313,7 +321,7 @@ impl Worker {
             return None;
         }
         self.follow();
-        let (began, revision) = ((self.clock)(), self.store.revision());
+        let began = (self.clock)();
         let ask_rewrite = !defragment.is_empty();
         self.rewriting.extend(defragment);
         let must_sync = stop || ask_rewrite || began.saturating_sub(self.synced) >= SYNC_INTERVAL;
@@ -352,7 +360,7 @@ impl Worker {
             // Writers are held back until this has caught up.
             Duration::ZERO
         } else if busy {
-            self.rest(began, revision)
+            if is_gentle() { REST } else { Duration::ZERO }
         } else if self.shared.full.load(Ordering::Relaxed) {
             FULL_RETRY
         } else {
@@ -360,11 +368,9 @@ impl Worker {
         })
     }
 
-    /// How long to rest after a round that began at `began`, when the store was at `revision`, and that has left something to do.
-    fn rest(&self, began: Duration, revision: i64) -> Duration {
-        let took = (self.clock)().saturating_sub(began);
-        let quiet = self.store.revision() == revision;
-        if quiet { Duration::ZERO } else { (REST_ROUNDS * took).min(LOOK_INTERVAL) }
+    /// Whether clients write, and this keeps up with them.
+    fn is_shared(&mut self) -> bool {
+        self.activity.is_recent((self.clock)(), self.store.revision()) && self.store.history().stats().tail_bytes < GENTLE_BYTES
     }
 
     /// Goes over to another store, if the member has.
@@ -467,6 +473,7 @@ impl Worker {
             return Ok(false);
         }
         let began = (self.clock)();
+        let mut marked = 0;
         for _ in 0..COMPACT_STEPS {
             let Some(removed) = self.store.compact_step()? else { return Ok(false) };
             self.counters.compacted_keys.add(removed as u64);
@@ -478,6 +485,11 @@ impl Worker {
             if crate::world::is_simulated() {
                 continue;
             }
+            marked += usize::from(removed > 0);
+            if is_gentle() && marked == GENTLE_STEPS {
+                break;
+            }
+            breathe();
             std::thread::sleep(STEP_REST);
         }
         Ok(true)
@@ -485,7 +497,9 @@ impl Worker {
 
     /// Collects and rewrites, a bounded piece of each. Returns whether there is more to do at once.
     fn tidy(&mut self, ask_rewrite: bool, busy: bool) -> Result<bool> {
-        let more = self.store.history().collect(STEP_BYTES)?;
+        let bytes = if is_gentle() { GENTLE_STEP_BYTES } else { STEP_BYTES };
+        let more = self.store.history().collect(bytes)?;
+        breathe();
         let stats = self.store.history().stats();
         let wasteful = stats.disk_bytes > stats.live_bytes / 2 * 5 + REWRITE_BYTES_MIN && stats.disk_bytes > self.rewritten / 5 * 7;
         let rested = (self.clock)() >= self.rest_until;
@@ -508,7 +522,7 @@ impl Worker {
             self.began.get_or_insert((self.clock)());
             self.shared.rewriting.store(true, Ordering::Relaxed);
         }
-        let more = self.backend.rewrite_step(STEP_BYTES)?;
+        let more = self.backend.rewrite_step(if is_gentle() { GENTLE_STEP_BYTES } else { STEP_BYTES })?;
         if !more && self.copying {
             self.rewritten = self.backend.disk_bytes();
         }

@@ -87,6 +87,7 @@ pub mod metrics;
 #[allow(dead_code, reason = "invariants that tests check")]
 mod mvcc;
 mod node;
+mod pace;
 pub mod proto;
 #[allow(dead_code, reason = "invariants that tests check")]
 mod raft;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// From the ground up.
 const LAYERS: &[&[&str]] = &[
-    &["error", "lock", "proto", "testing"],
+    &["error", "lock", "pace", "proto", "testing"],
     &["world"],
     &["storage", "config", "cork", "lease", "metrics", "slow"],
     &["mvcc", "snapshot", "cli", "tls"],

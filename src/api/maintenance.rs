@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status};
 use crate::config::ETCD_VERSION;
 use crate::error::{ApplyError, Error, Result};
 use crate::node::Node;
+use crate::pace::Activity;
 use crate::proto::etcdserverpb::maintenance_server::Maintenance;
 use crate::proto::etcdserverpb::{
     AlarmRequest, AlarmResponse, AlarmType, DefragmentRequest, DefragmentResponse, DowngradeInfo, DowngradeRequest, DowngradeResponse,
@@ -140,6 +141,8 @@ pub(crate) struct Backup {
     /// None while a step is under way, and after one was given up.
     writer: Option<Writer>,
     ready: VecDeque<Bytes>,
+    /// Of the store's revision.
+    activity: Activity,
 }
 
 impl Backup {
@@ -152,7 +155,7 @@ impl Backup {
         let start = node.start_backup().await?;
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let writer = Writer::new(node.identity.cluster_id, node.identity.member_id, created.as_secs(), start)?;
-        Ok(Backup { node, began, writer: Some(writer), ready: VecDeque::new() })
+        Ok(Backup { node, began, writer: Some(writer), ready: VecDeque::new(), activity: Activity::default() })
     }
 
     /// The next chunk, of up to 64 KiB; none after the last, which is the checksum alone, as etcd sends it.
@@ -171,10 +174,11 @@ impl Backup {
                 self.writer = Some(writer);
                 return Ok(None);
             }
-            let (began, revision) = (self.node.machine.now(), self.node.store().revision());
+            let began = self.node.machine.now();
+            let beside_writes = self.activity.is_recent(began, self.node.store().revision());
             let step = self.node.blocking(move || writer.step().map(|chunks| (writer, chunks))).await?;
             let (writer, chunks) = step?;
-            if !writer.is_finished() && self.node.store().revision() != revision {
+            if !writer.is_finished() && beside_writes {
                 self.node.pause(REST_STEPS * self.node.machine.now().saturating_sub(began)).await?;
             }
             if writer.is_finished() {

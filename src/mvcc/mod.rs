@@ -63,8 +63,8 @@ pub(crate) const STEP_KEYS: usize = if cfg!(any(test, fuzzing)) { 3 } else { 102
 /// Revisions that a compaction gathers before it marks them: 16 MiB of them, and those of one step or of one key more.
 const DYING_MAX: usize = if cfg!(any(test, fuzzing)) { 20 } else { 1 << 20 };
 
-/// Keys that a compaction changes under the lock before it lets others have it.
-const LOCKED_KEYS: usize = if cfg!(any(test, fuzzing)) { 2 } else { 128 };
+/// Keys that one step of a compaction changes, under the lock.
+const COMPACT_KEYS: usize = if cfg!(any(test, fuzzing)) { 2 } else { 128 };
 
 /// Bytes of records that one step of a compaction's hash reads, or one record more.
 const STEP_BYTES: usize = if cfg!(any(test, fuzzing)) { 100 } else { 1 << 20 };
@@ -494,7 +494,7 @@ impl Store {
         {
             let state = self.state();
             for (looked_at, (key, entry)) in state.index.range(from, Bound::Unbounded).enumerate() {
-                if looked_at == STEP_KEYS {
+                if looked_at == STEP_KEYS || candidates.len() == COMPACT_KEYS {
                     next = Some(key.to_vec());
                     break;
                 }
@@ -503,15 +503,14 @@ impl Store {
                 }
             }
         }
-        for candidates in candidates.chunks(LOCKED_KEYS) {
-            let mut state = write(&self.state);
-            for key in candidates {
-                state.index.update(key, |entry| {
-                    let gone = entry.is_some_and(|entry| !entry.compact(upto, dying));
-                    (if gone { Edit::Remove } else { Edit::Keep }, ())
-                });
-            }
+        let mut state = write(&self.state);
+        for key in &candidates {
+            state.index.update(key, |entry| {
+                let gone = entry.is_some_and(|entry| !entry.compact(upto, dying));
+                (if gone { Edit::Remove } else { Edit::Keep }, ())
+            });
         }
+        drop(state);
         next
     }
 

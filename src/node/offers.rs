@@ -25,6 +25,9 @@ use crate::raft::outgoing::{Sending, Writer};
 /// How long a snapshot waits for its next piece to be asked for. Beyond it, it is given up.
 const OFFER_IDLE: Duration = Duration::from_secs(30);
 
+/// Bytes from which on a piece is one. It is at most a step of the writer's longer.
+const PIECE_BYTES: usize = 512 << 10;
+
 /// A snapshot that a member fetches.
 pub(super) struct Offer {
     id: u64,
@@ -90,8 +93,8 @@ impl Node {
         let Some(mut writer) = current.writer.take() else { return refused("the snapshot was given up") };
         let made = self.blocking(move || {
             let mut piece = Vec::new();
-            while piece.is_empty() && !writer.is_finished() {
-                piece = writer.step()?.into_iter().flatten().collect();
+            while piece.len() < PIECE_BYTES && !writer.is_finished() {
+                writer.step()?.iter().for_each(|chunk| piece.extend_from_slice(chunk));
             }
             Ok::<_, Error>((writer, Bytes::from(piece)))
         });

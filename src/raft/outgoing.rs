@@ -29,8 +29,8 @@ use crate::storage::Revision;
 
 use super::apply::{Clock, Position};
 
-/// Bytes of a snapshot that are made in one go. The next are made when these were taken.
-pub(crate) const STEP_BYTES: usize = 512 << 10;
+/// Bytes of a snapshot that are made in one go, in a third of a millisecond. The next are made when these were taken.
+pub(crate) const STEP_BYTES: usize = 128 << 10;
 
 /// The checksum behind a snapshot: a SHA-256.
 const CHECKSUM_BYTES: usize = 32;

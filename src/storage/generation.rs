@@ -65,6 +65,7 @@ use super::inspect::{Findings, inspect};
 use super::keep::Kept;
 use super::{Batch, KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use crate::error::{Error, Result};
+use crate::pace::breathe;
 
 /// Size of sled's log segments. A page beyond a quarter of it goes to a blob file; see the module head.
 const SEGMENT_BYTES: usize = 2 * 1024 * 1024;
@@ -115,6 +116,9 @@ pub(super) const PLACES_MAX: usize = 512;
 /// Placeholders behind each value's, under its key and one byte more: of the nine keys that a split leaves on a page three are values'.
 pub(super) const FILLERS: u8 = 2;
 
+/// What a placeholder counts towards the bytes of a [chunk](Generation::chunk): looking at a few hundred takes as long as reading one page.
+const PLACE_COST: usize = 128;
+
 /// Attempts, 10 ms apart, at a database whose last owner in this process is still letting go. Beyond it: `Error::Locked`.
 const LOCK_TRIES: usize = 300;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
@@ -161,6 +165,17 @@ pub(super) struct Handle {
     db: Db,
     /// Set when sled stopped answering: dropping it would wait for ever too.
     stalled: OnceLock<()>,
+}
+
+/// A part of a range.
+#[derive(Default)]
+pub(super) struct Chunk {
+    /// Without placeholders.
+    pub(super) entries: Vec<(IVec, IVec)>,
+    /// Of the entries, and what the placeholders count.
+    pub(super) bytes: usize,
+    /// Where it goes on; none at the range's end.
+    pub(super) next: Option<Vec<u8>>,
 }
 
 impl Generation {
@@ -301,34 +316,34 @@ impl Generation {
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
-    /// The first entries of `[start, end)`, at most `max_entries` and `max_bytes` or one more; and whether there may be more
-    /// behind them.
-    pub(super) fn chunk(&self, start: &[u8], end: &[u8], max_entries: usize, max_bytes: usize) -> Result<(Vec<(IVec, IVec)>, bool)> {
+    /// The first entries of `[start, end)`, at most `max_entries` and `max_bytes` or one more. Placeholders count as [`PLACE_COST`] bytes:
+    /// where much was deleted there may be nothing else for a long way.
+    pub(super) fn chunk(&self, start: &[u8], end: &[u8], max_entries: usize, max_bytes: usize) -> Result<Chunk> {
+        let mut chunk = Chunk::default();
         if !end.is_empty() && start >= end {
-            return Ok((Vec::new(), false));
+            return Ok(chunk);
         }
         let handle = self.handle()?;
-        let mut entries = Vec::new();
-        let mut bytes = 0;
-        let mut more = false;
         guarded(&self.path, "scan", || {
             let iter = if end.is_empty() { handle.tree.range(start..) } else { handle.tree.range(start..end) };
             for entry in iter {
-                let entry = entry?;
-                if entry.1.is_empty() {
-                    continue;
+                let (key, value) = entry?;
+                chunk.bytes += if value.is_empty() { PLACE_COST } else { key.len() + value.len() };
+                if chunk.bytes >= max_bytes || chunk.entries.len() + 1 >= max_entries {
+                    chunk.next = Some(after(&key));
                 }
-                bytes += entry.0.len() + entry.1.len();
-                entries.push(entry);
-                more = entries.len() >= max_entries || bytes >= max_bytes;
-                if more {
+                if !value.is_empty() {
+                    chunk.entries.push((key, value));
+                }
+                if chunk.next.is_some() {
                     break;
                 }
+                breathe();
             }
             Ok(())
         })?;
-        self.trim(start, bytes);
-        Ok((entries, more))
+        self.trim(start, chunk.bytes);
+        Ok(chunk)
     }
 
     /// Makes pages for the values that are about to come behind all others of their kind; see the module head. Nothing that a reader can
@@ -350,6 +365,7 @@ impl Generation {
             for key in new.iter().take(PLACES_MAX) {
                 handle.tree.insert(key, IVec::default())?;
                 (0..FILLERS).try_for_each(|n| handle.tree.insert(filler(key, n), IVec::default()).map(drop))?;
+                breathe();
             }
             Ok(!new.is_empty())
         });

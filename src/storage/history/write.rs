@@ -8,6 +8,7 @@
 use super::block::{BLOCK_RECORDS, ITEMS_BYTES, Item, dead_digest, digest_of, encode_dead, pack, seal};
 use super::tail::Cut;
 use super::*;
+use crate::pace::breathe;
 
 /// Lines of the map that are marked or removed under one lock, for readers wait meanwhile. More follow in further turns.
 const PUBLISH_LINES: usize = 256;
@@ -59,6 +60,7 @@ impl Draft {
             let meta = Meta::new(self.next_id, crc, now);
             self.next_id += 1;
             self.blocks.insert(first.rev, Change::New { meta, block, keep });
+            breathe();
         }
     }
 }
@@ -111,6 +113,7 @@ impl History {
         }
         let applied = writer.applied.clone().unwrap_or_default();
         let pending = self.publish(&mut writer, draft, applied);
+        breathe();
         self.apply(&pending)?;
         Ok(!writer.sparse.is_empty())
     }
@@ -139,6 +142,15 @@ impl History {
             let done = self.tail().pop(cuts.len());
             drop(done);
             self.apply(&pending)?;
+            drop(pending);
+            cuts.into_iter().for_each(|cut| {
+                // The last to hold it gives back the memory of thousands of records.
+                let records = Arc::into_inner(cut).map_or(Vec::new(), |cut| cut.records);
+                records.into_iter().for_each(|record| {
+                    drop(record);
+                    breathe();
+                });
+            });
         }
         Ok(written)
     }
@@ -160,6 +172,7 @@ impl History {
             draft.totals.digest = draft.totals.digest.wrapping_add(item.stub.map_or(0, |stub| stub.digest));
             draft.batch.puts.extend(chunks);
             items.push(item);
+            breathe();
         }
         self.bury(&mut draft, &deaths)?;
         self.add_records(&mut draft, items)?;
@@ -177,6 +190,7 @@ impl History {
             if open.as_ref().is_none_or(|(open, ..)| *open != first) {
                 Self::close(draft, open.take());
                 open = Some((first, meta, self.read(first, &meta)?));
+                breathe();
             }
             let Some((_, meta, block)) = &mut open else { continue };
             let Some(index) = block.find(*rev) else { continue };
@@ -242,6 +256,7 @@ impl History {
             let block = self.read(*first, meta)?;
             items.extend((0..block.count()).filter(|index| !meta.is_dead(*index)).map(|index| block.item(index)));
             draft.blocks.insert(*first, Change::Replaced);
+            breathe();
         }
         // The records' own checksums travel along; here they are checked once, so that memory cannot spoil what was good.
         for item in items.iter().filter(|item| item.stub.is_none()) {
@@ -348,6 +363,8 @@ impl History {
             for (first, change) in changes {
                 if let Change::Marked(meta) = change { map.set(*first, *meta, None) } else { map.remove(*first) }
             }
+            drop(map);
+            breathe();
         }
         let mut map = self.map_mut();
         for (first, change) in moving {
