@@ -909,6 +909,43 @@ mod tests {
         assert!(deleted < bytes / 10, "{deleted} bytes to delete of {bytes}");
     }
 
+    /// Deleted values leave their fillers: a chunk ends among them, and so does a step of a rewrite, which comes to the other side all the same.
+    #[test]
+    fn a_long_stretch_of_deletions_is_crossed_in_steps() {
+        const STEP: usize = 32 * 1024;
+        let dir = tempdir();
+        let backend = Sled::open(dir.path()).unwrap();
+        let mut batches: Vec<Batch> = (0..4).map(|n| puts(n * 200..(n + 1) * 200, 1, PLACE_BYTES)).collect();
+        batches.push(deletes(1..799));
+        batches.iter().for_each(|batch| backend.apply(batch).unwrap());
+
+        let (mut start, mut found, mut chunks) = (Vec::new(), Vec::new(), 0);
+        loop {
+            let chunk = backend.read().live().unwrap().chunk(&start, &[], CHUNK_ENTRIES, STEP).unwrap();
+            assert!(chunk.bytes < STEP + PLACE_BYTES + 8, "{} bytes", chunk.bytes);
+            found.extend(chunk.entries.into_iter().map(|(key, _)| key.to_vec()));
+            chunks += 1;
+            let Some(next) = chunk.next else { break };
+            assert!(next > start);
+            start = next;
+        }
+        assert!(found == [key(0), key(799)] && chunks > 5, "{found:?} in {chunks}");
+
+        backend.start_rewrite().unwrap();
+        assert!(backend.rewrite_step(STEP).unwrap() && backend.rewrite_step(STEP).unwrap());
+        // On either side of the cursor, and where both stores have only fillers.
+        batches.push(puts([1, 2, 3, 500, 797, 1000], 2, PLACE_BYTES));
+        batches.push(deletes([0, 2]));
+        batches.iter().skip(5).for_each(|batch| backend.apply(batch).unwrap());
+        let mut steps = 0;
+        while backend.rewrite_step(STEP).unwrap() {
+            steps += 1;
+        }
+        assert!(steps > 2, "{steps}");
+        assert_eq!(names(dir.path()), ["CURRENT", "gen-0000002"]);
+        assert_eq!(dump(&backend).unwrap(), replay(&batches));
+    }
+
     #[test]
     fn a_scan_sees_every_key_that_stays_while_others_come_and_go() {
         let dir = tempdir();
