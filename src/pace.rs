@@ -11,7 +11,8 @@
 //! ```
 //!
 //! # Invariants
-//! - No rest is taken where a lock is held that a request may wait for: nothing but the locks of those who change the storage, and shared ones.
+//! - No rest is taken where a lock is held that a request may wait for: nothing but the locks of those who change the storage, and shared ones
+//!   that nobody else wants for himself.
 //!
 //! # Measured
 //! Puts at 2000/s on two cores while a million revisions were compacted: the background writer held a core for up to 6.5 ms at a time, the
@@ -26,7 +27,7 @@ const BURST: Duration = Duration::from_micros(200);
 /// How long nothing may have gone on for it to be over.
 const CALM: Duration = Duration::from_secs(1);
 
-/// How long a rest is: twice a burst, so that gentle work takes a third of a processor at most.
+/// How long a rest is: twice a burst.
 pub(crate) const REST: Duration = Duration::from_micros(400);
 
 thread_local! {

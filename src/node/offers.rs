@@ -25,9 +25,6 @@ use crate::raft::outgoing::{Sending, Writer};
 /// How long a snapshot waits for its next piece to be asked for. Beyond it, it is given up.
 const OFFER_IDLE: Duration = Duration::from_secs(30);
 
-/// Bytes from which on a piece is one. It is at most a step of the writer's longer.
-const PIECE_BYTES: usize = 512 << 10;
-
 /// A snapshot that a member fetches.
 pub(super) struct Offer {
     id: u64,
@@ -91,13 +88,7 @@ impl Node {
             return refused("it is not at that piece");
         }
         let Some(mut writer) = current.writer.take() else { return refused("the snapshot was given up") };
-        let made = self.blocking(move || {
-            let mut piece = Vec::new();
-            while piece.len() < PIECE_BYTES && !writer.is_finished() {
-                writer.step()?.iter().for_each(|chunk| piece.extend_from_slice(chunk));
-            }
-            Ok::<_, Error>((writer, Bytes::from(piece)))
-        });
+        let made = self.blocking(move || writer.piece().map(|piece| (writer, piece)));
         let (writer, piece) = made.await??;
         (current.at, current.end, current.piece) = (request.offset, writer.is_finished(), piece);
         self.counters().snapshot_sent_bytes.add(current.piece.len() as u64);

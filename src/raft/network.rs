@@ -546,11 +546,8 @@ impl Link {
         let mut size = 0;
         while !writer.is_finished() {
             // The history is read by a thread that may wait for the disk.
-            let step = world::blocking(&tokio::runtime::Handle::current(), move || {
-                let piece: Vec<u8> = writer.step()?.into_iter().flatten().collect();
-                Ok((writer, Bytes::from(piece)))
-            });
-            let (back, piece) = step.await.map_err(|err| Status::internal(err.to_string()))?.map_err(broken)?;
+            let made = world::blocking(&tokio::runtime::Handle::current(), move || writer.piece().map(|piece| (writer, piece)));
+            let (back, piece) = made.await.map_err(|err| Status::internal(err.to_string()))?.map_err(broken)?;
             writer = back;
             if !piece.is_empty() {
                 self.put_piece(id, vote.leader_id.term, size, &piece).await?;

@@ -32,6 +32,9 @@ use super::apply::{Clock, Position};
 /// Bytes of a snapshot that are made in one go, in a third of a millisecond. The next are made when these were taken.
 pub(crate) const STEP_BYTES: usize = 128 << 10;
 
+/// Bytes from which on a [piece](Writer::piece) is one. It is at most a step longer.
+const PIECE_BYTES: usize = 512 << 10;
+
 /// The checksum behind a snapshot: a SHA-256.
 const CHECKSUM_BYTES: usize = 32;
 
@@ -125,6 +128,18 @@ impl Writer {
     /// Whether all chunks have been made.
     pub fn is_finished(&self) -> bool {
         self.finished
+    }
+
+    /// Makes the next chunks in one piece, for a member: each costs a turn on the line. Empty only after the last.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn piece(&mut self) -> Result<Bytes> {
+        let mut piece = Vec::with_capacity(PIECE_BYTES + STEP_BYTES);
+        while piece.len() < PIECE_BYTES && !self.finished {
+            self.step()?.iter().for_each(|chunk| piece.extend_from_slice(chunk));
+        }
+        Ok(piece.into())
     }
 
     /// Makes the next chunks: some, or the last of all. It reads from the disk.

@@ -89,6 +89,12 @@ impl Links {
         None
     }
 
+    /// That none of the endpoints was connected with in time.
+    pub fn too_slow(&self) -> Error {
+        let urls: Vec<String> = self.all().iter().map(Url::to_string).collect();
+        Error::Unavailable(format!("no connection in time with {}", urls.join(", ")))
+    }
+
     /// Goes elsewhere, unless that was done already.
     pub fn leave(&self, link: &Link) {
         let mut state = lock(&self.state);

@@ -198,10 +198,12 @@ impl Remote {
         let deadline = Instant::now() + options.request_timeout;
         let mut pauses = Pauses::new();
         let (mut failures, mut entries) = (0, 0);
+        // What the attempt before has failed with: it says more than that there was no time for another one.
+        let mut last = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let err = match self.timers.within(Some(left), links.link(&self.timers)).await {
-                Err(Error::Timeout) => Error::Unavailable("no connection in time".into()),
+                Err(Error::Timeout) => last.take().unwrap_or_else(|| links.too_slow()),
                 Ok(Err(err @ Error::Unavailable(_))) => err,
                 Ok(Err(err)) | Err(err) => return Err(err),
                 Ok(Ok(link)) => {
@@ -244,6 +246,7 @@ impl Remote {
             if Instant::now() + pause >= deadline {
                 return Err(err);
             }
+            last = Some(err);
             self.timers.sleep(pause).await?;
         }
     }
