@@ -139,6 +139,51 @@ fn an_idle_store_is_compacted_to_the_end() {
     assert!(store.get(b"key", 0).unwrap().is_some());
 }
 
+/// What is done gently, beside one who writes all the time, comes to its end, too: a compaction, a rewrite, and the stop.
+#[test]
+fn beside_writes_everything_comes_to_its_end() {
+    let (disk, told) = (Arc::new(Disk::default()), Told::default());
+    let store = open(&disk);
+    write(&store, 200);
+    let background = start(&store, &disk, &told, real_clock());
+    struct Ending<'a>(&'a AtomicBool);
+    impl Drop for Ending<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let (done, applier) = (AtomicBool::new(false), Mutex::new(()));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    std::thread::scope(|scope| {
+        // Also when a wait was in vain, or the writer would be waited for.
+        let _done = Ending(&done);
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let applying = lock(&applier);
+                write(&store, 1);
+                drop(applying);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        for _ in 0..3 {
+            let compacted = background.compacted();
+            let applying = lock(&applier);
+            let wanted = compact(&store);
+            drop(applying);
+            wait_for("the compaction", || *compacted.borrow() >= wanted);
+            runtime.block_on(background.defragment()).unwrap();
+        }
+        // The thread has seen the writes before it is stopped.
+        let (written, before) = (|| store.history().stats().written_bytes, store.history().stats().written_bytes);
+        wait_for("a write", || written() > before);
+        background.stop();
+    });
+    assert!(lock(&told.0).is_none() && disk.begun.load(Ordering::Relaxed) >= 3);
+    store.history().sync().unwrap();
+    assert_eq!(stored_records(&disk), store.history().stats().live_records);
+    store.check().unwrap();
+}
+
 /// Compaction goes on while nothing can be written, and is told of once what it marked has been.
 #[test]
 fn a_full_disk_does_not_stop_a_compaction() {
