@@ -497,8 +497,7 @@ impl Worker {
 
     /// Collects and rewrites, a bounded piece of each. Returns whether there is more to do at once.
     fn tidy(&mut self, ask_rewrite: bool, busy: bool) -> Result<bool> {
-        let bytes = if is_gentle() { GENTLE_STEP_BYTES } else { STEP_BYTES };
-        let more = self.store.history().collect(bytes)?;
+        let more = self.store.history().collect(step_bytes())?;
         breathe();
         let stats = self.store.history().stats();
         let wasteful = stats.disk_bytes > stats.live_bytes / 2 * 5 + REWRITE_BYTES_MIN && stats.disk_bytes > self.rewritten / 5 * 7;
@@ -522,7 +521,7 @@ impl Worker {
             self.began.get_or_insert((self.clock)());
             self.shared.rewriting.store(true, Ordering::Relaxed);
         }
-        let more = self.backend.rewrite_step(if is_gentle() { GENTLE_STEP_BYTES } else { STEP_BYTES })?;
+        let more = self.backend.rewrite_step(step_bytes())?;
         if !more && self.copying {
             self.rewritten = self.backend.disk_bytes();
         }
@@ -535,6 +534,11 @@ impl Worker {
         }
         Ok(more)
     }
+}
+
+/// Bytes that a step of tidying up may rewrite now.
+fn step_bytes() -> usize {
+    if is_gentle() { GENTLE_STEP_BYTES } else { STEP_BYTES }
 }
 
 #[cfg(test)]

@@ -178,6 +178,13 @@ pub(super) struct Chunk {
     pub(super) next: Option<Vec<u8>>,
 }
 
+impl Chunk {
+    /// Behind what was looked at; none when there was nothing.
+    pub(super) fn end(&self) -> Option<Vec<u8>> {
+        self.next.clone().or_else(|| self.entries.last().map(|(last, _)| after(last)))
+    }
+}
+
 impl Generation {
     /// Makes an empty generation and syncs it. Whatever is in its place is removed.
     pub(super) fn create(dir: &Path, number: u64, fsync: bool) -> Result<Generation> {

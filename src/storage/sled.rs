@@ -60,7 +60,7 @@ use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use bytes::Bytes;
 
 use super::dir::sync_dir;
-use super::generation::{Chunk, Generation, after, generation_name, make_dir, sled_batch};
+use super::generation::{Chunk, Generation, generation_name, make_dir, sled_batch};
 use super::keep::Kept;
 use super::{Backend, Batch, Visit};
 use crate::error::{Error, Result};
@@ -214,15 +214,15 @@ impl Sled {
             let State { live: Ok(live), rewrite: Some(rewrite), .. } = &*state else { return Ok(None) };
             // After a failed change the half of a batch may be in there.
             live.check()?;
-            let Chunk { entries, bytes, next } = live.chunk(&rewrite.cursor, &[], CHUNK_ENTRIES, max_bytes.min(CHUNK_BYTES))?;
-            let Some(cursor) = next.or_else(|| entries.last().map(|(last, _)| after(last))) else { return Ok(None) };
-            if !entries.is_empty() {
+            let chunk = live.chunk(&rewrite.cursor, &[], CHUNK_ENTRIES, max_bytes.min(CHUNK_BYTES))?;
+            let Some(cursor) = chunk.end() else { return Ok(None) };
+            if !chunk.entries.is_empty() {
                 let mut batch = ::sled::Batch::default();
-                entries.iter().for_each(|(key, value)| batch.insert(key, value));
-                rewrite.to.reserve(bytes)?;
-                rewrite.to.change(batch, bytes)?;
+                chunk.entries.iter().for_each(|(key, value)| batch.insert(key, value));
+                rewrite.to.reserve(chunk.bytes)?;
+                rewrite.to.change(batch, chunk.bytes)?;
             }
-            (bytes, cursor)
+            (chunk.bytes, cursor)
         };
         if let Some(rewrite) = &mut self.write().rewrite {
             rewrite.cursor = cursor;
@@ -239,10 +239,10 @@ impl Sled {
                 return Ok(());
             }
             live.check()?;
-            let Chunk { entries, next, .. } = live.chunk(&rewrite.cursor, &[], AHEAD_ENTRIES, AHEAD_BYTES)?;
-            let Some(held) = next.or_else(|| entries.last().map(|(last, _)| after(last))) else { return Ok(()) };
+            let chunk = live.chunk(&rewrite.cursor, &[], AHEAD_ENTRIES, AHEAD_BYTES)?;
+            let Some(held) = chunk.end() else { return Ok(()) };
             rewrite.to.reserve(0)?;
-            rewrite.to.hold_places(entries.iter().map(|(key, value)| (key.as_ref(), value.as_ref())))?;
+            rewrite.to.hold_places(chunk.entries.iter().map(|(key, value)| (key.as_ref(), value.as_ref())))?;
             held
         };
         if let Some(rewrite) = &mut self.write().rewrite {
@@ -276,8 +276,8 @@ impl Sled {
         let mut state = self.write();
         let Some(rewrite) = state.rewrite.take() else { return Ok(()) };
         if let Some(error) = in_doubt {
+            // The copy is closed outside of the lock.
             drop(state);
-            drop(rewrite);
             return Err(error);
         }
         let old = std::mem::replace(&mut state.live, Ok(rewrite.to));

@@ -142,7 +142,6 @@ impl History {
             let done = self.tail().pop(cuts.len());
             drop(done);
             self.apply(&pending)?;
-            drop(pending);
             cuts.into_iter().for_each(|cut| {
                 // The last to hold it gives back the memory of thousands of records.
                 let records = Arc::into_inner(cut).map_or(Vec::new(), |cut| cut.records);
