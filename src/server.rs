@@ -396,12 +396,10 @@ impl Member {
         }
         let wal_options = WalOptions { clock: Some(clock.clone()), fsync: !config.unsafe_no_fsync, ..WalOptions::default() };
         let others = rebuild::others(&dir, config, &identity)?;
-        let (wal, recovered) = Wal::open(dir.wal(), wal_options).map_err(|err| rebuild::log_is_lost(err, &others, &identity))?;
+        // Nothing is changed in the log before the state was seen to belong to it.
+        let (wal, recovered) = Wal::read(dir.wal(), wal_options).map_err(|err| rebuild::log_is_lost(err, &others, &identity))?;
         let wal = Arc::new(wal);
         rebuild::check_log(&dir, &recovered.state).map_err(|err| rebuild::log_is_lost(err, &others, &identity))?;
-        if let Some((file, offset)) = &recovered.torn {
-            tracing::warn!(file = %file.display(), offset, "cut off a write that a crash had interrupted");
-        }
         let history = HistoryOptions { cache_bytes: config.value_cache(), gate: Some(gate_of(&wal)) };
         let metrics = Metrics::new(ETCD_VERSION, "3.7");
         let counters = metrics.counters.clone();

@@ -23,25 +23,28 @@ use crate::error::{Error, Result};
 use crate::lease::{Lessor, LessorOptions};
 use crate::metrics::Counters;
 use crate::mvcc::Store;
+use crate::raft::LogId;
 use crate::raft::apply::{Clock, Machine};
 use crate::storage::Backend;
 use crate::storage::history::HistoryOptions;
 use crate::storage::sled::Sled;
-use crate::storage::wal::Wal;
+use crate::storage::wal::{LogState, Wal};
 use crate::tls::Connector;
 #[cfg(feature = "simulation")]
 use crate::world;
 
-/// Finishes what a crash has interrupted: a snapshot has taken the state's place, and the log up to it was still to be purged.
+/// The snapshot whose installation a crash has interrupted: it has taken the state's place, and the log up to it is still to be purged.
 ///
 /// Only if the state is exactly what came as that snapshot, and the log is there, with the vote that the snapshot came under: a state
 /// that has gone on since, beyond its log, has lost its log.
-async fn finish_install(machine: &Machine, wal: &Wal, log: &crate::storage::wal::LogState) -> Result<()> {
-    let Some(installed) = machine.installed() else { return Ok(()) };
+fn half_installed(machine: &Machine, log: &LogState) -> Option<LogId> {
+    let installed = machine.installed()?;
     let done = log.purged.is_some_and(|purged| purged.index >= installed.index);
-    if done || log.vote.is_none() || machine.applied().log_id != Some(installed) {
-        return Ok(());
-    }
+    (!done && log.vote.is_some() && machine.applied().log_id == Some(installed)).then_some(installed)
+}
+
+/// Lets the log go up to a snapshot.
+async fn finish_install(wal: &Wal, installed: LogId) -> Result<()> {
     tracing::info!(entry = installed.index, "finishing the installation of a snapshot: the log before it goes");
     if wal.log_id(installed.index).is_some_and(|id| id.term != *installed.leader_id) {
         // What stands there was never committed, nor is what follows it.
@@ -132,25 +135,47 @@ pub(crate) fn machine_on(
     Ok(Arc::new(machine))
 }
 
-/// Sees to it that state and log belong together.
+/// Sees to it that state and log belong together, and accepts the log then. If they do not, nothing was changed in it.
 pub(crate) async fn fit(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
-    finish_install(machine, wal, &wal.log_state()).await.map_err(Damage::Other)?;
-    check_reach(machine, &wal.log_state(), &machine.store().history().backend().path())
+    let half = half_installed(machine, &wal.log_state());
+    if half.is_none() {
+        check_reach(machine, wal)?;
+    }
+    wal.accept().map_err(Damage::Other)?;
+    if let Some(installed) = half {
+        finish_install(wal, installed).await.map_err(Damage::Other)?;
+        check_reach(machine, wal)?;
+    }
+    Ok(())
 }
 
 /// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets
-/// go of what the state has been seen to hold on disk, so it is the state at `path` that has lost something.
-fn check_reach(machine: &Machine, log: &crate::storage::wal::LogState, path: &std::path::Path) -> Result<(), Damage> {
+/// go of what the state has been seen to hold on disk, so it is the state that has lost something.
+fn check_reach(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
+    let log = wal.log_state();
+    let state = machine.store().history().backend().path();
     let applied = machine.applied().log_id.map_or(0, |id| id.index);
     let purged = log.purged.map_or(0, |id| id.index);
     if applied < purged {
         let what = format!("it has come only to entry {applied}, but the log begins after entry {purged}, which it held before");
-        return Err(Damage::State(Error::Corrupt { path: path.to_owned(), offset: None, what }));
+        return Err(Damage::State(Error::Corrupt { path: state, offset: None, what }));
     }
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
-        let what = format!("it has come to entry {applied}, but the log ends at entry {}", log.last.map_or(0, |last| last.index));
+        let last = log.last.map_or(0, |last| last.index);
         // The state is whole: it is the log that has lost something.
-        return Err(Damage::Other(Error::Corrupt { path: path.to_owned(), offset: None, what }));
+        return Err(Damage::Other(match wal.torn() {
+            Some((path, offset)) => {
+                let what = format!(
+                    "what follows entry {last} looks like a write that was cut short, but the state in {} has come to entry {applied}",
+                    state.display()
+                );
+                Error::Corrupt { path, offset: Some(offset), what }
+            }
+            None => {
+                let what = format!("it has come to entry {applied}, but the log ends at entry {last}");
+                Error::Corrupt { path: state, offset: None, what }
+            }
+        }));
     }
     Ok(())
 }
@@ -167,7 +192,7 @@ mod tests {
     use crate::raft::{log_id, log_id_to_proto};
     use crate::storage::history::History;
     use crate::storage::mem::Mem;
-    use crate::storage::wal::{LogEntry, LogId, LogState, WalOptions};
+    use crate::storage::wal::{LogEntry, LogId, WalOptions};
 
     /// A state that came as a snapshot up to one entry and has gone on to another.
     fn machine(installed: u64, applied: u64) -> Machine {
@@ -201,10 +226,8 @@ mod tests {
             let entries = (1..=last).map(|index| LogEntry { id: LogId { term: 2, node: 0, index }, payload: "x".into() });
             durable(|done| wal.append(entries.collect(), done).unwrap()).await;
             wal.close().unwrap();
-            let (wal, recovered) = Wal::open(dir.path(), WalOptions::default()).unwrap();
-            let machine = machine(300, 300);
-            finish_install(&machine, &wal, &recovered.state).await.unwrap();
-            let checked = check_reach(&machine, &wal.log_state(), dir.path()).map_err(Damage::into_error);
+            let (wal, _) = Wal::read(dir.path(), WalOptions::default()).unwrap();
+            let checked = fit(&machine(300, 300), &wal).await.map_err(Damage::into_error);
             if !vote {
                 assert!(matches!(checked, Err(Error::Corrupt { .. })), "{checked:?}");
                 continue;
@@ -224,7 +247,47 @@ mod tests {
         let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
         durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
         let machine = machine(300, 301);
-        finish_install(&machine, &wal, &wal.log_state()).await.unwrap();
-        assert!(matches!(check_reach(&machine, &wal.log_state(), dir.path()), Err(Damage::Other(Error::Corrupt { .. }))));
+        assert!(matches!(fit(&machine, &wal).await, Err(Damage::Other(Error::Corrupt { .. }))));
+    }
+
+    /// A byte that flips in the last write makes it look like one that was cut short. While the state tells that it was whole it is not removed.
+    #[tokio::test]
+    async fn a_write_that_the_state_knows_of_is_never_cut_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let (wal, _) = Wal::open(dir.path(), WalOptions::default()).unwrap();
+        durable(|done| wal.save_vote("vote".into(), done).unwrap()).await;
+        let entry = |index| LogEntry { id: LogId { term: 2, node: 0, index }, payload: "x".into() };
+        durable(|done| wal.append((1..300).map(entry).collect(), done).unwrap()).await;
+        let file = dir.path().join("0000000000000001.log");
+        durable(|done| wal.append(vec![entry(300), entry(301)], done).unwrap()).await;
+        let mut whole = std::fs::read(&file).unwrap();
+        wal.close().unwrap();
+        drop(wal);
+        // As a process leaves it that is killed before the write is marked, and with a byte of it flipped.
+        let at = whole.windows(4).rposition(|bytes| bytes == b"qfrm").unwrap();
+        let body = u32::from_le_bytes(whole[at + 4..at + 8].try_into().unwrap()) as usize;
+        whole[at + 40 + body..].fill(0);
+        let mut damaged = whole.clone();
+        damaged[at + 50] ^= 4;
+        std::fs::write(&file, &damaged).unwrap();
+
+        let machine = machine(200, 301);
+        let (wal, recovered) = Wal::read(dir.path(), WalOptions::default()).unwrap();
+        assert_eq!((recovered.state.last.unwrap().index, recovered.torn.clone()), (299, Some((file.clone(), at as u64))));
+        let refused = fit(&machine, &wal).await.map_err(Damage::into_error);
+        assert!(
+            matches!(&refused, Err(Error::Corrupt { path, offset: Some(offset), .. }) if *path == file && *offset == at as u64),
+            "{refused:?}"
+        );
+        assert!(wal.save_vote("other".into(), Box::new(|_| ())).is_err(), "writes are refused while the log is only read");
+        wal.close().unwrap();
+        drop(wal);
+        assert!(std::fs::read(&file).unwrap() == damaged, "a refusal changes nothing");
+
+        std::fs::write(&file, &whole).unwrap();
+        let (wal, recovered) = Wal::read(dir.path(), WalOptions::default()).unwrap();
+        assert_eq!((recovered.state.last.unwrap().index, recovered.torn), (301, None));
+        fit(&machine, &wal).await.map_err(Damage::into_error).unwrap();
+        wal.close().unwrap();
     }
 }

@@ -54,9 +54,9 @@
 //! ```
 //!
 //! # Caveats
-//! - The window that remains: if the power fails after a frame was acknowledged and before its mark reached the disk (under steady load
-//!   the next frame follows at once and takes the mark's part), *and* a byte of just that frame is damaged as well, the frame looks torn
-//!   and is cut. One fault alone never loses what was acknowledged.
+//! - The window that remains: if the process or the power ends after a frame was acknowledged and before its mark was written, or reached the
+//!   disk (under steady load the next frame follows at once and takes the mark's part), *and* a byte of just that frame is damaged as well,
+//!   the frame looks torn. It is cut, unless the caller knows better ([`Wal::read`]). One fault alone never loses what was acknowledged.
 //! - A disk is taken to write sectors of 512 bytes whole or not at all, and to keep them once a sync has returned.
 //! - The loss of whole files at the end cannot be seen from those that remain. The caller's lock keeps two servers apart; this has none.
 //! - [`Wal::entries`] reads from files what the cache no longer has; it may block for the time of a read.
@@ -88,6 +88,7 @@ use crate::error::{ApplyError, Error, Result};
 use crate::lock::lock;
 use bytes::Bytes;
 use disk::{Directory, Disk};
+use recover::Opening;
 use state::{Item, Meters, Shared, Sleep, State};
 use std::ops::{Bound, RangeBounds};
 use std::path::{Path, PathBuf};
@@ -241,7 +242,7 @@ impl WalOptions {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recovered {
     pub state: LogState,
-    /// Where a torn write was cut off, if one was seen: the file, and the offset of what is gone.
+    /// Where a torn write is cut off once the log is accepted, if one was seen: the file, and its offset.
     pub torn: Option<(PathBuf, u64)>,
 }
 
@@ -267,6 +268,8 @@ pub struct WalMetrics {
 /// readers, and its `done` is called exactly once: with `Ok` when it is durable, or with the error that ended the log before that.
 pub struct Wal {
     shared: Arc<Shared>,
+    /// What is to be done before the log is written to; none once it was accepted.
+    opening: Mutex<Option<Opening>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -278,27 +281,57 @@ impl Wal {
     /// [`Error::Config`] for a segment size out of range, [`Error::Io`], [`Error::Format`] for another release's files, and
     /// [`Error::Corrupt`] if any file but for a torn tail is not what was written; then nothing has been changed.
     pub fn open(dir: impl AsRef<Path>, options: WalOptions) -> Result<(Wal, Recovered)> {
-        let dir = dir.as_ref();
-        let disk = Directory::open(dir, true, options.fsync).map_err(|e| Error::io("open the log directory", dir, e))?;
-        Self::open_on(Arc::new(disk), options)
-    }
-
-    fn open_on(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Wal, Recovered)> {
-        let (shared, writer, recovered) = Self::recover(disk, options)?;
-        let shared = Arc::new(shared);
-        let wal = Wal { shared: shared.clone(), threads: Mutex::default() };
-        let for_writer = shared.clone();
-        wal.spawn("quorate-log", move || flusher::run(for_writer, writer))?;
-        wal.spawn("quorate-log-space", move || space::run(shared))?;
+        let (wal, recovered) = Self::read(dir, options)?;
+        wal.accept()?;
         Ok((wal, recovered))
     }
 
-    /// What a log on a disk begins with, before anybody works on it.
-    fn recover(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Shared, flusher::Position, Recovered)> {
+    /// Reads the log in `dir` as [`open`](Self::open) does, but leaves it as it is until [`accept`](Self::accept), and refuses writes until
+    /// then: for who has to see first whether it belongs to something else. What looks like a write that was cut short, which opening removes,
+    /// may be a damaged one that others know of.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn read(dir: impl AsRef<Path>, options: WalOptions) -> Result<(Wal, Recovered)> {
+        let dir = dir.as_ref();
+        let disk = Directory::open(dir, true, options.fsync).map_err(|e| Error::io("open the log directory", dir, e))?;
+        Self::read_on(Arc::new(disk), options)
+    }
+
+    fn read_on(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Wal, Recovered)> {
+        let (shared, opening, recovered) = Self::recover(disk, options)?;
+        Ok((Wal { shared: Arc::new(shared), opening: Mutex::new(Some(opening)), threads: Mutex::default() }, recovered))
+    }
+
+    /// Takes a log that was only [read](Self::read) for what it is: removes what a crash has left of a write, makes sure that the rest is on
+    /// the disk, and begins to work. Calling it again is harmless.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and then the log takes no writes; [`Error::Stopped`] after `close`.
+    pub fn accept(&self) -> Result<()> {
+        let Some(opening) = lock(&self.opening).take() else { return self.failed().map_or(Ok(()), Err) };
+        if self.shared.lock().closing {
+            return Err(Error::Stopped);
+        }
+        let begun = self.shared.mend(opening).and_then(|at| {
+            let (writer, space) = (self.shared.clone(), self.shared.clone());
+            self.spawn("quorate-log", move || flusher::run(writer, at))?;
+            self.spawn("quorate-log-space", move || space::run(space))
+        });
+        begun.inspect_err(|error| self.shared.fail(error.clone()))
+    }
+
+    /// Where a write begins that looks cut short, and goes when the log is [accepted](Self::accept): the file, and the offset in it.
+    pub fn torn(&self) -> Option<(PathBuf, u64)> {
+        lock(&self.opening).as_ref()?.torn.clone()
+    }
+
+    /// What a log on a disk begins with, before anything is done to it.
+    fn recover(disk: Arc<dyn Disk>, options: WalOptions) -> Result<(Shared, Opening, Recovered)> {
         if !SEGMENT_BYTES_RANGE.contains(&options.segment_bytes) {
             return Err(Error::Config(format!("log segment size {}: must be from 4 KiB to 1 GiB", options.segment_bytes)));
         }
-        let (state, writer, recovered) = recover::open(&*disk, &options)?;
+        let (state, opening, recovered) = recover::read(&*disk, &options)?;
         let shared = Shared {
             disk,
             options,
@@ -309,7 +342,7 @@ impl Wal {
             #[cfg(feature = "simulation")]
             stepper: None,
         };
-        Ok((shared, writer, recovered))
+        Ok((shared, opening, recovered))
     }
 
     fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Opening a log: reads every segment, judges it, rebuilds the state, then mends the end.
 //!
-//! [`load`] only reads, and is what offline tools use. [`open`] then cuts a torn tail, writes the last frame and its mark once more,
-//! syncs, and puts aside files without frames. Nothing is changed before everything has been found in order.
+//! [`load`] only reads, and is what offline tools use; so does [`read`]. [`Opening::mend`] then cuts a torn tail, writes the last frame and its
+//! mark once more, syncs, and puts aside files without frames. Nothing is changed before everything has been found in order, and before
+//! who opens the log has seen that it belongs to what else there is: what looks like a torn write may be a damaged one.
 
 use super::disk::Disk;
 use super::flusher::Position;
@@ -9,16 +10,14 @@ use super::frame::{FrameBuf, Record, SEGMENT_HEADER_LEN, Seen, SegmentHeader, Se
 use super::index::{Cache, Places, Slot, Terms};
 use super::space::{NEW_NAME, found, new_salt, spare_name};
 use super::state::{Segment, Sleep, State, segment_name};
-use super::{
-    FIRST_SEGMENT_BYTES, FORMAT_VERSION, Flaw, LogEntry, LogState, MARK_BYTES, MAX_FRAME_BYTES, MAX_SPARES, Recovered, WalOptions,
-};
+use super::{FIRST_SEGMENT_BYTES, FORMAT_VERSION, Flaw, LogEntry, LogState, MAX_FRAME_BYTES, MAX_SPARES, Recovered, WalOptions};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 
 /// The unit in which a torn tail is overwritten with zeros.
-const BLOCK: usize = 4096;
+const BLOCK: u64 = 4096;
 
 /// What the records read so far amount to.
 struct Replay {
@@ -221,48 +220,38 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
     Ok(loaded)
 }
 
-/// Opens a directory for writing.
-pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Position, Recovered)> {
-    let mut loaded = load(disk, options.cache_bytes, true)?;
-    if let Some((path, offset)) = &loaded.torn {
-        tracing::warn!(file = %path.display(), offset, "the log ends in a write that was cut short, never acknowledged; it is removed");
-    }
-    for name in &loaded.junk {
-        disk.remove(name).map_err(|e| Error::io("remove", disk.path(name), e))?;
-    }
-    // A prepared segment may hold the rest of a torn frame. As a spare it gets a new salt before it is used.
-    for segment in loaded.unused.drain(..).rev() {
-        let (from, to) = (segment.name(), spare_name(segment.salt));
-        disk.rename(&from, &to).map_err(|e| Error::io("put away", disk.path(&from), e))?;
-        loaded.spares.push(to);
-    }
-    let mut spares = Vec::new();
-    for name in std::mem::take(&mut loaded.spares) {
-        let len = disk.open(&name, false).and_then(|file| file.len());
-        match len {
-            Ok(len) if len == options.segment_bytes && spares.len() < MAX_SPARES => spares.push((name, len)),
-            _ => {
-                disk.remove(&name).map_err(|e| Error::io("remove", disk.path(&name), e))?;
-            }
-        }
-    }
-    let position = match loaded.end.take() {
-        Some((segment, bytes, scan)) => {
-            if matches!(scan.tail, Tail::Torn | Tail::Stale) {
-                cut(disk, &segment, &bytes, scan.end)?;
-            }
-            trust(disk, &segment, &bytes, &scan, &loaded.log)?;
-            Position { segment, offset: scan.end, frame: scan.last_frame, written: loaded.log.clone() }
-        }
-        None => create(disk, options)?,
-    };
-    // Also what a killed process renamed but did not sync: a spare must not be written to while a crash could give it its old name back.
-    disk.sync().map_err(|e| Error::io("sync the directory", disk.path(""), e))?;
-    loaded.segments.insert(position.segment.sequence, position.segment.clone());
+/// A directory that was read, and what is to be done there before it is written to.
+pub(super) struct Opening {
+    end: Option<End>,
+    /// Where a torn write begins, if the log ends in one.
+    pub(super) torn: Option<(PathBuf, u64)>,
+    unused: Vec<Segment>,
+    spares: Vec<String>,
+    junk: Vec<String>,
+}
+
+/// Where the log ends.
+struct End {
+    segment: Segment,
+    scan: SegmentScan,
+    /// What the file holds from the last frame on, but for the zeros at the end of all.
+    rest: Vec<u8>,
+}
+
+/// Reads a directory that is to be written to, and changes nothing yet.
+pub(super) fn read(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Opening, Recovered)> {
+    let loaded = load(disk, options.cache_bytes, true)?;
+    let end = loaded.end.map(|(segment, bytes, scan)| {
+        let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let rest = bytes.get(scan.last_offset as usize..used.max(scan.end as usize)).unwrap_or_default().to_vec();
+        End { segment, scan, rest }
+    });
+    let recovered = Recovered { state: loaded.log.clone(), torn: loaded.torn.clone() };
+    let opening = Opening { end, torn: loaded.torn, unused: loaded.unused, spares: loaded.spares, junk: loaded.junk };
     let state = State {
         committed_version: u64::from(loaded.log.committed.is_some()),
         committed_ticket: 0,
-        log: loaded.log.clone(),
+        log: loaded.log,
         terms: loaded.terms,
         cache: loaded.cache,
         queue: VecDeque::new(),
@@ -272,57 +261,108 @@ pub(super) fn open(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Posi
         sleep: Sleep::Awake,
         places: loaded.places,
         segments: loaded.segments,
-        room: position.segment.capacity.saturating_sub(MARK_BYTES).saturating_sub(position.offset),
+        room: 0,
         next: None,
         wanted: 0,
         low: None,
         dropped: VecDeque::new(),
-        spares,
+        spares: Vec::new(),
+        mended: false,
         failed: None,
         closing: false,
         stopped: false,
     };
-    Ok((state, position, Recovered { state: loaded.log, torn: loaded.torn }))
+    Ok((state, opening, recovered))
 }
 
-/// Overwrites what follows the last frame with zeros. The salt already keeps it from ever passing for a frame; this also keeps the next
-/// opening from meeting it again.
-fn cut(disk: &dyn Disk, segment: &Segment, bytes: &[u8], end: u64) -> Result<()> {
-    let path = disk.path(&segment.name());
-    let mut at = end as usize;
-    while at < bytes.len() {
-        let to = (at + 1).next_multiple_of(BLOCK).min(bytes.len());
-        if bytes[at..to].iter().any(|byte| *byte != 0) {
-            segment.file.write_at(&[0; BLOCK][..to - at], at as u64).map_err(|e| Error::io("write to", &path, e))?;
+impl Opening {
+    /// Makes a directory ready to be written to. Returns where to go on, and the spare files with their lengths.
+    pub(super) fn mend(self, disk: &dyn Disk, options: &WalOptions, log: &LogState) -> Result<(Position, Vec<(String, u64)>)> {
+        let Opening { end, torn, unused, spares: mut spare_names, junk } = self;
+        if let Some((path, offset)) = torn {
+            tracing::warn!(file = %path.display(), offset, "the log ends in a write that was cut short, never acknowledged; it is removed");
         }
-        at = to;
+        for name in junk {
+            disk.remove(&name).map_err(|e| Error::io("remove", disk.path(&name), e))?;
+        }
+        // A prepared segment may hold the rest of a torn frame. As a spare it gets a new salt before it is used.
+        for segment in unused.into_iter().rev() {
+            let (from, to) = (segment.name(), spare_name(segment.salt));
+            disk.rename(&from, &to).map_err(|e| Error::io("put away", disk.path(&from), e))?;
+            spare_names.push(to);
+        }
+        let mut spares = Vec::new();
+        for name in spare_names {
+            let len = disk.open(&name, false).and_then(|file| file.len());
+            match len {
+                Ok(len) if len == options.segment_bytes && spares.len() < MAX_SPARES => spares.push((name, len)),
+                _ => {
+                    disk.remove(&name).map_err(|e| Error::io("remove", disk.path(&name), e))?;
+                }
+            }
+        }
+        let position = match end {
+            Some(end) => {
+                if matches!(end.scan.tail, Tail::Torn | Tail::Stale) {
+                    end.cut(disk)?;
+                }
+                end.trust(disk, log)?;
+                Position { segment: end.segment, offset: end.scan.end, frame: end.scan.last_frame, written: log.clone() }
+            }
+            None => create(disk, options)?,
+        };
+        // Also what a killed process renamed but did not sync: a spare must not be written to while a crash could give it its old name back.
+        disk.sync().map_err(|e| Error::io("sync the directory", disk.path(""), e))?;
+        Ok((position, spares))
     }
-    Ok(())
 }
 
-/// Makes sure that what was read is what the disk holds: a process that was killed may have left the last frame in the kernel's memory
-/// only, and after a failed sync the kernel no longer even knows that it must write it. Earlier frames had been synced.
-fn trust(disk: &dyn Disk, segment: &Segment, bytes: &[u8], scan: &SegmentScan, log: &LogState) -> Result<()> {
-    let path = disk.path(&segment.name());
-    let fail = |what| {
-        let path = &path;
-        move |e| Error::io(what, path, e)
-    };
-    let frame = bytes.get(scan.last_offset as usize..scan.end as usize).unwrap_or_default();
-    segment.file.write_at(frame, scan.last_offset).map_err(fail("write to"))?;
-    // A mark beside a frame that may still be lost would make a crash here look like damage.
-    segment.file.sync().map_err(fail("sync"))?;
-    let mut mark = FrameBuf::default();
-    mark.begin(segment.salt, MAX_FRAME_BYTES);
-    if let Some(committed) = &log.committed {
-        mark.committed(committed);
+impl End {
+    /// Overwrites what follows the last frame with zeros. The salt already keeps it from ever passing for a frame; this also keeps the next
+    /// opening from meeting it again.
+    fn cut(&self, disk: &dyn Disk) -> Result<()> {
+        let path = disk.path(&self.segment.name());
+        let (mut at, used) = (self.scan.end, self.scan.last_offset + self.rest.len() as u64);
+        while at < used {
+            let to = (at + 1).next_multiple_of(BLOCK).min(used);
+            if self.rest(at, to).iter().any(|byte| *byte != 0) {
+                self.segment.file.write_at(&[0; BLOCK as usize][..(to - at) as usize], at).map_err(|e| Error::io("write to", &path, e))?;
+            }
+            at = to;
+        }
+        Ok(())
     }
-    let mark = mark.finish_mark(scan.last_frame);
-    // It always fits, unless an even larger one was written by another release.
-    if scan.end + mark.len() as u64 <= segment.capacity {
-        segment.file.write_at(mark, scan.end).map_err(fail("write to"))?;
+
+    /// Makes sure that what was read is what the disk holds: a process that was killed may have left the last frame in the kernel's memory
+    /// only, and after a failed sync the kernel no longer even knows that it must write it. Earlier frames had been synced.
+    fn trust(&self, disk: &dyn Disk, log: &LogState) -> Result<()> {
+        let (segment, scan) = (&self.segment, &self.scan);
+        let path = disk.path(&segment.name());
+        let fail = |what| {
+            let path = &path;
+            move |e| Error::io(what, path, e)
+        };
+        segment.file.write_at(self.rest(scan.last_offset, scan.end), scan.last_offset).map_err(fail("write to"))?;
+        // A mark beside a frame that may still be lost would make a crash here look like damage.
+        segment.file.sync().map_err(fail("sync"))?;
+        let mut mark = FrameBuf::default();
+        mark.begin(segment.salt, MAX_FRAME_BYTES);
+        if let Some(committed) = &log.committed {
+            mark.committed(committed);
+        }
+        let mark = mark.finish_mark(scan.last_frame);
+        // It always fits, unless an even larger one was written by another release.
+        if scan.end + mark.len() as u64 <= segment.capacity {
+            segment.file.write_at(mark, scan.end).map_err(fail("write to"))?;
+        }
+        segment.file.sync().map_err(fail("sync"))
     }
-    segment.file.sync().map_err(fail("sync"))
+
+    /// What was read there.
+    fn rest(&self, from: u64, to: u64) -> &[u8] {
+        let place = |offset: u64| (offset.saturating_sub(self.scan.last_offset) as usize).min(self.rest.len());
+        &self.rest[place(from)..place(to)]
+    }
 }
 
 /// Makes the first segment of a new log, which bears its name only with its first frame in it.

@@ -1,8 +1,10 @@
 //! What the callers and the two threads of the log share: one state under one lock, which is never held over a file operation.
 
 use super::disk::{Disk, DiskFile};
+use super::flusher::Position;
 use super::index::{Cache, Places, Terms};
-use super::{Done, FRAME_OVERHEAD, FSYNC_BUCKETS_SECONDS, LogEntry, LogId, LogState, MAX_QUEUED_BYTES, WalOptions, frame};
+use super::recover::Opening;
+use super::{Done, FRAME_OVERHEAD, FSYNC_BUCKETS_SECONDS, LogEntry, LogId, LogState, MARK_BYTES, MAX_QUEUED_BYTES, WalOptions, frame};
 use crate::error::{ApplyError, Error, Result};
 use crate::lock::lock;
 use bytes::Bytes;
@@ -128,6 +130,8 @@ pub(super) struct State {
     pub(super) dropped: VecDeque<Segment>,
     pub(super) spares: Vec<(String, u64)>,
 
+    /// Whether what was read is ready to be written to.
+    pub(super) mended: bool,
     pub(super) failed: Option<Error>,
     pub(super) closing: bool,
     /// The log's thread is done; the other one need not go on.
@@ -151,6 +155,18 @@ impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // Every change of the state is complete before the lock is let go, so a panic elsewhere leaves nothing half done.
         lock(&self.state)
+    }
+
+    /// Makes ready to be written to what was read. Returns where to go on.
+    pub(super) fn mend(&self, opening: Opening) -> Result<Position> {
+        let log = self.lock().log.clone();
+        let (position, spares) = opening.mend(&*self.disk, &self.options, &log)?;
+        let mut state = self.lock();
+        state.segments.insert(position.segment.sequence, position.segment.clone());
+        state.room = position.segment.capacity.saturating_sub(MARK_BYTES).saturating_sub(position.offset);
+        state.spares = spares;
+        state.mended = true;
+        Ok(position)
     }
 
     /// Lets the lock go and wakes the log's thread if it sleeps.
@@ -231,6 +247,9 @@ impl State {
         }
         if self.closing {
             return Err(Error::Stopped);
+        }
+        if !self.mended {
+            return Err(Error::Failed("write to the log: it was read, and is not accepted yet".into()));
         }
         if bounded && self.queued_bytes > 0 && self.queued_bytes + bytes > MAX_QUEUED_BYTES {
             return Err(ApplyError::TooManyRequests.into());

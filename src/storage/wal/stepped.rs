@@ -24,11 +24,16 @@ pub(crate) struct Stepper {
 /// # Errors
 /// As [`Wal::open`].
 pub(crate) fn open(disk: Arc<SimDisk>, options: WalOptions) -> Result<(Wal, Recovered, Arc<Stepper>)> {
-    let (mut shared, at, recovered) = Wal::recover(disk, options)?;
+    let (mut shared, opening, recovered) = Wal::recover(disk, options)?;
+    let at = shared.mend(opening)?;
     shared.stepper = Some(tokio::sync::Notify::new());
     let shared = Arc::new(shared);
     let flusher = Mutex::new(Flusher::new(shared.clone(), at));
-    Ok((Wal { shared: shared.clone(), threads: Mutex::default() }, recovered, Arc::new(Stepper { shared, flusher })))
+    Ok((
+        Wal { shared: shared.clone(), opening: Mutex::default(), threads: Mutex::default() },
+        recovered,
+        Arc::new(Stepper { shared, flusher }),
+    ))
 }
 
 impl Stepper {

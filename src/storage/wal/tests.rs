@@ -17,7 +17,9 @@ fn id(term: u64, index: u64) -> LogId {
 }
 
 pub(super) fn open(disk: &Arc<SimDisk>, options: WalOptions) -> Result<(Wal, Recovered)> {
-    Wal::open_on(disk.clone(), options)
+    let (wal, recovered) = Wal::read_on(disk.clone(), options)?;
+    wal.accept()?;
+    Ok((wal, recovered))
 }
 
 /// Makes callbacks that report to one channel, with what they belong to.
