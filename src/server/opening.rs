@@ -142,11 +142,10 @@ pub(crate) async fn fit(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
         check_reach(machine, wal)?;
     }
     wal.accept().map_err(Damage::Other)?;
-    if let Some(installed) = half {
-        finish_install(wal, installed).await.map_err(Damage::Other)?;
-        check_reach(machine, wal)?;
+    match half {
+        Some(installed) => finish_install(wal, installed).await.map_err(Damage::Other),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// The state must reach at least as far as the log was cut off, or entries are missing between the two: the log only lets
@@ -163,19 +162,12 @@ fn check_reach(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
         let last = log.last.map_or(0, |last| last.index);
         // The state is whole: it is the log that has lost something.
-        return Err(Damage::Other(match wal.torn() {
-            Some((path, offset)) => {
-                let what = format!(
-                    "what follows entry {last} looks like a write that was cut short, but the state in {} has come to entry {applied}",
-                    state.display()
-                );
-                Error::Corrupt { path, offset: Some(offset), what }
-            }
-            None => {
-                let what = format!("it has come to entry {applied}, but the log ends at entry {last}");
-                Error::Corrupt { path: state, offset: None, what }
-            }
-        }));
+        let (path, offset, what) = match wal.end() {
+            Some((path, offset)) => (path, Some(offset), format!("the log cannot be read beyond entry {last}")),
+            None => (state.clone(), None, "there is no log".to_owned()),
+        };
+        let what = format!("{what}, but the state in {} has come to entry {applied}", state.display());
+        return Err(Damage::Other(Error::Corrupt { path, offset, what }));
     }
     Ok(())
 }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A segment has 64 MiB; the first of a new log is smaller, so that a start need not wait for it, and so are those made on a disk that has
-//! no room for a whole one.
+//! no room for two whole ones.
 //!
 //! When nothing has come for a moment, a *mark* is written behind the last frame, without a sync of its own: it says that the frame had reached the
 //! disk, and holds the newest committed log id. The next frame overwrites it. Thanks to it a byte that flips in the last acknowledged
@@ -286,9 +286,9 @@ impl Wal {
         Ok((wal, recovered))
     }
 
-    /// Reads the log in `dir` as [`open`](Self::open) does, but leaves it as it is until [`accept`](Self::accept), and refuses writes until
-    /// then: for who has to see first whether it belongs to something else. What looks like a write that was cut short, which opening removes,
-    /// may be a damaged one that others know of.
+    /// Reads the log in `dir` as [`open`](Self::open) does, making the directory if it is missing, but changes nothing of a log until
+    /// [`accept`](Self::accept), and refuses writes until then with [`Error::Failed`]: for who has to see first whether it belongs to
+    /// something else. What looks like a write that was cut short, which opening removes, may be a damaged one that others know of.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -304,26 +304,36 @@ impl Wal {
     }
 
     /// Takes a log that was only [read](Self::read) for what it is: removes what a crash has left of a write, makes sure that the rest is on
-    /// the disk, and begins to work. Calling it again is harmless.
+    /// the disk, for which it waits, and begins to work. Calling it again is harmless.
     ///
     /// # Errors
-    /// [`Error::Io`], and then the log takes no writes; [`Error::Stopped`] after `close`.
+    /// [`Error::Io`], and then the log takes no writes; whatever else has ended the log; [`Error::Stopped`] after `close`.
     pub fn accept(&self) -> Result<()> {
-        let Some(opening) = lock(&self.opening).take() else { return self.failed().map_or(Ok(()), Err) };
-        if self.shared.lock().closing {
-            return Err(Error::Stopped);
+        let mut opening = lock(&self.opening);
+        {
+            let state = self.shared.lock();
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.closing {
+                return Err(Error::Stopped);
+            }
         }
+        let Some(opening) = opening.take() else { return Ok(()) };
         let begun = self.shared.mend(opening).and_then(|at| {
             let (writer, space) = (self.shared.clone(), self.shared.clone());
             self.spawn("quorate-log", move || flusher::run(writer, at))?;
             self.spawn("quorate-log-space", move || space::run(space))
         });
-        begun.inspect_err(|error| self.shared.fail(error.clone()))
+        begun.inspect_err(|error| self.shared.fail(error.clone()))?;
+        self.shared.lock().accepted = true;
+        Ok(())
     }
 
-    /// Where a write begins that looks cut short, and goes when the log is [accepted](Self::accept): the file, and the offset in it.
-    pub fn torn(&self) -> Option<(PathBuf, u64)> {
-        lock(&self.opening).as_ref()?.torn.clone()
+    /// Where what can be read of the log ends, as long as it is only [read](Self::read): the file, and the offset of what comes next, which
+    /// goes when the log is accepted. None for an empty directory.
+    pub fn end(&self) -> Option<(PathBuf, u64)> {
+        lock(&self.opening).as_ref()?.end(&*self.shared.disk)
     }
 
     /// What a log on a disk begins with, before anything is done to it.

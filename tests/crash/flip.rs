@@ -19,7 +19,7 @@ use rand::rngs::StdRng;
 use crate::ledger::{Ledger, read_all, replay};
 use crate::load::{Load, Shape};
 use crate::member::{Home, Member, Program, subject, tail};
-use crate::model::{Event, Item, Text};
+use crate::model::{Event, Item, Op, Text};
 use crate::wire::Found;
 use crate::{random, run, setting};
 
@@ -111,6 +111,23 @@ fn places(used: u64, count: u64, rng: &mut StdRng) -> Vec<u64> {
     (0..count).map(place).collect()
 }
 
+/// Waits until the log has noted that its last write is on the disk: until a mark stands behind the last frame.
+async fn await_mark(wal: &Path) {
+    let begun = std::time::Instant::now();
+    let marked = || {
+        let newest = files(wal).into_iter().rev().find_map(|file| {
+            let bytes = std::fs::read(wal.join(file)).expect("it can be read");
+            let last = |magic: &[u8]| bytes.windows(magic.len()).rposition(|found| found == magic);
+            Some((last(b"qfrm")?, last(b"qmrk")))
+        });
+        newest.is_some_and(|(frame, mark)| mark.is_some_and(|mark| mark > frame))
+    };
+    while !marked() {
+        assert!(begun.elapsed().as_secs() < 60, "the log's last write is not marked");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 /// Makes a directory with some history in it, and what a member serves from it.
 async fn template(program: &Program, home: &Home, name: &str, rng: &mut StdRng, killed: bool) -> (PathBuf, Served) {
     let data = home.path().join(name);
@@ -132,11 +149,19 @@ async fn template(program: &Program, home: &Home, name: &str, rng: &mut StdRng, 
         let round = load.finish().await;
         ledger.settle(&member, round, rng).await;
     }
+    if killed {
+        // So that the log holds something that the state, which is written once a second, does not.
+        let mut client = member.client();
+        for number in 0..8 {
+            let op = Op::Put { key: Text::new("late"), value: Text::new(format!("value {number}")), lease: 0 };
+            client.send(&op).await.expect("a Put is answered");
+        }
+    }
     let served = served(&member).await;
     if killed {
         // Of a write that was killed before the log had noted that it is on the disk, which it does a tenth of a second later, a flipped
         // byte cannot be told from one that was never written. One fault at a time.
-        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        await_mark(&data.join("member/wal")).await;
         member.kill();
     } else {
         member.stop().await;

@@ -41,6 +41,8 @@ pub(super) trait Disk: Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Makes creates, renames and removes durable.
     fn sync(&self) -> io::Result<()>;
+    /// Bytes that files may still take, as far as that can be known.
+    fn free(&self) -> u64;
 }
 
 /// An open file.
@@ -128,6 +130,10 @@ impl Disk for Directory {
 
     fn sync(&self) -> io::Result<()> {
         if self.fsync { File::open(&self.path)?.sync_all() } else { Ok(()) }
+    }
+
+    fn free(&self) -> u64 {
+        rustix::fs::statvfs(&self.path).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 }
 

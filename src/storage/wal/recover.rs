@@ -1,8 +1,8 @@
 //! Opening a log: reads every segment, judges it, rebuilds the state, then mends the end.
 //!
 //! [`load`] only reads, and is what offline tools use; so does [`read`]. [`Opening::mend`] then cuts a torn tail, writes the last frame and its
-//! mark once more, syncs, and puts aside files without frames. Nothing is changed before everything has been found in order, and before
-//! who opens the log has seen that it belongs to what else there is: what looks like a torn write may be a damaged one.
+//! mark once more, syncs, and puts aside files without frames. Nothing is changed before everything has been found in order. Who has more to look at
+//! reads, looks, and accepts: what looks like a torn write may be a damaged one, of which others know.
 
 use super::disk::Disk;
 use super::flusher::Position;
@@ -224,7 +224,7 @@ pub(super) fn load(disk: &dyn Disk, cache_bytes: usize, writable: bool) -> Resul
 pub(super) struct Opening {
     end: Option<End>,
     /// Where a torn write begins, if the log ends in one.
-    pub(super) torn: Option<(PathBuf, u64)>,
+    torn: Option<(PathBuf, u64)>,
     unused: Vec<Segment>,
     spares: Vec<String>,
     junk: Vec<String>,
@@ -234,7 +234,7 @@ pub(super) struct Opening {
 struct End {
     segment: Segment,
     scan: SegmentScan,
-    /// What the file holds from the last frame on, but for the zeros at the end of all.
+    /// What the file holds from the last frame on: to that frame's end, or to the last byte that is to be cut off.
     rest: Vec<u8>,
 }
 
@@ -242,7 +242,9 @@ struct End {
 pub(super) fn read(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Opening, Recovered)> {
     let loaded = load(disk, options.cache_bytes, true)?;
     let end = loaded.end.map(|(segment, bytes, scan)| {
-        let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        // Only what is to be cut is looked for.
+        let is_cut = matches!(scan.tail, Tail::Torn | Tail::Stale);
+        let used = if is_cut { bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1) } else { 0 };
         let rest = bytes.get(scan.last_offset as usize..used.max(scan.end as usize)).unwrap_or_default().to_vec();
         End { segment, scan, rest }
     });
@@ -267,7 +269,7 @@ pub(super) fn read(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Open
         low: None,
         dropped: VecDeque::new(),
         spares: Vec::new(),
-        mended: false,
+        accepted: false,
         failed: None,
         closing: false,
         stopped: false,
@@ -276,6 +278,12 @@ pub(super) fn read(disk: &dyn Disk, options: &WalOptions) -> Result<(State, Open
 }
 
 impl Opening {
+    /// Where what can be read of the log ends: the file and the offset of what comes next. None for a log that is to be made.
+    pub(super) fn end(&self, disk: &dyn Disk) -> Option<(PathBuf, u64)> {
+        let end = self.end.as_ref().map(|end| (disk.path(&end.segment.name()), end.scan.end));
+        self.torn.clone().or(end)
+    }
+
     /// Makes a directory ready to be written to. Returns where to go on, and the spare files with their lengths.
     pub(super) fn mend(self, disk: &dyn Disk, options: &WalOptions, log: &LogState) -> Result<(Position, Vec<(String, u64)>)> {
         let Opening { end, torn, unused, spares: mut spare_names, junk } = self;

@@ -345,6 +345,10 @@ impl Disk for SimDisk {
         inner.name_op(NameOp::Remove(name.to_owned()))
     }
 
+    fn free(&self) -> u64 {
+        self.inner().free
+    }
+
     fn sync(&self) -> io::Result<()> {
         let mut inner = self.inner();
         inner.alive(inner.era)?;

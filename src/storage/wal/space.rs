@@ -24,7 +24,8 @@ const ZERO_CHUNK: usize = 1 << 20;
 /// the whole folio when a byte of it changes: with large ones, each small frame later would cost a megabyte.
 const ZERO_WRITE: usize = 4 << 10;
 
-/// On a disk that has no room for a whole segment, ones down to this part of it are made.
+/// On a disk that has no room for two whole segments, smaller ones are made, down to this part of a whole one. The other is left to the state: while
+/// that has no room to be written in, the log cannot be cut off, and would take all there is.
 const SCANT: u64 = 8;
 
 /// Segments made for one large entry have a multiple of this many bytes.
@@ -130,10 +131,19 @@ fn carry_out(shared: &Shared, job: Job, rests: &mut Rests) {
             Err(DropError::Sync(error)) => shared.fail(error),
         },
         Job::Prepare { sequence, capacity, least, spare } => {
-            let mut made = prepare(shared, sequence, capacity, spare.as_deref());
             let mut capacity = capacity;
-            while matches!(made, Err(NoSegment::NotNow(_))) && capacity / 2 >= least {
-                capacity = (capacity / 2).next_multiple_of(OVERSIZE_STEP);
+            let smaller = |capacity: u64| (capacity / 2 >= least).then(|| (capacity / 2).next_multiple_of(OVERSIZE_STEP));
+            while spare.is_none()
+                && shared.disk.free() < capacity.saturating_add(shared.options.segment_bytes)
+                && let Some(half) = smaller(capacity)
+            {
+                capacity = half;
+            }
+            let mut made = prepare(shared, sequence, capacity, spare.as_deref());
+            while matches!(made, Err(NoSegment::NotNow(_)))
+                && let Some(half) = smaller(capacity)
+            {
+                capacity = half;
                 made = prepare(shared, sequence, capacity, None);
             }
             rests.prepare = settle(shared, made);

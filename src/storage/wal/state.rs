@@ -130,8 +130,8 @@ pub(super) struct State {
     pub(super) dropped: VecDeque<Segment>,
     pub(super) spares: Vec<(String, u64)>,
 
-    /// Whether what was read is ready to be written to.
-    pub(super) mended: bool,
+    /// Whether what was read is mended, and worked on.
+    pub(super) accepted: bool,
     pub(super) failed: Option<Error>,
     pub(super) closing: bool,
     /// The log's thread is done; the other one need not go on.
@@ -165,7 +165,6 @@ impl Shared {
         state.segments.insert(position.segment.sequence, position.segment.clone());
         state.room = position.segment.capacity.saturating_sub(MARK_BYTES).saturating_sub(position.offset);
         state.spares = spares;
-        state.mended = true;
         Ok(position)
     }
 
@@ -248,7 +247,7 @@ impl State {
         if self.closing {
             return Err(Error::Stopped);
         }
-        if !self.mended {
+        if !self.accepted {
             return Err(Error::Failed("write to the log: it was read, and is not accepted yet".into()));
         }
         if bounded && self.queued_bytes > 0 && self.queued_bytes + bytes > MAX_QUEUED_BYTES {

@@ -26,6 +26,7 @@ pub(crate) struct Stepper {
 pub(crate) fn open(disk: Arc<SimDisk>, options: WalOptions) -> Result<(Wal, Recovered, Arc<Stepper>)> {
     let (mut shared, opening, recovered) = Wal::recover(disk, options)?;
     let at = shared.mend(opening)?;
+    shared.lock().accepted = true;
     shared.stepper = Some(tokio::sync::Notify::new());
     let shared = Arc::new(shared);
     let flusher = Mutex::new(Flusher::new(shared.clone(), at));

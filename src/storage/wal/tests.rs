@@ -133,6 +133,21 @@ fn a_failed_sync_ends_the_log_and_is_not_tried_again() {
     }
 }
 
+/// What the log leaves on a scant disk is the state's, which must be written in order that the log can be cut off.
+#[test]
+fn a_segment_is_made_whole_only_where_another_fits_beside_it() {
+    const SEGMENT: u64 = 64 << 10;
+    for (free, expected) in [(3 * SEGMENT, SEGMENT), (3 * SEGMENT - 1, SEGMENT / 2), (SEGMENT + SEGMENT / 4, SEGMENT / 8)] {
+        let disk = SimDisk::new(1);
+        // The first one takes its own of it.
+        disk.set_free(free);
+        let (wal, _) = open(&disk, options(SEGMENT)).unwrap();
+        wait_for_next_segment(&wal);
+        assert_eq!(wal.shared.lock().next.as_ref().unwrap().capacity, expected, "{free} bytes free at the start");
+        wal.close().unwrap();
+    }
+}
+
 #[test]
 fn a_full_disk_refuses_growth_and_heals() {
     let disk = SimDisk::new(3);
