@@ -162,11 +162,8 @@ fn check_reach(machine: &Machine, wal: &Wal) -> Result<(), Damage> {
     if log.last.is_none_or(|last| last.index < applied) && applied > 0 {
         let last = log.last.map_or(0, |last| last.index);
         // The state is whole: it is the log that has lost something.
-        let (path, offset, what) = match wal.end() {
-            Some((path, offset)) => (path, Some(offset), format!("the log cannot be read beyond entry {last}")),
-            None => (state.clone(), None, "there is no log".to_owned()),
-        };
-        let what = format!("{what}, but the state in {} has come to entry {applied}", state.display());
+        let (path, offset) = wal.end();
+        let what = format!("the log cannot be read beyond entry {last}, but the state in {} has come to entry {applied}", state.display());
         return Err(Damage::Other(Error::Corrupt { path, offset, what }));
     }
     Ok(())

@@ -331,9 +331,11 @@ impl Wal {
     }
 
     /// Where what can be read of the log ends, as long as it is only [read](Self::read): the file, and the offset of what comes next, which
-    /// goes when the log is accepted. None for an empty directory.
-    pub fn end(&self) -> Option<(PathBuf, u64)> {
-        lock(&self.opening).as_ref()?.end(&*self.shared.disk)
+    /// goes when the log is accepted. The directory, if it holds no log, or the log was accepted.
+    pub fn end(&self) -> (PathBuf, Option<u64>) {
+        let disk = &*self.shared.disk;
+        let end = lock(&self.opening).as_ref().and_then(|opening| opening.end(disk));
+        end.map_or_else(|| (disk.path(""), None), |(path, offset)| (path, Some(offset)))
     }
 
     /// What a log on a disk begins with, before anything is done to it.

@@ -24,8 +24,8 @@ const ZERO_CHUNK: usize = 1 << 20;
 /// the whole folio when a byte of it changes: with large ones, each small frame later would cost a megabyte.
 const ZERO_WRITE: usize = 4 << 10;
 
-/// On a disk that has no room for two whole segments, smaller ones are made, down to this part of a whole one. The other is left to the state: while
-/// that has no room to be written in, the log cannot be cut off, and would take all there is.
+/// On a disk that has no room for two whole segments, smaller ones are made, down to this part of a whole one. The other's room is left to the
+/// state: while that has none to be written in, the log cannot be cut off, and would take all there is.
 const SCANT: u64 = 8;
 
 /// Segments made for one large entry have a multiple of this many bytes.
