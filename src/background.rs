@@ -3,7 +3,8 @@
 //! Nothing a client waits for happens here. What has been applied is in memory, and in the Raft log on disk; this thread
 //! packs it into the storage every [`WRITE_INTERVAL`] or [`WRITE_BYTES`], syncs it every [`SYNC_INTERVAL`] so that the log may be cut off
 //! below, carries out compactions, and gives space back. Each of its steps is bounded, so that it can turn to the next
-//! matter, and stop, within milliseconds.
+//! matter, and stop, within milliseconds. While clients write, it works [gently](crate::pace), in smaller steps and a third of the time,
+//! until so much waits that it would not keep up; a stop then waits for up to a turn of that.
 //!
 //! ```text
 //! apply -> tail (memory) --write_out--> storage --sync--> durable up to entry 900 -> the log before 900 may go

@@ -36,7 +36,7 @@ use crate::storage::Revision;
 use crate::storage::history::HistoryOptions;
 use crate::storage::mem::Mem;
 
-/// Bytes that one step of tidying up may rewrite, as in the background thread.
+/// Bytes that one step of tidying up may rewrite: four times the background thread's, so that what is measured is the work.
 const STEP_BYTES: usize = 1 << 20;
 
 /// No entry takes so long that it would be logged.

@@ -59,7 +59,7 @@
 //! `api/unary` decodes it, `node` checks it and queues it; all that is queued becomes one Raft entry, which `raft/log` hands
 //! to `storage/wal` for one write and one fsync. Once it is committed, `raft/apply` runs it through `mvcc/txn`: the record goes
 //! to the history's tail in memory, its revision to the index, its event to the watch hub, and the answer back to the caller.
-//! A tenth of a second later `background` writes the tail to the storage, as one batch with the log id.
+//! A second later, or once there are 2 MiB, `background` writes the tail to the storage, as one batch with the log id.
 //!
 //! ## A watch event
 //! `raft/apply` publishes the commit, `mvcc/watch` finds the watchers and hands each a pointer, `api/watch` copies the event's

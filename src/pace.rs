@@ -12,7 +12,7 @@
 //!
 //! # Invariants
 //! - No rest is taken where a lock is held that a request may wait for: nothing but the locks of those who change the storage, and shared ones
-//!   that nobody else wants for himself.
+//!   that nobody else wants exclusively.
 //!
 //! # Measured
 //! Puts at 2000/s on two cores while a million revisions were compacted: the background writer held a core for up to 6.5 ms at a time, the

@@ -1,8 +1,8 @@
 //! The generator: clients that each have one request under way, on threads of their own.
 //!
 //! [`run`] makes one round. Every client sets itself up (a stream, a lease), all wait for each other, then the load begins: a while to
-//! get warm, the measured time, and the end, when each client finishes what it has under way. Servers that put work off are charged
-//! for it: their CPU and bytes are read once more a moment after the end, over all operations since the first reading.
+//! get warm, the measured time, and the end, when each client finishes what it has under way. CPU and bytes are read once more a moment
+//! after the end, over all operations since the first reading; what a server puts off for longer it does in its next round.
 //!
 //! ```text
 //! set up | warm | measured: latencies and operations count | last answers | settle | over
@@ -36,8 +36,11 @@ use crate::wire::{Channel, Result, block_on};
 
 /// Longest wait for all clients to be set up, and for the last answers. Beyond it the round has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// After the last answer, until CPU and bytes are read: servers write some of their state in the background every 100 ms or so.
+/// After the last answer, until CPU and bytes are read: what a server does right after an answer belongs to it; what it puts off for
+/// longer falls into its next round, for it stands still while the other is measured.
 const SETTLE: Duration = Duration::from_millis(250);
+/// Longest time for data to be written before anything is measured.
+const BULK_PATIENCE: Duration = Duration::from_secs(3600);
 /// A client that saw an error waits this long, so that a dead server is not asked a million times.
 const AFTER_ERROR: Duration = Duration::from_millis(10);
 /// Transactions under way while data are loaded.
@@ -141,7 +144,11 @@ impl Shared {
                 tally.operations += operations;
                 tally.histogram.record(latency);
             }
-            Phase::Last | Phase::Over => tally.late += operations,
+            Phase::Last | Phase::Over => {
+                // It was begun in the measured time: it is no part of the throughput, but how long it took counts.
+                tally.late += operations;
+                tally.histogram.record(latency);
+            }
         }
     }
 }
@@ -455,7 +462,7 @@ pub fn bulk(
     make: impl Fn(u64, &mut BytesMut) -> Bytes + Send + Sync + 'static,
 ) -> Result<()> {
     let shared = Arc::new((AtomicU64::new(0), make));
-    block_on(async {
+    let all = async {
         let mut channels = Vec::new();
         for endpoint in cluster.endpoints.iter().cycle().take(cluster.endpoints.len().max(LOAD_CONNECTIONS)) {
             channels.push(Channel::connect(endpoint).await?);
@@ -479,5 +486,6 @@ pub fn bulk(
             done?;
         }
         Ok(())
-    })
+    };
+    block_on(async { tokio::time::timeout(BULK_PATIENCE, all).await.unwrap_or_else(|_| Err("the data were not written in time".into())) })
 }

@@ -5,8 +5,8 @@
 //! all clients are stuck is counted from the moment it was due. The pace is far below what either server can do, and the same for both.
 //!
 //! ```text
-//! quiet:  rest |-lead-|======== window ========|-tail-|
-//! event:  rest |-lead-|== from its start to its end, or as long as quiet ==|-tail-|
+//! quiet:  rest |-lead-|====== WINDOW ======|-tail-|
+//! event:  rest |-lead-|== from its start to its end, or WINDOW if that is longer ==|-tail-|
 //! ```
 //!
 //! A round writes a million revisions over the keys, then measures at rest, during `Compact` of all of them (physical: until they are off
@@ -41,6 +41,10 @@ const MARGIN: Duration = Duration::from_millis(1000);
 /// After the revisions were written, and after every event, until the next thing is looked at: what the server has put off is over. Without
 /// it "at rest" would be anything but that.
 const REST: Duration = Duration::from_secs(10);
+/// How long is looked at at rest, and at least during an event: the 99th percentile is of 20,000 puts then.
+pub const WINDOW: Duration = Duration::from_secs(10);
+/// An event that takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Width of a point in a plot.
 pub const POINT: Duration = Duration::from_millis(100);
 
@@ -99,8 +103,14 @@ pub struct Phase {
     pub points: Vec<Point>,
 }
 
-/// Writes the revisions; measures every event. `progress` hears the number of revisions written and the phases as they end.
-pub fn round(cluster: &Cluster, settings: &Settings, revisions: u64, written: fn(u64), progress: impl Fn(&Phase)) -> Result<Vec<Phase>> {
+/// Writes the revisions; measures every event, and each for `window` at least. `progress` hears the number of revisions written and the phases as they end.
+pub fn round(
+    cluster: &Cluster,
+    settings: &Settings,
+    (revisions, window): (u64, Duration),
+    written: fn(u64),
+    progress: impl Fn(&Phase),
+) -> Result<Vec<Phase>> {
     let (stamp, keys) = (Stamp::put(settings.value_bytes), settings.keys);
     bulk(cluster, PUT, revisions, FILL_CLIENTS, move |number, buffer| {
         if number.is_multiple_of(1 << 14) {
@@ -111,22 +121,25 @@ pub fn round(cluster: &Cluster, settings: &Settings, revisions: u64, written: fn
     let mut phases = Vec::new();
     for event in Event::ALL {
         thread::sleep(REST);
-        let phase = phase(cluster, settings, event)?;
+        let phase = phase(cluster, settings, window, event)?;
         progress(&phase);
         phases.push(phase);
     }
     Ok(phases)
 }
 
-fn phase(cluster: &Cluster, settings: &Settings, event: Event) -> Result<Phase> {
+fn phase(cluster: &Cluster, settings: &Settings, window: Duration, event: Event) -> Result<Phase> {
     let endpoint = cluster.endpoints.first().ok_or("no endpoints")?.clone();
     let load = Paced::start(cluster, settings)?;
     thread::sleep(MARGIN);
     let began = load.began.elapsed();
-    let outcome = block_on(take_place(event, endpoint));
+    let outcome = block_on(async {
+        let in_time = tokio::time::timeout(PATIENCE, take_place(event, endpoint)).await;
+        in_time.unwrap_or_else(|_| Err(format!("{}: not over within {} s", event.title(), PATIENCE.as_secs()).into()))
+    });
     let ended = load.began.elapsed();
     // A short event is looked at as long as the rest is, for enough samples.
-    let window = (ended - began).max(settings.measured);
+    let window = (ended - began).max(window);
     thread::sleep((began + window + MARGIN).saturating_sub(load.began.elapsed()));
     // Stopped first, whatever became of the event.
     let trace = load.stop()?;
